@@ -177,3 +177,309 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load(path: Optional[Path], overrides: list[str], check: bool = True) -> Config:
+    """Merge defaults, the YAML at `path` and ``section.key=value`` overrides, in that order, and check the result.
+
+    check=False skips what depends on this moment's files, to read the config of an earlier run.
+
+    Raises:
+        UserError: unknown key, wrong type, missing value or impossible combination; one line that names it.
+    """
+    config = OmegaConf.structured(Config)
+    for source, layer in (*_yaml_layer(path), *_override_layers(overrides)):
+        for key, value in _leaves(layer):
+            _require_known(key, source)
+            try:
+                config = OmegaConf.merge(config, _nested(key, value))
+            except OmegaConfBaseException:
+                raise UserError(f"{key}={value!r} ({source}): expected {_expected(key)}") from None
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} is required: {option_fields()[missing[0]].metadata['doc']}")
+    resolved = _to_object(config)
+    for problem in _problems(resolved) if check else []:
+        raise UserError(problem)
+    return resolved
+
+
+def _to_object(config: Any) -> Config:
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise UserError(str(error).splitlines()[0]) from None
+
+
+def _yaml_layer(path: Optional[Path]) -> list[tuple[str, Any]]:
+    if path is None:
+        return []
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    try:
+        layer = OmegaConf.load(path)
+    except Exception as error:  # yaml has no common base for what a broken file raises
+        raise UserError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(layer):
+        raise UserError(f"--config {path}: expected a mapping of sections")
+    return [(str(path), OmegaConf.to_container(layer, resolve=False))]
+
+
+def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
+    layers = []
+    for text in overrides:
+        if "=" not in text:
+            raise UserError(f"{text!r}: expected section.key=value")
+        try:
+            layers.append(("command line", OmegaConf.to_container(OmegaConf.from_dotlist([text]))))
+        except Exception as error:
+            raise UserError(f"{text!r}: {str(error).splitlines()[0]}") from None
+    return layers
+
+
+def option_fields(owner: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every leaf option by its dotted key."""
+    found: dict[str, dataclasses.Field] = {}
+    for option in dataclasses.fields(owner):
+        section = option.default_factory if "doc" not in option.metadata else None
+        if section is not None:
+            found |= option_fields(section, f"{prefix}{option.name}.")
+        else:
+            found[prefix + option.name] = option
+    return found
+
+
+def _leaves(layer: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of a nested mapping, stopping at options that are mappings themselves."""
+    known, leaves = option_fields(), []
+    for name, value in layer.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in known:
+            leaves += _leaves(value, f"{key}.") if value else [(key, value)]
+        else:
+            leaves.append((key, value))
+    return leaves
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """``a.b``, v -> ``{a: {b: v}}``."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _require_known(key: str, source: str) -> None:
+    known = list(option_fields())
+    if key in known:
+        return
+    sections = {name.split(".")[0] for name in known if "." in name}
+    if key in sections:
+        raise UserError(f"{key} ({source}): is a section; set one of its keys, e.g. {_nearest(key + '.', known)}")
+    raise UserError(f"{key} ({source}): unknown key; did you mean {_nearest(key, known)}?")
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    by_name = {name.split(".")[-1]: name for name in known}
+    close = difflib.get_close_matches(key, known, 1, 0.6) or [
+        by_name[name] for name in difflib.get_close_matches(key.split(".")[-1], by_name, 1, 0.6)
+    ]
+    return close[0] if close else difflib.get_close_matches(key, known, 1, 0.0)[0]
+
+
+def _expected(key: str) -> str:
+    """What a value of this option must be, in words, from its annotation."""
+    words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+    annotation = str(option_fields()[key].type)
+    optional = annotation.startswith("Optional[")
+    annotation = annotation.removeprefix("Optional[").removesuffix("]") if optional else annotation
+    if annotation.startswith("Literal"):
+        text = "one of " + annotation.removeprefix("Literal[").removesuffix("]").replace('"', "")
+    else:
+        text = words.get(annotation, annotation)
+    return f"{text} or null" if optional else text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks that need no model, no data and no process group
+
+OWNED_BY_ENGINE = {
+    "train_batch_size": "data.global_batch",
+    "train_micro_batch_size_per_gpu": "data.global_batch",
+    "gradient_accumulation_steps": "engine.accumulation",
+    "gradient_clipping": "engine.clip",
+    "optimizer": "optim.name",
+    "scheduler": "optim.on_advance",
+    "fp16": "engine.precision",
+    "bf16": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "zero_optimization.stage": "engine.zero_stage",
+}
+
+
+def _problems(config: Config) -> list[str]:
+    """Every impossible value or combination, one line each."""
+    return [
+        *_range_problems(config),
+        *_curriculum_problems(config.curriculum),
+        *_engine_problems(config),
+        *_path_problems(config),
+    ]
+
+
+def _range_problems(config: Config) -> list[str]:
+    data, optim, evaluation = config.data, config.optim, config.evaluation
+    at_least_one = {
+        "epochs": config.epochs,
+        "data.image_size": data.image_size,
+        "data.global_batch": data.global_batch,
+        "data.canonical_nodes": data.canonical_nodes,
+        "data.timeout_s": data.timeout_s,
+        "curriculum.max_epochs_per_block": config.curriculum.max_epochs_per_block,
+        "engine.accumulation": config.engine.accumulation,
+        "checkpoint.keep": config.checkpoint.keep,
+        "telemetry.every": config.telemetry.every,
+        "evaluation.knn_k": evaluation.knn_k,
+        "evaluation.probe_epochs": evaluation.probe_epochs,
+        "evaluation.max_train_images": 1 if evaluation.max_train_images is None else evaluation.max_train_images,
+        "optim.batch_reference": 1 if optim.batch_reference is None else optim.batch_reference,
+    }
+    at_least_zero = {
+        "seed": config.seed,
+        "data.workers": data.workers,
+        "objective.cls_weight": config.objective.cls_weight,
+        "optim.weight_decay": optim.weight_decay,
+        "optim.warmup_epochs": optim.warmup_epochs,
+        "engine.clip": config.engine.clip,
+        "checkpoint.every_epochs": config.checkpoint.every_epochs,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+    }
+    above_zero = {"optim.lr": optim.lr, "evaluation.probe_lr": evaluation.probe_lr, "data.std": min(data.std)}
+    fractions = {"optim.final_lr_fraction": optim.final_lr_fraction, "optim.momentum": optim.momentum}
+    low, high = data.crop_scale
+    return [
+        *(f"{key}={value}: must be at least 1" for key, value in at_least_one.items() if not value >= 1),
+        *(f"{key}={value}: must not be negative" for key, value in at_least_zero.items() if not 0 <= value < math.inf),
+        *(f"{key}={value}: must be above 0" for key, value in above_zero.items() if not 0 < value < math.inf),
+        *(f"{key}={value}: must be between 0 and 1" for key, value in fractions.items() if not 0 <= value <= 1),
+        *([] if 0 < low <= high <= 1 else [f"data.crop_scale=[{low}, {high}]: must satisfy 0 < low <= high <= 1"]),
+    ]
+
+
+def _curriculum_problems(curriculum: CurriculumConfig) -> list[str]:
+    problems = []
+    if curriculum.block is not None and curriculum.mode != "fixed":
+        problems.append(f"curriculum.block={curriculum.block}: only used with curriculum.mode=fixed")
+    if curriculum.start is not None and curriculum.mode != "leap":
+        problems.append(f"curriculum.start={curriculum.start}: only used with curriculum.mode=leap")
+    if curriculum.snap_to_last_at is not None and curriculum.mode != "leap":
+        problems.append(
+            f"curriculum.snap_to_last_at={curriculum.snap_to_last_at}: only used with curriculum.mode=leap"
+        )
+    if not 0 < curriculum.ema_alpha <= 1:
+        problems.append(f"curriculum.ema_alpha={curriculum.ema_alpha}: must be in (0, 1]")
+    if not math.isfinite(curriculum.threshold):
+        problems.append(f"curriculum.threshold={curriculum.threshold}: must be a finite number")
+    return problems
+
+
+def _engine_problems(config: Config) -> list[str]:
+    problems = []
+    for key, ours in OWNED_BY_ENGINE.items():
+        node: Any = config.engine.deepspeed
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is not None:
+            problems.append(f"engine.deepspeed.{key}: set {ours} instead")
+    if config.optim.name == "lars" and config.engine.zero_stage > 0:
+        problems.append(
+            f"optim.name=lars with engine.zero_stage={config.engine.zero_stage}: ZeRO flattens and splits the weights, "
+            "which makes LARS' per-layer trust ratios wrong; use engine.zero_stage=0 or optim.name=adamw"
+        )
+    if config.data.global_batch % config.engine.accumulation:
+        problems.append(
+            f"data.global_batch={config.data.global_batch}: must be a multiple of "
+            f"engine.accumulation={config.engine.accumulation}"
+        )
+    return problems
+
+
+def is_remote(source: str) -> bool:
+    """Whether a data source is a URI that streaming must download from."""
+    return "://" in source
+
+
+def _path_problems(config: Config) -> list[str]:
+    problems = []
+    for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
+        if source is None or source == DIGITS:
+            continue
+        if is_remote(source) and config.data.cache is None:
+            problems.append(f"{key}={source}: a remote source needs data.cache, a local folder for its shards")
+        if not is_remote(source) and not Path(source).is_dir():
+            problems.append(f"{key}={source}: no such folder (nor '{DIGITS}', nor a remote URI)")
+    if config.teacher.weights not in (HUB, RANDOM, DEMO_TEACHER) and not Path(config.teacher.weights).is_file():
+        problems.append(
+            f"teacher.weights={config.teacher.weights}: no such file (nor {HUB}, {RANDOM} or {DEMO_TEACHER})"
+        )
+    if config.resume not in ("auto", "none") and not Path(config.resume).is_dir():
+        problems.append(f"resume={config.resume}: no such checkpoint folder (nor auto or none)")
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing, saving and comparing
+
+# What may change between the two halves of one run: where things are and how they are watched, not what is computed.
+OPERATIONAL = (
+    "output", "resume", "checkpoint.", "telemetry.", "evaluation.", "data.train", "data.val", "data.cache",
+    "data.cache_limit", "data.workers", "data.timeout_s", "data.validate_hash", "teacher.weights",
+)  # fmt: skip
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load` takes back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Dotted key -> value."""
+    values = {}
+    for key in option_fields():
+        node: Any = config
+        for part in key.split("."):
+            node = getattr(node, part)
+        values[key] = node
+    return values
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Keys whose change would make the continued run another run, as ``key: old -> new``."""
+    before, after = flat(old), flat(new)
+    return [
+        f"{key}: {before[key]} -> {after[key]}"
+        for key in before
+        if before[key] != after[key] and not key.startswith(OPERATIONAL)
+    ]
+
+
+def describe() -> str:
+    """All options with their defaults, by section: the body of ``--help``."""
+    lines, section = [], None
+    for key, option in option_fields().items():
+        owner = key.rpartition(".")[0]
+        if owner != section:
+            section = owner
+            lines.append(f"\n{section or 'run'}:")
+        lines.append(f"  {key + '=' + _shown_default(option):<44} {option.metadata['doc']}")
+    return "\n".join(lines)
+
+
+def _shown_default(option: dataclasses.Field) -> str:
+    default = option.default_factory() if option.default is dataclasses.MISSING else option.default
+    if default == MISSING:
+        return "(required)"
+    return "null" if default is None else str(default)

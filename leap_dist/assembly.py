@@ -1,0 +1,101 @@
+"""From a config to the parts of a run, cheapest checks first: nothing is written before everything fits together."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from leap_dist.checkpoint import Checkpoints, find_resume
+from leap_dist.config import DEMO_TEACHER, Config
+from leap_dist.coordinator import Coordinator
+from leap_dist.curriculum import build_curriculum
+from leap_dist.data import build_train_loader, resolve
+from leap_dist.distributed import World, barrier
+from leap_dist.engine import build_engine, micro_batch
+from leap_dist.errors import UserError
+from leap_dist.flops import teacher_flops
+from leap_dist.objective import Objective
+from leap_dist.optim import build_optimizer
+from leap_dist.student import Student, build_student
+from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
+from leap_dist.trainer import Parts, Trainer
+
+
+def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
+    """Check, build and, if asked to, restore. Returns the config with its embedded parts resolved to paths.
+
+    Raises:
+        UserError: the first thing that does not fit, in one line.
+    """
+    resume = find_resume(config)
+    batch = micro_batch(config, world)
+    spec = describe_teacher(config.teacher, config.data.image_size)
+    curriculum = build_curriculum(config.curriculum, spec.depth)
+    check_pair(config, spec)
+    config = with_demo_teacher(config, world)
+    teacher = build_teacher(config.teacher, config.data.image_size, world.device)
+    data = resolve(config.data, Path(config.output), world)
+    loader = build_train_loader(data, seed=config.seed, micro_batch=batch, world=world)
+    objective = build_objective(config, spec)
+    optimizer = build_optimizer(config.optim, objective, zero_stage=config.engine.zero_stage)
+    parts = Parts(
+        teacher=teacher,
+        flops=teacher_flops(config.teacher, config.data.image_size),
+        engine=build_engine(config, objective, optimizer, batch),
+        loader=loader,
+        coordinator=Coordinator(curriculum, world),
+        checkpoints=Checkpoints(config, world),
+    )
+    trainer = Trainer(config, world, parts)
+    if resume is not None:
+        trainer.restore(resume)
+    return replace(config, data=data), trainer
+
+
+def build_objective(config: Config, spec: TeacherSpec) -> Objective:
+    """Student and heads, initialised from the seed alone, so that every rank and world size starts equal."""
+    torch.manual_seed(config.seed)
+    student = build_student(config.student, config.data.image_size)
+    targets = spec.depth if config.curriculum.mode == "all_layers" else 1
+    return Objective(student, spec.dim, spec.grid, config.objective, config.curriculum.metric, targets)
+
+
+def check_pair(config: Config, spec: TeacherSpec) -> None:
+    """Raise UserError where teacher and student do not go together, before either is loaded."""
+    student: Student = build_student(config.student, config.data.image_size, torch.device("meta"))
+    if config.curriculum.mode == "all_layers" and student.depth != spec.depth:
+        raise UserError(
+            f"curriculum.mode=all_layers: needs equal depths, student.model={config.student.model} has {student.depth} "
+            f"blocks and teacher.model={config.teacher.model} {spec.depth}"
+        )
+    for side, model, has_cls in (
+        ("teacher", config.teacher.model, spec.has_cls),
+        ("student", config.student.model, student.has_cls),
+    ):
+        if config.objective.cls_weight and not has_cls:
+            raise UserError(
+                f"objective.cls_weight={config.objective.cls_weight}: {side}.model={model} has no class token at its "
+                "intermediate blocks; set objective.cls_weight=0"
+            )
+    seen = (tuple(config.data.mean), tuple(config.data.std))
+    if config.teacher.weights != DEMO_TEACHER and seen != (tuple(spec.mean), tuple(spec.std)):
+        warnings.warn(
+            f"{config.teacher.model} was trained with mean {spec.mean}, std {spec.std}; data.mean and data.std differ",
+            stacklevel=2,
+        )
+
+
+def with_demo_teacher(config: Config, world: World) -> Config:
+    """Resolve teacher.weights=demo to the cached file, trained by the first rank of this node if it is missing."""
+    if config.teacher.weights != DEMO_TEACHER:
+        return config
+    from leap_dist.pretraining import ensure_demo_teacher
+
+    cache = Path(config.output).parent / "demo-teacher"
+    if world.local_rank == 0:
+        ensure_demo_teacher(cache)
+    barrier(world)
+    return replace(config, teacher=replace(config.teacher, weights=str(ensure_demo_teacher(cache))))

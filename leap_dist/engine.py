@@ -1,0 +1,73 @@
+"""The DeepSpeed engine: its config is generated here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from leap_dist.config import Config, EngineConfig
+from leap_dist.distributed import World
+from leap_dist.errors import UserError
+
+AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def micro_batch(config: Config, world: World) -> int:
+    """Images per forward on each rank: global batch over ranks and accumulation steps.
+
+    Raises:
+        UserError: it does not divide.
+    """
+    shares = world.size * config.engine.accumulation
+    if config.data.global_batch % shares:
+        raise UserError(
+            f"data.global_batch={config.data.global_batch}: must be a multiple of {shares} "
+            f"({world.size} ranks x engine.accumulation={config.engine.accumulation})"
+        )
+    return config.data.global_batch // shares
+
+
+def deepspeed_config(config: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
+    """DeepSpeed's own dict; `engine.deepspeed` is merged over it, key by key.
+
+    Mixed precision is torch autocast over fp32 weights (as LEAP trained), not DeepSpeed's fp16/bf16 sections: those
+    flatten the weights into one tensor even at stage 0, which would make LARS' per-layer trust ratios wrong.
+    Clipping is always explicit: left out, DeepSpeed 0.19 clips at 1.0.
+    """
+    generated: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "steps_per_print": 10**9,  # the progress bar reports
+    }
+    if config.precision != "fp32":
+        generated["torch_autocast"] = {"enabled": True, "dtype": AUTOCAST_DTYPES[config.precision]}
+    return _merged(generated, config.deepspeed)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if nested else value
+    return result
+
+
+def build_engine(config: Config, objective: nn.Module, optimizer: torch.optim.Optimizer, micro_batch_size: int) -> Any:
+    """Wrap `objective` and its optimizer in a DeepSpeed engine (which moves it to the device and shards it).
+
+    Raises:
+        UserError: DeepSpeed refuses the merged config.
+    """
+    import deepspeed
+
+    settings = deepspeed_config(config.engine, micro_batch_size)
+    try:
+        return deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)[0]
+    except (ValueError, AssertionError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+        if not config.engine.deepspeed:
+            raise
+        raise UserError(f"engine.deepspeed={config.engine.deepspeed}: {' '.join(str(error).split())}") from None

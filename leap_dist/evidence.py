@@ -1,0 +1,59 @@
+"""What one optimizer step says about the alignment of student and teacher, gathered over micro-batches and ranks.
+
+Two kinds with one interface: `merged` adds another micro-batch of this rank, `score` is the scalar over all ranks,
+a 0-d tensor that never left the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+import torch.nn.functional as F
+from leap_kernels import Moments
+from torch import Tensor
+
+from leap_dist import alignment
+from leap_dist.distributed import sum_over_ranks
+
+
+@dataclass(frozen=True)
+class CkaEvidence:
+    """Moments of student (M,Ds) and teacher (M,Dt) tokens, and the head's weight (Dt,Ds) they were matched with."""
+
+    moments: Moments
+    weight: Tensor
+
+    def merged(self, other: CkaEvidence) -> CkaEvidence:
+        return CkaEvidence(alignment.merge(self.moments, other.moments), self.weight)
+
+    def score(self, reduction: str, ranks: int) -> Tensor:
+        """Linear CKA of the global batch (`exact`), or the mean of the ranks' own CKAs (`mean`, as LEAP; biased)."""
+        if reduction == "exact":
+            return alignment.linear_cka(alignment.merge_over_ranks(self.moments, sum_over_ranks), self.weight)
+        return sum_over_ranks(alignment.linear_cka(self.moments, self.weight)) / ranks
+
+
+@dataclass(frozen=True)
+class CosineEvidence:
+    """Sum over patch tokens of the cosine between projected student and teacher token, and their number: (2,)."""
+
+    totals: Tensor
+
+    @classmethod
+    def of(cls, projected: Tensor, teacher: Tensor) -> CosineEvidence:
+        """From matching tokens (..., Dt)."""
+        cosine = F.cosine_similarity(projected.float(), teacher.float(), dim=-1)
+        return cls(torch.stack([cosine.sum(), cosine.new_tensor(cosine.numel())]))
+
+    def merged(self, other: CosineEvidence) -> CosineEvidence:
+        return CosineEvidence(self.totals + other.totals)
+
+    def score(self, reduction: str, ranks: int) -> Tensor:
+        """Mean cosine per token; equal on every rank's share, so both reductions are the same number."""
+        total, count = sum_over_ranks(self.totals.clone())
+        return total / count
+
+
+Evidence = Union[CkaEvidence, CosineEvidence]

@@ -1,0 +1,70 @@
+"""Distil a vision transformer with the LEAP curriculum.
+
+    deepspeed --num_gpus 8 leap_dist/train.py --config launch_configs/leap_vitg14_vits14_imagenet1k.yaml \\
+        data.train=/data/imagenet-mds/train
+
+Also under torchrun, or plain python for one process. With no arguments: the embedded demo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from leap_dist.config import Config, describe, load
+from leap_dist.errors import UserError
+
+DEMO = Path(__file__).resolve().parents[1] / "launch_configs" / "demo.yaml"
+
+
+def parse(argv: list[str]) -> Config:
+    """Command line -> checked config. No --config means the embedded demo, which overrides may still change."""
+    parser = argparse.ArgumentParser(
+        prog="leap_dist/train.py",
+        usage="%(prog)s [--config YAML] [section.key=value ...]",
+        description=__doc__,
+        epilog=f"options and their defaults:\n{describe()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="YAML", help="what differs from the defaults", default=DEMO)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over the YAML")
+    args = parser.parse_intermixed_args(argv)
+    return load(args.config, args.overrides)
+
+
+def train(config: Config) -> None:
+    """One run, from building the parts to the final table."""
+    from leap_dist.assembly import build_trainer  # torch and DeepSpeed: seconds, only for a config that holds
+    from leap_dist.distributed import initialise, shutdown
+    from leap_dist.wrapup import wrap_up
+
+    world = initialise()
+    config, trainer = build_trainer(config, world)
+    try:
+        finished = trainer.run()
+        if finished:
+            wrap_up(config, world, trainer)
+        elif world.is_main:
+            print(f"leap_dist: stopped at step {trainer.progress.step}; continue with resume=auto", file=sys.stderr)
+    finally:
+        trainer.close()
+    shutdown()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done or stopped by SIGTERM with everything saved, 2 a user's mistake (one line on stderr)."""
+    try:
+        train(parse(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"leap_dist [rank {rank}]: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

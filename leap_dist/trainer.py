@@ -1,0 +1,371 @@
+"""The training loop: data -> teacher -> student -> score -> decision -> telemetry.
+
+The score of a step travels to the host while the backward pass runs, and is read before the next step begins, which
+is the first that may see another target block. So nothing waits, and the order is LEAP's: the step's own block gives
+its features, loss and score; the decision holds from the next step on.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from leap_dist.checkpoint import Checkpoints
+from leap_dist.config import Config
+from leap_dist.coordinator import Coordinator
+from leap_dist.data import Batch, TrainLoader, mixup
+from leap_dist.distributed import World, sum_over_ranks
+from leap_dist.evidence import Evidence
+from leap_dist.features import Features
+from leap_dist.flops import TeacherFlops
+from leap_dist.objective import Match
+from leap_dist.optim import lr_factor, peak_lr
+from leap_dist.reset import reset_heads
+from leap_dist.teacher import Teacher
+from leap_dist.telemetry import PhaseTimer, Telemetry, memory_bytes
+
+CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x 40 blocks are 2 GB in fp32
+
+
+@dataclass
+class Progress:
+    """Where the run is and what it has cost; saved in every checkpoint.
+
+    trajectory: (first step, block) of every target block so far. flops: teacher FLOPs spent, calibration included;
+    full_flops: had every step run the whole teacher. seconds: of training, over all sessions of the run.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    trajectory: list[tuple[int, int]] = field(default_factory=list)
+    flops: float = 0.0
+    full_flops: float = 0.0
+    seconds: float = 0.0
+    teacher_seconds: float = 0.0
+
+    @property
+    def advanced_at(self) -> Optional[int]:
+        """First step on the current block, if there was an advance."""
+        return self.trajectory[-1][0] if len(self.trajectory) > 1 else None
+
+    @property
+    def saved_fraction(self) -> float:
+        """Share of teacher FLOPs not spent."""
+        return 1 - self.flops / self.full_flops if self.full_flops else 0.0
+
+
+class Latch:
+    """Scalars on their way from the device to the host: copied without waiting, read when they are needed."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._ready: Optional[torch.cuda.Event] = None
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._host = values
+
+    def read(self) -> list[float]:
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._host.tolist()
+
+
+class Pending(NamedTuple):
+    """A step whose numbers have not been read yet. values: own loss; loss, patch, CLS (means over ranks); score."""
+
+    step: int
+    block: int
+    lr: float
+    values: Latch
+
+
+class Interrupt:
+    """Notes SIGTERM, so that the run can save at the end of the step and leave."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Interrupt:
+        self._previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, _signal: int, _frame: Optional[FrameType]) -> None:
+        self.requested = True
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; `leap_dist.assembly` puts them together."""
+
+    teacher: Teacher
+    flops: TeacherFlops
+    engine: Any
+    loader: TrainLoader
+    coordinator: Coordinator
+    checkpoints: Checkpoints
+
+
+class Trainer:
+    """Runs the steps of one run, from a fresh start or a checkpoint, to the end or to SIGTERM."""
+
+    def __init__(self, config: Config, world: World, parts: Parts) -> None:
+        self.config = config
+        self.world = world
+        self.teacher = parts.teacher
+        self.flops = parts.flops
+        self.engine = parts.engine
+        self.loader = parts.loader
+        self.coordinator = parts.coordinator
+        self.curriculum = parts.coordinator.curriculum
+        self.checkpoints = parts.checkpoints
+        self.accumulation = config.engine.accumulation
+        self.steps_per_epoch = len(parts.loader) // self.accumulation
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.peak_lr = peak_lr(config.optim, config.data.global_batch)
+        self.timer = PhaseTimer(world.device)
+        self.progress = Progress()
+        self.pending: Optional[Pending] = None
+        self.telemetry: Optional[Telemetry] = None
+        self.stopping = False
+        self.saved_step = -1
+        self._clock_base = (0.0, 0.0, time.perf_counter())
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def restore(self, path: Path) -> None:
+        """Continue from the checkpoint at `path`."""
+        state = self.checkpoints.load(self.engine, path)
+        self.progress = Progress(**state["progress"])
+        self.curriculum.load_state_dict(state["curriculum"])
+        self.saved_step = self.progress.step
+        self.teacher.retarget(self.curriculum.block)
+
+    def run(self) -> bool:
+        """Train to the last epoch (True), or until a rank is told to stop (False). Saves in both cases."""
+        self.checkpoints.claim_output()
+        if self.world.is_main:
+            self.telemetry = Telemetry(self.config, self.total_steps, self.progress.step)
+        self._clock_base = (self.progress.seconds, self.progress.teacher_seconds, time.perf_counter())
+        with Interrupt() as interrupt:
+            while self.progress.epoch < self.config.epochs and not self.stopping:
+                self._epoch(interrupt)
+        self._save()
+        return self.progress.epoch == self.config.epochs
+
+    def close(self) -> None:
+        """Release loader workers and the terminal; safe at any time."""
+        self.loader.close()
+        if self.telemetry is not None:
+            self.telemetry.close()
+
+    def _epoch(self, interrupt: Interrupt) -> None:
+        """The rest of the current epoch, then the curriculum's end-of-epoch check."""
+        for micro_batches in self._batches():
+            self._settle(interrupt)
+            if self.stopping:
+                return
+            if not self.progress.trajectory:
+                self._choose_start(micro_batches)
+            self._step(micro_batches)
+            if self._is_save_due(self.progress.step, self.config.checkpoint.every_steps):
+                self._settle(interrupt)
+                self._save()
+        self._settle(interrupt)
+        self.progress.epoch += 1
+        self.progress.step_in_epoch = 0
+        if self.curriculum.end_epoch():
+            self._advance()
+        if self._is_save_due(self.progress.epoch, self.config.checkpoint.every_epochs):
+            self._save()
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        """Micro-batches of one optimizer step at a time, from where the epoch was left."""
+        start = self.progress.step_in_epoch
+        stream = self.loader.epoch(self.progress.epoch, start * self.accumulation)
+        for _ in range(start, self.steps_per_epoch):
+            with self.timer.phase("data", host=True):
+                micro_batches = [next(stream) for _ in range(self.accumulation)]
+            yield micro_batches
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _step(self, micro_batches: list[Batch]) -> None:
+        """One optimizer step; leaves its numbers in `pending`."""
+        torch.manual_seed(self._seed(1 + self.world.rank))  # drop path and dropout: the same after a resume
+        lr = self._set_lr()
+        scored, evidence, losses = self._wants_score(), None, []
+        for index, batch in enumerate(micro_batches):
+            images = self._view(batch, index)
+            with self.timer.phase("teacher"):
+                targets = self._targets(images)
+            with self.timer.phase("student"):
+                match: Match = self.engine(images, targets, scored)
+                losses.append(torch.stack([match.loss.detach(), match.patch_loss, match.cls_loss]))
+                evidence = self._gathered(evidence, match)
+                if index + 1 == len(micro_batches):
+                    self.pending = self._latched(torch.stack(losses).mean(0), evidence, lr)
+                self.engine.backward(match.loss)
+                self.engine.step()
+        self.progress.step += 1
+        self.progress.step_in_epoch += 1
+
+    def _view(self, batch: Batch, index: int) -> Tensor:
+        """The images on the device, mixed up with draws keyed by seed, step and micro-batch."""
+        images = batch.images.to(self.world.device, non_blocking=True)
+        if not self.config.data.mixup:
+            return images
+        return mixup(images, torch.Generator().manual_seed(self._seed(0) + index))
+
+    def _targets(self, images: Tensor) -> list[Features]:
+        if self.config.curriculum.mode == "all_layers":
+            return list(self.teacher.sweep(images))
+        return [self.teacher.features(images)]
+
+    @staticmethod
+    def _gathered(evidence: Optional[Evidence], match: Match) -> Optional[Evidence]:
+        """Evidence of the deepest target over the micro-batches so far."""
+        if not match.evidence:
+            return None
+        return match.evidence[-1] if evidence is None else evidence.merged(match.evidence[-1])
+
+    def _latched(self, losses: Tensor, evidence: Optional[Evidence], lr: float) -> Pending:
+        """Send own loss, mean losses and score to the host. losses: (3,) of this rank. Collective."""
+        means = sum_over_ranks(losses.clone()) / self.world.size
+        score = losses.new_tensor(math.nan) if evidence is None else self._score(evidence)
+        values = torch.cat([losses[:1], means, score[None].to(losses)])
+        return Pending(self.progress.step, self.curriculum.block, lr, Latch(values))
+
+    def _score(self, evidence: Evidence) -> Tensor:
+        with torch.no_grad():
+            return evidence.score(self.config.curriculum.reduction, self.world.size)
+
+    def _wants_score(self) -> bool:
+        """At the last block the score decides nothing, so it is computed only when it is shown."""
+        return not self.curriculum.finished or self.progress.step % self.config.telemetry.every == 0
+
+    def _set_lr(self) -> float:
+        factor = lr_factor(
+            self.config.optim,
+            step=self.progress.step,
+            total_steps=self.total_steps,
+            epochs=self.config.epochs,
+            advanced_at=self.progress.advanced_at,
+        )
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.peak_lr * factor
+        return self.peak_lr * factor
+
+    def _seed(self, stream: int) -> int:
+        """A seed for this step: every draw of the run is a function of (seed, step, stream), so a resume repeats it."""
+        return (self.config.seed * 1_000_003 + self.progress.step) * 65_536 + stream
+
+    # -- the decision -------------------------------------------------------------------------------------------------
+
+    def _settle(self, interrupt: Interrupt) -> None:
+        """Read the last step's numbers, decide on every rank, tell telemetry."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        own_loss, loss, patch_loss, cls_loss, score = pending.values.read()
+        decision = self.coordinator.decide(step=pending.step, loss=own_loss, score=score, stop=interrupt.requested)
+        self._account(pending.block)
+        if self.telemetry is not None:
+            self._report(pending, loss, patch_loss, cls_loss, score)
+        if decision.advanced:
+            self._advance()
+        self.stopping = decision.stop
+
+    def _advance(self) -> None:
+        """Make the curriculum's new block the target of the next step."""
+        block = self.curriculum.block
+        self.progress.trajectory.append((self.progress.step, block))
+        self.teacher.retarget(block)
+        if self.config.curriculum.reset_head:
+            reset_heads(self.engine, self._seed(0))
+
+    @torch.no_grad()
+    def _choose_start(self, micro_batches: list[Batch]) -> None:
+        """First step of the run: calibrate if asked to (LEAP: the block the untrained student scores highest on)."""
+        if self.config.curriculum.mode == "leap" and self.config.curriculum.start is None:
+            self.coordinator.start_at(self._calibrated(micro_batches))
+        self.progress.trajectory.append((self.progress.step, self.curriculum.block))
+        self.teacher.retarget(self.curriculum.block)
+
+    def _calibrated(self, micro_batches: list[Batch]) -> int:
+        """The 1-indexed block with the highest score on this batch; the shallowest of equals."""
+        evidence: list[Evidence] = []
+        self.engine.eval()
+        with self.timer.phase("teacher"):
+            for index, batch in enumerate(micro_batches):
+                for images in self._view(batch, index).split(CALIBRATION_CHUNK):
+                    found = self.engine(images, list(self.teacher.sweep(images)), True).evidence
+                    evidence = [a.merged(b) for a, b in zip(evidence, found, strict=True)] if evidence else found
+        self.engine.train()
+        self.progress.flops += self.flops.upto(self.teacher.spec.depth) * self.config.data.global_batch
+        scores = Latch(torch.stack([self._score(item) for item in evidence])).read()
+        return 1 + max(range(len(scores)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
+
+    # -- what it cost, what is shown, what is kept ------------------------------------------------------------------------
+
+    def _account(self, block: int) -> None:
+        depth = self.teacher.spec.depth
+        deepest = depth if self.config.curriculum.mode == "all_layers" else block
+        self.progress.flops += self.flops.upto(deepest) * self.config.data.global_batch
+        self.progress.full_flops += self.flops.upto(depth) * self.config.data.global_batch
+
+    def _report(self, pending: Pending, loss: float, patch_loss: float, cls_loss: float, score: float) -> None:
+        assert self.telemetry is not None
+        shown = {
+            "block": f"{pending.block}/{self.teacher.spec.depth}",
+            self.config.curriculum.metric: f"{score:.3f}",
+            "loss": f"{loss:.4f}",
+            "teacher FLOPs saved": f"{self.progress.saved_fraction:.0%}",
+        }
+        scalars = {
+            "loss/total": loss,
+            "loss/patch": patch_loss,
+            "loss/cls": cls_loss,
+            "curriculum/block": pending.block,
+            f"curriculum/{self.config.curriculum.metric}": score,
+            "curriculum/ema": self.curriculum.ema,
+            "lr": pending.lr,
+            "flops/teacher_saved_fraction": self.progress.saved_fraction,
+            "memory/peak_gib": memory_bytes(self.world.device) / 2**30,
+        }
+        known = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
+        self.telemetry.step(pending.step, shown, known, self.timer.totals())
+
+    def _read_clocks(self) -> None:
+        """Bring the progress' seconds up to now."""
+        seconds, teacher_seconds, began = self._clock_base
+        self.progress.seconds = seconds + time.perf_counter() - began
+        self.progress.teacher_seconds = teacher_seconds + self.timer.totals().get("teacher", 0.0)
+
+    @staticmethod
+    def _is_save_due(count: int, every: int) -> bool:
+        return every > 0 and count % every == 0
+
+    def _save(self) -> None:
+        """Save the run as it stands between two steps, unless that has been done."""
+        if self.saved_step == self.progress.step:
+            return
+        self._read_clocks()
+        state = {"progress": asdict(self.progress), "curriculum": self.curriculum.state_dict()}
+        self.checkpoints.save(self.engine, self.progress.step, state)
+        self.saved_step = self.progress.step

@@ -1,0 +1,127 @@
+"""The end of a run: export the student, evaluate it, and say what the curriculum saved."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import torch
+from torch import Tensor
+
+from leap_dist.config import Config
+from leap_dist.data import build_eval_loader
+from leap_dist.distributed import World, gather_objects
+from leap_dist.engine import micro_batch
+from leap_dist.evaluation import evaluate
+from leap_dist.evaluation.features import extract, merge
+from leap_dist.export import export_student, load_student
+from leap_dist.files import write_json
+from leap_dist.teacher import Teacher
+from leap_dist.telemetry import table
+from leap_dist.trainer import Trainer
+
+EVALUATION_BATCH = 64
+TIMED_PASSES = 5
+
+
+def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
+    """Export, evaluate, write `summary.json` and the figures, print the table. Collective; returns the summary."""
+    summary = _progress_summary(config, trainer)
+    summary |= _time_saved(config, world, trainer)
+    exported = export_student(trainer.engine, config, world)
+    trainer.loader.close()  # streaming lets one dataset at a time use a cache folder
+    if config.data.val is not None:
+        student = load_student(exported, world.device)
+        summary |= _accuracies("student", lambda images: student(images).patch.mean(1), config, world)
+        if config.evaluation.teacher:
+            trainer.teacher.retarget(trainer.teacher.spec.depth)
+            summary |= _accuracies("teacher", _pooled(trainer.teacher), config, world)
+    if trainer.telemetry is not None:
+        write_json(Path(config.output) / "summary.json", summary)
+        trainer.telemetry.finish(summary, trainer.progress.trajectory, trainer.teacher.spec.depth)
+        trainer.telemetry.say(_final_table(summary, config))
+    return summary
+
+
+def _pooled(teacher: Teacher) -> Callable[[Tensor], Tensor]:
+    return lambda images: teacher.features(images).patch.float().mean(1)
+
+
+def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
+    progress = trainer.progress
+    return {
+        "steps": progress.step,
+        "epochs": progress.epoch,
+        "final_block": trainer.curriculum.block,
+        "teacher_depth": trainer.teacher.spec.depth,
+        "trajectory": progress.trajectory,
+        "train_seconds": progress.seconds,
+        "images_per_s": progress.step * config.data.global_batch / progress.seconds,
+        "teacher_flops_saved": progress.saved_fraction,
+    }
+
+
+def _time_saved(config: Config, world: World, trainer: Trainer) -> dict[str, float]:
+    """Seconds the early exits saved on this rank: the whole teacher, timed now, against what the run spent on it."""
+    progress, teacher = trainer.progress, trainer.teacher
+    teacher.retarget(teacher.spec.depth)
+    size = config.data.image_size
+    images = torch.randn(micro_batch(config, world), 3, size, size, device=world.device)
+    full = _median_seconds(lambda: teacher.features(images), world.device)
+    saved = full * progress.step * config.engine.accumulation - progress.teacher_seconds
+    return {
+        "teacher_seconds": progress.teacher_seconds,
+        "full_teacher_seconds_per_pass": full,
+        "time_saved_seconds": saved,
+        "time_saved": saved / (saved + progress.seconds),
+    }
+
+
+def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(1 + TIMED_PASSES):
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])  # the first one warms up
+
+
+def _accuracies(who: str, model: Callable[[Tensor], Tensor], config: Config, world: World) -> dict[str, float]:
+    """kNN and linear probe on average-pooled patch tokens of the held-out shards."""
+    assert config.data.val is not None
+    sources = ((config.data.train, config.evaluation.max_train_images), (config.data.val, None))
+    loaders = (
+        build_eval_loader(source, config.data, batch=EVALUATION_BATCH, world=world, limit=limit)
+        for source, limit in sources
+    )
+    shares = (extract(model, loader, world.device) for loader in loaders)
+    train, val = (merge(gather_objects(share, world)) for share in shares)
+    if not world.is_main:
+        return {}
+    results = evaluate(train, val, config.evaluation, device=world.device, seed=config.seed)
+    return {f"{who}_{name}": value for name, value in results.items()}
+
+
+def _percent(value: Optional[float]) -> Optional[str]:
+    return None if value is None else f"{value:.1%}"
+
+
+def _final_table(summary: dict[str, Any], config: Config) -> str:
+    return table(
+        [
+            ("student kNN", _percent(summary.get("student_knn"))),
+            ("student linear probe", _percent(summary.get("student_probe"))),
+            ("teacher kNN", _percent(summary.get("teacher_knn"))),
+            ("teacher linear probe", _percent(summary.get("teacher_probe"))),
+            ("target block at the end", f"{summary['final_block']} of {summary['teacher_depth']}"),
+            ("optimizer steps", f"{summary['steps']} in {summary['train_seconds']:.1f} s"),
+            ("images/s", f"{summary['images_per_s']:.0f}"),
+            ("teacher FLOPs saved", _percent(summary["teacher_flops_saved"])),
+            ("time saved", f"{_percent(summary['time_saved'])} ({summary['time_saved_seconds']:.1f} s)"),
+            ("run folder", config.output),
+        ]
+    )
