@@ -1,0 +1,52 @@
+"""The frozen teacher: a timm vision transformer that is run only as deep as the current target block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from leap_dist.config import TeacherConfig
+from leap_dist.features import Features
+from leap_dist.teacher.backbone import TeacherSpec, build_model, split
+from leap_dist.teacher.replicated import ReplicatedTeacher
+from leap_dist.teacher.weights import load_backbone
+
+__all__ = ["Teacher", "TeacherSpec", "build_teacher", "describe_teacher"]
+
+
+class Teacher(Protocol):
+    """What the trainer knows of a teacher, wherever its blocks live."""
+
+    spec: TeacherSpec
+    block: int  # current target, 1-indexed
+
+    def features(self, images: Tensor) -> Features:
+        """Images (B, 3, H, W) to final-normed tokens of block `self.block`; no grad; deeper blocks are not run."""
+
+    def sweep(self, images: Tensor) -> Iterator[Features]:
+        """Features of the blocks 1..depth, in order, in one pass over the teacher."""
+
+    def retarget(self, block: int) -> None:
+        """Make 1-indexed `block` the target of `features`."""
+
+    def resident_bytes(self) -> int:
+        """Bytes of parameters on this rank's device."""
+
+
+_PLACEMENTS = {"replicated": ReplicatedTeacher}
+
+
+def build_teacher(config: TeacherConfig, image_size: int, device: torch.device) -> Teacher:
+    """Load the configured teacher for square images of `image_size` pixels; its target is block 1.
+
+    Raises `UserError` for a model, an image size or weights that do not fit together.
+    """
+    return _PLACEMENTS[config.placement](load_backbone(config, image_size), device)
+
+
+def describe_teacher(config: TeacherConfig, image_size: int) -> TeacherSpec:
+    """What `build_teacher` would give, from a model without weights or memory; the same errors but for weights."""
+    return split(build_model(config.model, config.kwargs, image_size, device="meta")).spec

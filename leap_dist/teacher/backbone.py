@@ -1,0 +1,243 @@
+"""A timm vision transformer split into embed | block i | finish, so that it can be run only as deep as needed.
+
+`timm`'s own `forward_intermediates` fixes what the pieces must add up to: the tests hold every family to it, bitwise.
+Legend: B images, P prefix tokens (CLS, distillation, registers), N patch tokens, D width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
+
+import timm
+import torch
+from timm.models import beit, cait, eva, vision_transformer
+from torch import Tensor, nn
+
+from leap_dist.errors import UserError
+from leap_dist.features import Features
+
+# Arguments of timm.create_model that follow from the rest of the configuration.
+_MANAGED = {
+    "checkpoint_path",
+    "device",
+    "dtype",
+    "dynamic_img_size",
+    "features_only",
+    "img_size",
+    "in_chans",
+    "num_classes",
+    "pretrained",
+}
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What a teacher is, known before any weight is loaded.
+
+    depth: number of blocks; dim: width of a token; grid: (rows, columns) of patch tokens; has_cls: whether there is a
+    class token at every depth; mean, std: the normalisation of RGB in [0, 1] that its pretrained weights expect.
+    """
+
+    model: str
+    depth: int
+    dim: int
+    grid: tuple[int, int]
+    has_cls: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Backbone(nn.Module):
+    """What the families share. `stem` is the timm model without its blocks: patch embedding, prefix tokens,
+    position embedding and final norm, which every target block needs; `blocks` are the rest.
+    """
+
+    # Arguments of timm.create_model that fix the grid at construction, where a family would else allow any.
+    build_kwargs: ClassVar[dict[str, Any]] = {}
+    # timm's converter from a published checkpoint's names, grid and layout to the model's.
+    checkpoint_filter: ClassVar[Callable[..., dict[str, Tensor]]]
+    # Leading parts of checkpoint keys that belong to heads and pre-training, never to the features of a block.
+    unused_keys: ClassVar[tuple[str, ...]] = ("head", "head_dist", "fc_norm", "attn_pool", "mask_token", "lm_head")
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.spec = _spec(model)
+        self.blocks = nn.ModuleList(model.blocks)
+        model.blocks = nn.ModuleList()  # so that moving the stem moves no block
+        self.stem = model
+        self.eval().requires_grad_(False)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the tokens (B, P+N, D) that enter the first block."""
+        raise NotImplementedError
+
+    def context(self) -> Any:
+        """What blocks need besides the tokens; it depends on the grid only, not on the images."""
+        return None
+
+    def run_block(self, index: int, tokens: Tensor, context: Any) -> Tensor:
+        """Tokens (B, P+N, D) through block `index`, counted from 0."""
+        return self.blocks[index](tokens)
+
+    def finish(self, tokens: Tensor) -> Features:
+        """Apply the teacher's final norm (LEAP, section 3: at every target block) and cut the prefix tokens off.
+
+        Where a model's only norm belongs to its pooling head (timm's `fc_norm`) the tokens stay as they are,
+        as in `forward_intermediates(norm=True)`.
+        """
+        tokens = self.stem.norm(tokens)
+        cls = tokens[:, 0] if self.spec.has_cls else None
+        return Features(tokens[:, self.stem.num_prefix_tokens :], cls)
+
+    def forward(self, images: Tensor, block: int) -> Features:
+        """Features of 1-indexed `block`; the blocks after it are not run."""
+        tokens, context = self.embed(images), self.context()
+        for index in range(block):
+            tokens = self.run_block(index, tokens, context)
+        return self.finish(tokens)
+
+
+class VitBackbone(Backbone):
+    """VisionTransformer: ViT, DINOv2 (SwiGLU, registers), DeiT with and without distillation, SigLIP, MAE, CLIP."""
+
+    build_kwargs: ClassVar[dict[str, Any]] = {"dynamic_img_size": False}
+    checkpoint_filter = staticmethod(
+        functools.partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)  # it knows DeiT-3's names
+    )
+
+    def embed(self, images: Tensor) -> Tensor:
+        stem = self.stem
+        return stem.norm_pre(stem.patch_drop(stem._pos_embed(stem.patch_embed(images))))
+
+
+class EvaBackbone(Backbone):
+    """Eva: EVA-02, DINOv3, Perception Encoder and the RoPE ViTs. The context is the rotary table of all blocks."""
+
+    build_kwargs: ClassVar[dict[str, Any]] = {"dynamic_img_size": False}
+    checkpoint_filter = staticmethod(eva.checkpoint_filter_fn)
+
+    def embed(self, images: Tensor) -> Tensor:
+        tokens, _ = self.stem._pos_embed(self.stem.patch_embed(images))
+        return self.stem.norm_pre(tokens)
+
+    def context(self) -> Optional[Tensor]:
+        if self.stem.rope is None:
+            return None
+        if hasattr(self.stem.rope, "feat_shape"):
+            return self.stem.rope.get_embed()
+        return self.stem.rope.get_embed(shape=self.spec.grid)
+
+    def run_block(self, index: int, tokens: Tensor, context: Optional[Tensor]) -> Tensor:
+        per_block = self.stem.rope_mixed and context is not None
+        return self.blocks[index](tokens, rope=context[index] if per_block else context)
+
+
+class CaitBackbone(Backbone):
+    """CaiT's trunk. Its class token joins after the last of these blocks, so there is none to imitate."""
+
+    checkpoint_filter = staticmethod(cait.checkpoint_filter_fn)
+    unused_keys = (*Backbone.unused_keys, "cls_token", "blocks_token_only")
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.stem.pos_drop(self.stem.patch_embed(images) + self.stem.pos_embed)
+
+
+class BeitBackbone(Backbone):
+    """Beit and BEiT-2. The context is the relative position bias where all blocks share one."""
+
+    checkpoint_filter = staticmethod(beit.checkpoint_filter_fn)
+
+    def embed(self, images: Tensor) -> Tensor:
+        stem = self.stem
+        tokens = stem.patch_embed(images)
+        tokens = torch.cat((stem.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        return stem.pos_drop(tokens if stem.pos_embed is None else tokens + stem.pos_embed)
+
+    def context(self) -> Optional[Tensor]:
+        return None if self.stem.rel_pos_bias is None else self.stem.rel_pos_bias()
+
+    def run_block(self, index: int, tokens: Tensor, context: Optional[Tensor]) -> Tensor:
+        return self.blocks[index](tokens, shared_rel_pos_bias=context)
+
+
+FAMILIES: dict[type[nn.Module], type[Backbone]] = {
+    vision_transformer.VisionTransformer: VitBackbone,
+    eva.Eva: EvaBackbone,
+    cait.Cait: CaitBackbone,
+    beit.Beit: BeitBackbone,
+}
+
+
+def build_model(
+    name: str,
+    kwargs: Mapping[str, Any],
+    image_size: int,
+    *,
+    device: torch.device | str = "cpu",
+    pretrained: bool = False,
+) -> nn.Module:
+    """Build timm's `name` for square images of `image_size` pixels, without its head and pooling.
+
+    The position embedding has the grid of that size from the start, so no forward resamples it.
+    Raises `UserError` for an unknown name, arguments the model does not take, a family that cannot be split, and an
+    image size that is no multiple of the patch size.
+    """
+    if taken := _MANAGED & kwargs.keys():
+        raise UserError(f"model {name}: kwargs must not set {sorted(taken)}; they follow from the rest of the config")
+    outline = _outline(name, image_size, kwargs)
+    fixed = family(outline, name).build_kwargs | {"img_size": image_size, "num_classes": 0}
+    model = timm.create_model(name, pretrained=pretrained, device=device, **kwargs, **fixed)
+    model.prune_intermediate_layers(len(model.blocks), prune_head=True)
+    return model
+
+
+def split(model: nn.Module) -> Backbone:
+    """Wrap a model of `build_model`; the model belongs to the `Backbone` from then on."""
+    return family(model, type(model).__name__)(model)
+
+
+def family(model: nn.Module, name: str) -> type[Backbone]:
+    """The adapter for a timm model, or a `UserError` that lists the families there are."""
+    for timm_class, backbone in FAMILIES.items():
+        if isinstance(model, timm_class):
+            return backbone
+    raise UserError(f"model {name} is a {type(model).__name__}, which cannot be split into blocks ({_supported()})")
+
+
+def _outline(name: str, image_size: int, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The model without memory or weights: tells its family, and all that is wrong with the request."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"model {name} is unknown to timm {timm.__version__}{hint}")
+    try:
+        model = timm.create_model(name, num_classes=0, img_size=image_size, device="meta", **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"model {name} at {image_size} pixels cannot be built: {reason} ({_supported()})") from error
+    family(model, name)
+    patch = max(model.patch_embed.feat_ratio(as_scalar=False))
+    if image_size % patch:
+        raise UserError(f"image size {image_size} is no multiple of {patch}, the patch size of {name}")
+    return model
+
+
+def _supported() -> str:
+    return "supported families: " + ", ".join(timm_class.__name__ for timm_class in FAMILIES)
+
+
+def _spec(model: nn.Module) -> TeacherSpec:
+    pretrained = model.pretrained_cfg
+    return TeacherSpec(
+        model=pretrained["architecture"],
+        depth=len(model.blocks),
+        dim=model.embed_dim,
+        grid=tuple(model.patch_embed.grid_size),
+        has_cls=model.cls_token is not None,
+        mean=tuple(pretrained["mean"]),
+        std=tuple(pretrained["std"]),
+    )

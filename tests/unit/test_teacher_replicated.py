@@ -1,0 +1,115 @@
+"""The replicated placement: what is run, what is resident, what the features may be used for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from leap_dist.config import TeacherConfig
+from leap_dist.teacher import Teacher, build_teacher
+from leap_dist.teacher.replicated import ReplicatedTeacher
+from leap_dist.teacher.weights import load_backbone
+
+DEPTH, DIM, SIZE = 4, 16, 32
+BLOCK_PARAMETERS = 12 * DIM**2 + 13 * DIM  # qkv, projection and a 4x MLP with biases, two norms
+STEM_PARAMETERS = (3 * 16**2 + 1) * DIM + DIM + (4 + 1) * DIM + 2 * DIM  # patches, CLS, positions of 2x2+1, norm
+
+
+def config(model: str = "deit_small_patch16_224", dtype: str = "fp32") -> TeacherConfig:
+    kwargs = {"embed_dim": DIM, "depth": DEPTH, "num_heads": 2}
+    return TeacherConfig(model=model, kwargs=kwargs, weights="random", dtype=dtype)
+
+
+def build(device: str = "cpu", **changes: str) -> Teacher:
+    return build_teacher(config(**changes), SIZE, torch.device(device))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+
+
+def test_blocks_past_the_target_are_never_called(images):
+    backbone = load_backbone(config(), SIZE)
+    called = []
+    for number, block in enumerate(backbone.blocks, start=1):
+        block.register_forward_hook(lambda *_, number=number: called.append(number))
+    teacher = ReplicatedTeacher(backbone, torch.device("cpu"))
+    for target in (1, 3, DEPTH, 2):
+        called.clear()
+        teacher.retarget(target)
+        teacher.features(images)
+        assert called == list(range(1, target + 1))
+    called.clear()
+    assert len(list(teacher.sweep(images))) == DEPTH
+    assert called == list(range(1, DEPTH + 1))
+
+
+def test_only_what_the_target_needs_is_on_the_device():
+    backbone = load_backbone(config(), SIZE)
+    teacher = ReplicatedTeacher(backbone, torch.device("meta"))  # a device that is not the host
+    for target in range(1, DEPTH + 1):
+        teacher.retarget(target)
+        devices = [{p.device.type for p in block.parameters()} for block in backbone.blocks]
+        assert devices == [{"meta"}] * target + [{"cpu"}] * (DEPTH - target)
+        assert {p.device.type for p in backbone.stem.parameters()} == {"meta"}
+        assert teacher.resident_bytes() == 4 * (STEM_PARAMETERS + target * BLOCK_PARAMETERS)
+
+
+def test_half_precision_halves_what_is_resident():
+    assert 2 * build("meta", dtype="bf16").resident_bytes() == build("meta").resident_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model", ["deit_small_patch16_224", "vit_small_patch16_dinov3", "cait_s24_224"])
+def test_half_precision_features(model, dtype, images):
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    exact, half = build(model=model), build(model=model, dtype=name)
+    for teacher in (exact, half):
+        teacher.retarget(DEPTH)
+    patch = half.features(images).patch
+    assert patch.dtype is dtype
+    assert torch.allclose(patch.float(), exact.features(images).patch, atol=0.1)
+
+
+def test_rotary_tables_stay_exact_in_half_precision():
+    tables = dict(load_backbone(config("vit_small_patch16_dinov3", "bf16"), SIZE).named_buffers())
+    assert tables
+    assert {table.dtype for table in tables.values()} == {torch.float32}
+
+
+def test_features_are_constants_that_backward_may_keep(images):
+    teacher = build()
+    patch, cls = teacher.features(images.requires_grad_())
+    assert not patch.requires_grad
+    assert not cls.requires_grad
+    scale = torch.ones((), requires_grad=True)
+    (scale * patch).square().mean().backward()
+    assert scale.grad.item() == pytest.approx(2 * patch.square().mean().item())
+    assert not next(teacher.sweep(images)).patch.requires_grad
+
+
+def test_dropout_is_off(images):
+    kwargs = config().kwargs | {"proj_drop_rate": 0.5, "drop_path_rate": 0.5, "pos_drop_rate": 0.5}
+    dropping = TeacherConfig(model=config().model, kwargs=kwargs, weights="random")
+    teacher = build_teacher(dropping, SIZE, torch.device("cpu"))
+    assert torch.equal(teacher.features(images).patch, teacher.features(images).patch)
+
+
+def test_sweep_leaves_the_target_as_it_was(images):
+    teacher = build()
+    teacher.retarget(2)
+    before = teacher.features(images).patch
+    next(teacher.sweep(images))
+    list(teacher.sweep(images))
+    assert teacher.block == 2
+    assert torch.equal(teacher.features(images).patch, before)
+
+
+@pytest.mark.parametrize("block", [0, -1, DEPTH + 1])
+def test_target_outside_the_teacher_is_refused(block):
+    teacher = build()
+    with pytest.raises(ValueError, match=rf"{block} is outside 1\.\.{DEPTH}"):
+        teacher.retarget(block)
+    assert teacher.block == 1

@@ -1,0 +1,177 @@
+"""Where weights come from, in which shapes they load, and what each mistake says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from leap_dist.config import TeacherConfig
+from leap_dist.errors import UserError
+from leap_dist.teacher.weights import load_backbone
+
+MODEL, SIZE = "vit_giant_patch14_dinov2", 42
+KWARGS: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+State = dict[str, Tensor]
+
+
+def timm_model(name: str = MODEL, image_size: int = SIZE, **options: Any) -> nn.Module:
+    return timm.create_model(name, num_classes=0, img_size=image_size, **KWARGS, **options).eval()
+
+
+@pytest.fixture
+def state() -> State:
+    torch.manual_seed(5)
+    model = timm_model()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model.state_dict()
+
+
+def load(weights: Path | str, model: str = MODEL, image_size: int = SIZE, **options: Any) -> State:
+    """The teacher's parameters, under timm's names."""
+    config = TeacherConfig(model=model, kwargs=KWARGS, weights=str(weights), **options)
+    return {key.removeprefix("stem."): p for key, p in load_backbone(config, image_size).named_parameters()}
+
+
+def assert_same(found: State, expected: State) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert torch.equal(value, expected[key]), key
+
+
+def as_original_dinov2(state: State) -> State:
+    """The names of the checkpoints published by DINOv2's authors."""
+    renamed = {key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): v for key, v in state.items()}
+    return renamed | {"mask_token": torch.zeros(1, KWARGS["embed_dim"])}
+
+
+def prefixed(prefix: str, state: State) -> State:
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": prefixed("module.", state)},
+        lambda state: {"teacher": prefixed("backbone.", state) | {"dino_head.mlp.weight": torch.zeros(2)}},
+        lambda state: {"teacher": prefixed("module.backbone.", state), "student": {}},
+        lambda state: state | {"head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)},
+        as_original_dinov2,
+    ],
+    ids=["plain", "state_dict", "ddp", "dinov2-training", "ddp-backbone", "classifier", "dinov2-names"],
+)
+def test_checkpoints_as_they_come(wrap: Callable[[State], Any], state, tmp_path):
+    torch.save(wrap(state), tmp_path / "weights.pth")
+    assert_same(load(tmp_path / "weights.pth"), state)
+
+
+def test_safetensors(state, tmp_path):
+    save_file(state, tmp_path / "weights.safetensors")
+    assert_same(load(tmp_path / "weights.safetensors"), state)
+
+
+@pytest.mark.parametrize("name", [MODEL, "eva02_base_patch14_224", "vit_giant_patch14_reg4_dinov2"])
+def test_another_image_size_resamples_the_position_embedding_as_timm_does(name, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    small = timm_model(name, 70)
+    save_file(small.state_dict(), path)
+    expected = timm_model(name, SIZE, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    assert expected.pos_embed.shape != small.pos_embed.shape
+    found = load(path, name)
+    assert torch.equal(found["pos_embed"], expected.pos_embed)
+
+
+def test_file_is_cast_to_the_configured_dtype(state, tmp_path):
+    save_file({key: value.half() for key, value in state.items()}, tmp_path / "weights.safetensors")
+    found = load(tmp_path / "weights.safetensors", dtype="bf16")
+    assert_same(found, {key: value.half().bfloat16() for key, value in state.items()})
+    assert {p.dtype for p in found.values()} == {torch.bfloat16}
+
+
+def test_random_weights_depend_on_nothing_and_disturb_nothing():
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = load("random")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert_same(load("random"), first)
+    assert first["blocks.0.attn.qkv.weight"].std() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.pop("blocks.1.norm2.bias"), r"lacks 1 tensors: blocks\.1\.norm2\.bias"),
+        (lambda s: [s.pop(key) for key in list(s) if "norm" in key], r"lacks 10 tensors: .*norm.*, \.\.\."),
+        (lambda s: s.update(extra=torch.zeros(1)), "has unknown 1 tensors: extra"),
+        (lambda s: s.update({"blocks.2.norm1.bias": torch.zeros(32)}), r"has unknown .* blocks\.2\.norm1\.bias"),
+        (lambda s: s.update({"norm.bias": torch.zeros(31)}), r"norm\.bias has shape \(31,\), .* needs \(32,\)"),
+        (
+            lambda s: s.update({"patch_embed.proj.weight": torch.zeros(32, 3, 16, 16)}),
+            r"patch_embed\.proj\.weight has shape \(32, 3, 16, 16\), .* needs \(32, 3, 14, 14\)",
+        ),
+        (lambda s: s.update(pos_embed=torch.zeros(1, 8, 32)), "does not fit|pos_embed has shape"),
+        (lambda s: s.update({"norm.bias": 3}), r"norm\.bias has shape \(\)"),
+        (lambda s: s.clear(), "lacks"),
+    ],
+)
+def test_weights_of_another_model_are_refused(change, said, state, tmp_path):
+    change(state)
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    assert_refused(path, said)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_truncated_file_is_refused(suffix, state, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    for size in (path.stat().st_size // 2, 5, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        assert_refused(path, "truncated, damaged")
+
+
+def test_file_with_code_in_it_is_refused(tmp_path):
+    torch.save(nn.Linear(1, 1), tmp_path / "weights.pt")
+    assert_refused(tmp_path / "weights.pt", "no plain state dict")
+
+
+def test_file_without_a_state_dict_is_refused(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "weights.pt")
+    assert_refused(tmp_path / "weights.pt", "no plain state dict")
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("absent.pth", "no such file"),
+        ("weights.npz", "hub, random, or a file ending in .safetensors .pth .pt"),
+        ("pretrained", "hub, random, or a file ending in"),
+        ("demo", "teacher.weights=demo"),
+    ],
+)
+def test_unusable_source_is_refused(weights, said):
+    assert_refused(weights, said)
+
+
+def test_hub_out_of_reach_says_how_to_give_a_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert_refused("hub", r"hub.*vit_giant_patch14_dinov2.*teacher\.weights=/path/to/model\.safetensors")
+
+
+def assert_refused(weights: Path | str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        load(weights)
+    assert str(weights) in str(caught.value)
+    assert "\n" not in str(caught.value)
