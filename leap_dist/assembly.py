@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from leap_dist.optim import build_optimizer
 from leap_dist.student import Student, build_student
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
 from leap_dist.trainer import Parts, Trainer
+
+log = logging.getLogger(__name__)
 
 
 def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
@@ -82,10 +84,7 @@ def check_pair(config: Config, spec: TeacherSpec) -> None:
             )
     seen = (tuple(config.data.mean), tuple(config.data.std))
     if config.teacher.weights != DEMO_TEACHER and seen != (tuple(spec.mean), tuple(spec.std)):
-        warnings.warn(
-            f"{config.teacher.model} was trained with mean {spec.mean}, std {spec.std}; data.mean and data.std differ",
-            stacklevel=2,
-        )
+        log.warning("%s expects mean %s, std %s; data.mean and data.std differ", config.teacher.model, spec.mean, spec.std)
 
 
 def with_demo_teacher(config: Config, world: World) -> Config:

@@ -186,13 +186,14 @@ class Config:
 def load(path: Optional[Path], overrides: list[str], check: bool = True) -> Config:
     """Merge defaults, the YAML at `path` and ``section.key=value`` overrides, in that order, and check the result.
 
+    A YAML may build on another: ``base: other.yaml``, relative to itself.
     check=False skips what depends on this moment's files, to read the config of an earlier run.
 
     Raises:
         UserError: unknown key, wrong type, missing value or impossible combination; one line that names it.
     """
     config = OmegaConf.structured(Config)
-    for source, layer in (*_yaml_layer(path), *_override_layers(overrides)):
+    for source, layer in (*_yaml_layers(path), *_override_layers(overrides)):
         for key, value in _leaves(layer):
             _require_known(key, source)
             try:
@@ -215,18 +216,23 @@ def _to_object(config: Any) -> Config:
         raise UserError(str(error).splitlines()[0]) from None
 
 
-def _yaml_layer(path: Optional[Path]) -> list[tuple[str, Any]]:
+def _yaml_layers(path: Optional[Path], seen: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
+    """The YAML at `path`, after the one its `base` names (relative to it), if any."""
     if path is None:
         return []
     if not path.is_file():
         raise UserError(f"--config {path}: no such file")
+    if path.resolve() in seen:
+        raise UserError(f"--config {path}: is its own base")
     try:
-        layer = OmegaConf.load(path)
+        layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # yaml has no common base for what a broken file raises
         raise UserError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not OmegaConf.is_dict(layer):
+    if not isinstance(layer, dict):
         raise UserError(f"--config {path}: expected a mapping of sections")
-    return [(str(path), OmegaConf.to_container(layer, resolve=False))]
+    base = layer.pop("base", None)
+    base_layers = [] if base is None else _yaml_layers(path.parent / str(base), (*seen, path.resolve()))
+    return [*base_layers, (str(path), layer)]
 
 
 def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:

@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each makes .venv first if it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The demo runs two processes, on CPU or on two GPUs; a machine with a single GPU gets one.
+DEMO_PROCESSES ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || echo 2)
+
+.PHONY: demo test test-slow lint bench tensorboard setup clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: setup  ## distil a student on handwritten digits: minutes on two CPU cores
+	rm -rf runs/demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(DEMO_PROCESSES) leap_dist/train.py
+
+test: setup  ## everything but the slow tests
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: setup  ## the slow tests only
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_house.py
+
+bench: setup  ## speed and memory, as ratios measured in one run
+	$(BIN)/python tools/bench_feature_match.py
+
+tensorboard: setup
+	$(BIN)/tensorboard --logdir runs
+
+clean:
+	rm -rf $(VENV) build *.egg-info

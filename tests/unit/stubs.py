@@ -1,0 +1,126 @@
+"""Stand-ins with which the training loop runs in-process, in milliseconds, and leaves a trace of what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leap_dist.checkpoint import Checkpoints
+from leap_dist.config import Config, load
+from leap_dist.coordinator import Coordinator
+from leap_dist.curriculum import build_curriculum
+from leap_dist.data import Batch
+from leap_dist.distributed import World
+from leap_dist.features import Features
+from leap_dist.flops import TeacherFlops
+from leap_dist.objective import Objective
+from leap_dist.optim import build_optimizer
+from leap_dist.student import build_student
+from leap_dist.teacher import TeacherSpec
+from leap_dist.trainer import Parts, Trainer
+
+ONE = World(0, 1, 0, 1, torch.device("cpu"))
+DEPTH, WIDTH, GRID = 4, 12, (2, 2)
+
+
+@dataclass
+class StubTeacher:
+    """Block k gives fixed linear features of the image, different for each k."""
+
+    block: int = 1
+    asked: list[int] = field(default_factory=list)
+    spec: TeacherSpec = TeacherSpec("stub", DEPTH, WIDTH, GRID, True, (0.5,) * 3, (0.5,) * 3)
+
+    def at(self, block: int, images: Tensor) -> Features:
+        generator = torch.Generator().manual_seed(block)
+        cells = torch.nn.functional.adaptive_avg_pool2d(images, GRID).flatten(2).transpose(1, 2)
+        patch = cells @ torch.randn(3, WIDTH, generator=generator)
+        return Features(patch, patch.mean(1))
+
+    def features(self, images: Tensor) -> Features:
+        self.asked.append(self.block)
+        return self.at(self.block, images)
+
+    def sweep(self, images: Tensor) -> Iterator[Features]:
+        return (self.at(block, images) for block in range(1, DEPTH + 1))
+
+    def retarget(self, block: int) -> None:
+        self.block = block
+
+
+class StubLoader:
+    """Three micro-batches an epoch, keyed by (epoch, index)."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        for index in range(start, len(self)):
+            images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(100 * epoch + index))
+            yield Batch(images, torch.zeros(4, dtype=torch.long), torch.arange(4))
+
+    def close(self) -> None:
+        pass
+
+
+class StubEngine:
+    """What the loop uses of a DeepSpeed engine, over plain torch."""
+
+    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.module, self.optimizer = module, optimizer
+        self.eval, self.train = module.eval, module.train
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+        path = Path(folder) / tag
+        path.mkdir(parents=True)
+        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "client": client_state}
+        torch.save(state, path / "state.pt")
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
+        state = torch.load(Path(folder) / tag / "state.pt", weights_only=False)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return folder, state["client"]
+
+
+def stub_config(output: Path, *overrides: str) -> Config:
+    """A ViT of 1 block on 8-pixel images, three steps an epoch."""
+    defaults = [
+        "teacher.model=stub", "teacher.weights=random", "student.model=vit_tiny_patch16_224", "data.train=digits",
+        "data.image_size=8", "data.global_batch=4", "data.mixup=false", "epochs=2", "optim.batch_reference=null",
+        "telemetry.every=1", "telemetry.progress=false", "curriculum.start=1", f"output={output}",
+    ]  # fmt: skip
+    shape = ["patch_size=4", "embed_dim=6", "depth=1", "num_heads=1"]
+    return load(None, [*defaults, *(f"student.kwargs.{item}" for item in shape), *overrides])
+
+
+def stub_trainer(config: Config, teacher: StubTeacher | None = None) -> Trainer:
+    """A trainer whose student, objective, curriculum and optimizer are real."""
+    torch.manual_seed(config.seed)
+    teacher = teacher or StubTeacher()
+    student = build_student(config.student, config.data.image_size)
+    objective = Objective(student, WIDTH, GRID, config.objective, config.curriculum.metric)
+    parts = Parts(
+        teacher=teacher,
+        flops=TeacherFlops(0, (10,) * DEPTH, 0),
+        engine=StubEngine(objective, build_optimizer(config.optim, objective, zero_stage=0)),
+        loader=StubLoader(),
+        coordinator=Coordinator(build_curriculum(config.curriculum, DEPTH), ONE),
+        checkpoints=Checkpoints(config, ONE),
+    )
+    return Trainer(config, ONE, parts)

@@ -1,0 +1,122 @@
+"""Which run a folder belongs to, and that a checkpoint is whole or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leap_dist.checkpoint import Checkpoints, find_resume, newest
+from leap_dist.config import Config, load
+from leap_dist.distributed import World
+from leap_dist.errors import UserError
+
+ONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def config(folder: Path, *overrides: str) -> Config:
+    return load(None, ["teacher.model=t", "student.model=s", "data.train=digits", f"output={folder}", *overrides])
+
+
+class PlainEngine:
+    """Saves a number the way DeepSpeed saves a model; may be told to fail."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+
+    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+        assert save_latest is False
+        path = Path(folder) / tag
+        path.mkdir(parents=True)
+        if self.fails:
+            raise OSError(28, "No space left on device")
+        (path / "model.json").write_text(json.dumps(client_state))
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
+        path = Path(folder) / tag / "model.json"
+        return str(path), json.loads(path.read_text())
+
+
+def claimed(tmp_path: Path, *overrides: str, steps: tuple[int, ...] = ()) -> Checkpoints:
+    checkpoints = Checkpoints(config(tmp_path, *overrides), ONE)
+    checkpoints.claim_output()
+    for step in steps:
+        checkpoints.save(PlainEngine(), step, {"step": step})
+    return checkpoints
+
+
+def test_save_then_load_gives_the_state_back(tmp_path: Path) -> None:
+    checkpoints = claimed(tmp_path, steps=(5, 10))
+    path = find_resume(config(tmp_path, "resume=auto"))
+    assert path == tmp_path / "checkpoints" / "step00000010"
+    assert checkpoints.load(PlainEngine(), path) == {"step": 10}
+    assert load(path / "config.yaml", []) == checkpoints.config
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    claimed(tmp_path, "checkpoint.keep=2", steps=(1, 2, 3, 4))
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step*"))
+    assert kept == ["step00000003", "step00000004"]
+
+
+def test_a_failed_save_leaves_the_previous_one_the_latest(tmp_path: Path) -> None:
+    checkpoints = claimed(tmp_path, steps=(5,))
+    with pytest.raises(UserError, match=r"step00000006: cannot be written .*No space left.*previous one is intact"):
+        checkpoints.save(PlainEngine(fails=True), 6, {})
+    assert newest(tmp_path / "checkpoints").name == "step00000005"
+    checkpoints.save(PlainEngine(), 6, {"step": 6})  # what the failed one left does not stand in the way
+    assert checkpoints.load(PlainEngine(), newest(tmp_path / "checkpoints")) == {"step": 6}
+
+
+def test_a_fresh_run_does_not_pick_up_what_lies_in_the_folder(tmp_path: Path) -> None:
+    """Defect B1 of the published code: a new student started at an old run's block."""
+    claimed(tmp_path, steps=(5,))
+    with pytest.raises(UserError, match="holds a run; continue it with resume=auto, or choose another output"):
+        find_resume(config(tmp_path))
+
+
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_a_folder_of_another_config_is_refused(resume: str, tmp_path: Path) -> None:
+    claimed(tmp_path, steps=(5,))
+    with pytest.raises(UserError, match=r"holds a run of another config \(optim.lr: 0.001 -> 0.5\)"):
+        find_resume(config(tmp_path, "optim.lr=0.5", f"resume={resume}"))
+
+
+def test_auto_starts_fresh_where_nothing_was_saved(tmp_path: Path) -> None:
+    assert find_resume(config(tmp_path, "resume=auto")) is None
+    claimed(tmp_path)
+    assert find_resume(config(tmp_path, "resume=auto")) is None
+
+
+def test_resume_from_a_path_takes_run_folder_or_checkpoint(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    claimed(old, steps=(7,))
+    for path in (old, old / "checkpoints", old / "checkpoints" / "step00000007"):
+        assert find_resume(config(new, f"resume={path}", "optim.lr=0.5")).name == "step00000007"
+    new.mkdir()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_resume(config(tmp_path / "third", f"resume={new}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "words"),
+    [((), 2, "world_size=1, this run has world_size=2"), (("engine.zero_stage=1",), 1, "zero_stage=0, this run")],
+)
+def test_another_world_or_stage_is_refused(overrides: tuple[str, ...], size: int, words: str, tmp_path: Path) -> None:
+    claimed(tmp_path / "old", steps=(7,))
+    world = World(0, size, 0, size, torch.device("cpu"))
+    checkpoints = Checkpoints(config(tmp_path / "new", *overrides), world)
+    with pytest.raises(UserError, match=words):
+        checkpoints.load(PlainEngine(), tmp_path / "old" / "checkpoints" / "step00000007")
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
+    checkpoints = claimed(tmp_path, steps=(5,))
+    path = newest(tmp_path / "checkpoints")
+    (path / "model.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        checkpoints.load(PlainEngine(), path)
+    assert "\n" not in str(caught.value)

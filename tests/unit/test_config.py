@@ -1,0 +1,139 @@
+"""Every mistake in a config is one line that names the key, the value and what would be valid."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from leap_dist.config import Config, describe, differences, flat, load, option_fields, to_yaml
+from leap_dist.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHED = sorted((ROOT / "launch_configs").glob("*.yaml"))
+NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.trian=x", ["data.trian", "unknown key", "data.train"]),
+        ("treshold=0.5", ["treshold", "unknown key", "curriculum.threshold"]),
+        ("data.workers=many", ["data.workers='many'", "a whole number"]),
+        ("curriculum.mode=lep", ["curriculum.mode='lep'", "leap", "fixed", "all_layers"]),
+        ("curriculum.start=soon", ["curriculum.start='soon'", "a whole number or null"]),
+        ("data=5", ["data", "is a section"]),
+        ("epochs", ["'epochs'", "section.key=value"]),
+        ("epochs=0", ["epochs=0", "at least 1"]),
+        ("data.global_batch=-8", ["data.global_batch=-8", "at least 1"]),
+        ("optim.lr=0", ["optim.lr=0", "above 0"]),
+        ("optim.lr=.nan", ["optim.lr=nan", "above 0"]),
+        ("objective.cls_weight=-1", ["objective.cls_weight=-1", "negative"]),
+        ("curriculum.ema_alpha=0", ["curriculum.ema_alpha=0", "(0, 1]"]),
+        ("curriculum.threshold=.inf", ["curriculum.threshold=inf", "finite"]),
+        ("curriculum.block=3", ["curriculum.block=3", "curriculum.mode=fixed"]),
+        ("data.crop_scale=[0.9,0.1]", ["data.crop_scale=[0.9, 0.1]", "low <= high"]),
+        ("data.train=/no/such/folder", ["data.train=/no/such/folder", "no such folder"]),
+        ("data.train=s3://bucket/set", ["data.train=s3://bucket/set", "data.cache"]),
+        ("teacher.weights=/no/such/file.pth", ["teacher.weights=/no/such/file.pth", "no such file", "random"]),
+        ("resume=/no/such/checkpoint", ["resume=/no/such/checkpoint", "auto or none"]),
+        ("engine.deepspeed.optimizer.type=Adam", ["engine.deepspeed.optimizer", "optim.name"]),
+        ("engine.deepspeed.zero_optimization.stage=2", ["engine.deepspeed.zero_optimization.stage", "zero_stage"]),
+    ],
+)
+def test_one_mistake_one_line(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load(None, [*NEEDED, override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_combinations_that_cannot_be() -> None:
+    with pytest.raises(UserError, match="optim.name=lars with engine.zero_stage=2"):
+        load(None, [*NEEDED, "optim.name=lars", "engine.zero_stage=2"])
+    with pytest.raises(UserError, match=r"data.global_batch=255: must be a multiple of engine.accumulation=2"):
+        load(None, [*NEEDED, "data.global_batch=255", "engine.accumulation=2"])
+
+
+def test_a_missing_required_key_is_named() -> None:
+    with pytest.raises(UserError, match="data.train is required"):
+        load(None, ["teacher.model=t", "student.model=s"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [1", "not readable as YAML"), ("- 1\n- 2\n", "mapping"), ("base: self.yaml", "its own base")]
+)
+def test_a_broken_yaml_is_one_line(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "self.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        load(path, [])
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_later_layers_win_and_base_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("epochs: 3\noptim: {lr: 0.5, momentum: 0.1}\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\noptim: {lr: 0.25}\n")
+    config = load(tmp_path / "run.yaml", [*NEEDED, "optim.betas=[0.8,0.9]"])
+    assert (config.epochs, config.optim.lr, config.optim.momentum, config.optim.betas) == (3, 0.25, 0.1, (0.8, 0.9))
+
+
+def test_the_resolved_config_loads_back_equal(tmp_path: Path) -> None:
+    config = load(None, [*NEEDED, "student.kwargs.depth=3", "engine.deepspeed.zero_optimization.overlap_comm=true"])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load(path, []) == config
+
+
+def test_differences_name_what_makes_it_another_run() -> None:
+    old = load(None, NEEDED)
+    assert differences(old, load(None, [*NEEDED, "output=elsewhere", "telemetry.every=3", "data.workers=1"])) == []
+    assert differences(old, load(None, [*NEEDED, "optim.lr=0.5"])) == ["optim.lr: 0.001 -> 0.5"]
+
+
+@pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.stem)
+def test_every_launch_config_loads(path: Path) -> None:
+    config = load(path, ["data.train=digits"])
+    assert "base" not in flat(config)
+    only_deltas = yaml.safe_load(path.read_text())
+    assert only_deltas.keys() <= {key.split(".")[0] for key in option_fields()} | {"base"}
+
+
+def test_the_published_settings_are_the_launched_ones() -> None:
+    """papers.md, section A: threshold 0.8 / 0.85, LARS 6.0 at sqrt(batch/1536), 100 epochs, clip 1.0, CLS 0.05."""
+    names = {path.stem for path in LAUNCHED}
+    for student in ("vits14", "vitt14"):
+        for data, threshold in (("imagenet1k", 0.8), ("imagenet100", 0.85)):
+            assert {f"leap_vitg14_{student}_{data}", f"baseline_vitg14_{student}_{data}", "demo"} <= names
+            leap, base = (
+                load(ROOT / f"launch_configs/{kind}_vitg14_{student}_{data}.yaml", ["data.train=digits"])
+                for kind in ("leap", "baseline")
+            )
+            assert (leap.curriculum.threshold, leap.epochs, leap.engine.clip) == (threshold, 100, 1.0)
+            assert (leap.optim.name, leap.optim.lr, leap.optim.batch_reference) == ("lars", 6.0, 1536)
+            assert differences(leap, base) == ["curriculum.mode: leap -> fixed"]
+
+
+def test_help_shows_every_option_with_its_default() -> None:
+    text = describe()
+    for key, option in option_fields().items():
+        assert f"  {key}=" in text and option.metadata["doc"] in text
+    assert isinstance(Config.__doc__, str)
+
+
+def test_a_mistyped_key_costs_no_torch_import() -> None:
+    """The entry point must refuse before seconds of imports."""
+    code = (
+        "import sys; from leap_dist.train import main; status = main(['data.trian=x']); "
+        "assert 'torch' not in sys.modules; sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "leap_dist [rank 0]: error: data.trian (command line): unknown key; did you mean data.train?"
+    )

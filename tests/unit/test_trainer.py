@@ -1,0 +1,122 @@
+"""The order of things within a step and between steps, as the published code has it (measured there by running it)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stubs import DEPTH, StubLoader, StubTeacher, stub_config, stub_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.functional import mse_loss
+
+from leap_dist.errors import UserError
+from leap_dist.trainer import Trainer
+
+
+def run(trainer: Trainer) -> Trainer:
+    assert trainer.run()
+    trainer.close()
+    return trainer
+
+
+def scalars(output: Path, tag: str) -> list[float]:
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
+def test_the_new_block_is_the_target_from_the_next_step_on(tmp_path: Path) -> None:
+    teacher = StubTeacher()
+    trainer = run(stub_trainer(stub_config(tmp_path, "curriculum.threshold=-1"), teacher))
+    assert teacher.asked == [1, 2, 3, 4, 4, 4]
+    assert trainer.progress.trajectory == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert scalars(tmp_path, "curriculum/block") == [1, 2, 3, 4, 4, 4]
+
+
+def test_loss_is_patch_mse_plus_weighted_cls_mse_of_the_steps_own_block(tmp_path: Path) -> None:
+    """Start at block 2 with a threshold that always advances: loss and score of step 0 are still block 2's."""
+    config = stub_config(tmp_path, "curriculum.threshold=-1", "curriculum.start=2", "objective.cls_weight=0.05", "epochs=1")
+    teacher, images = StubTeacher(), next(StubLoader().epoch(0)).images
+    trainer = stub_trainer(config, teacher)
+    with torch.no_grad():
+        student, head, target = trainer.engine.module.student(images), trainer.engine.module.heads[0], teacher.at(2, images)
+        patch = mse_loss(torch.nn.functional.linear(student.patch, head.weight, head.bias), target.patch)
+        cls = mse_loss(torch.nn.functional.linear(student.cls, head.weight, head.bias), target.cls)
+    run(trainer)
+    assert scalars(tmp_path, "loss/patch")[0] == pytest.approx(patch.item(), rel=1e-5)
+    assert scalars(tmp_path, "loss/cls")[0] == pytest.approx(cls.item(), rel=1e-5)
+    assert scalars(tmp_path, "loss/total")[0] == pytest.approx((patch + 0.05 * cls).item(), rel=1e-5)
+    assert scalars(tmp_path, "curriculum/ema")[0] == 0.0  # reset by the advance, as the published log shows it
+
+
+def test_epochs_alone_advance_a_block_that_is_never_learned(tmp_path: Path) -> None:
+    """max_epochs_per_block=2 at three steps an epoch: six steps on a block, the switch exactly at the epoch's end."""
+    overrides = ["curriculum.threshold=2", "curriculum.max_epochs_per_block=2", "epochs=5"]
+    teacher = StubTeacher()
+    run(stub_trainer(stub_config(tmp_path, *overrides), teacher))
+    assert teacher.asked == [1] * 6 + [2] * 6 + [3] * 3
+
+
+def test_calibration_starts_at_the_highest_score_and_costs_one_full_pass(tmp_path: Path, monkeypatch: Any) -> None:
+    trainer = stub_trainer(stub_config(tmp_path, "curriculum.start=null", "curriculum.threshold=2", "epochs=1"))
+    scores = iter([0.2, 0.7, math.nan, 0.7, *[0.1] * 3])  # four blocks, then three steps; ties go to the shallowest
+    monkeypatch.setattr(trainer, "_score", lambda evidence: torch.tensor(next(scores)))
+    run(trainer)
+    assert trainer.progress.trajectory == [(0, 2)]
+    images, per_block = 4, 10
+    assert trainer.progress.flops == images * per_block * (DEPTH + 3 * 2)
+    assert trainer.progress.saved_fraction == pytest.approx(1 - (DEPTH + 3 * 2) / (3 * DEPTH))
+
+
+def test_a_resumed_run_does_not_calibrate_and_continues_to_the_same_end(tmp_path: Path) -> None:
+    """Defect B2 of the published code: curriculum state and weights came from different moments."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    overrides = ["curriculum.threshold=0.3", "curriculum.start=null", "checkpoint.every_steps=1", "epochs=3"]
+    uncut = run(stub_trainer(stub_config(whole, *overrides)))
+    cut = stub_trainer(stub_config(halves, *overrides))
+    cut.loader.epoch = dies_at(cut.loader, epoch=1, index=2)
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    cut.close()
+    resumed = stub_trainer(stub_config(halves, *overrides, "resume=auto"))
+    resumed.restore(halves / "checkpoints" / "step00000005")
+    resumed._calibrated = lambda batches: pytest.fail("calibrated again")
+    run(resumed)
+    assert resumed.progress.trajectory == uncut.progress.trajectory
+    for name, tensor in uncut.engine.module.state_dict().items():
+        assert torch.equal(tensor, resumed.engine.module.state_dict()[name]), name
+    assert scalars(halves, "loss/total") == scalars(whole, "loss/total")
+
+
+def dies_at(loader: StubLoader, epoch: int, index: int) -> Any:
+    inner = loader.epoch
+
+    def stream(number: int, start: int = 0) -> Any:
+        for position, batch in enumerate(inner(number, start), start):
+            if (number, position) == (epoch, index):
+                raise KeyboardInterrupt
+            yield batch
+
+    return stream
+
+
+def test_a_non_finite_loss_ends_the_run_before_anything_is_saved(tmp_path: Path) -> None:
+    trainer = stub_trainer(stub_config(tmp_path, "checkpoint.every_steps=1"))
+    trainer.teacher.at = lambda block, images: StubTeacher().at(block, images * math.nan)
+    with pytest.raises(UserError, match="non-finite loss on rank 0 at step 0"):
+        trainer.run()
+    trainer.close()
+    assert not (tmp_path / "checkpoints" / "latest").exists()
+
+
+def test_the_score_at_the_last_block_is_only_computed_when_shown(tmp_path: Path) -> None:
+    config = stub_config(tmp_path, "curriculum.mode=fixed", "curriculum.start=null", "telemetry.every=3")
+    trainer = stub_trainer(config)
+    asked = []
+    forward = trainer.engine.module.forward
+    trainer.engine.module.forward = lambda images, targets, scored: (asked.append(scored), forward(images, targets, scored))[1]
+    run(trainer)
+    assert asked == [True, False, False, True, False, False]
