@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,9 @@ def check_pair(config: Config, spec: TeacherSpec) -> None:
             f"curriculum.mode=all_layers: needs equal depths, student.model={config.student.model} has {student.depth} "
             f"blocks and teacher.model={config.teacher.model} {spec.depth}"
         )
+    layered = inspect.signature(student.backbone.forward_intermediates).parameters
+    if config.curriculum.mode == "all_layers" and "return_prefix_tokens" not in layered:
+        raise UserError(f"curriculum.mode=all_layers: student.model={config.student.model} cannot give every layer")
     for side, model, has_cls in (
         ("teacher", config.teacher.model, spec.has_cls),
         ("student", config.student.model, student.has_cls),
@@ -84,7 +88,9 @@ def check_pair(config: Config, spec: TeacherSpec) -> None:
             )
     seen = (tuple(config.data.mean), tuple(config.data.std))
     if config.teacher.weights != DEMO_TEACHER and seen != (tuple(spec.mean), tuple(spec.std)):
-        log.warning("%s expects mean %s, std %s; data.mean and data.std differ", config.teacher.model, spec.mean, spec.std)
+        log.warning(
+            "%s expects mean %s, std %s; data.mean and data.std differ", config.teacher.model, spec.mean, spec.std
+        )
 
 
 def with_demo_teacher(config: Config, world: World) -> Config:

@@ -25,8 +25,6 @@ DEMO_TEACHER = "demo"  # teacher.weights: the small ViT trained here on the digi
 
 def _option(default: Any, doc: str) -> Any:
     """A dataclass field that carries its own help line (shown by ``--help``)."""
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
     return field(default=default, metadata={"doc": doc})
 
 
@@ -35,7 +33,7 @@ class TeacherConfig:
     """The frozen teacher."""
 
     model: str = _option(MISSING, "timm model name, e.g. vit_giant_patch14_dinov2")
-    kwargs: dict[str, Any] = _option({}, "further arguments of timm.create_model")
+    kwargs: dict[str, Any] = field(default_factory=dict, metadata={"doc": "further arguments of timm.create_model"})
     weights: str = _option(HUB, "hub | random | demo | path of a .safetensors/.pth state dict")
     placement: Literal["replicated"] = _option("replicated", "where the blocks live: a copy on every rank")
     dtype: Literal["fp32", "bf16", "fp16"] = _option("fp32", "weights and arithmetic of the teacher")
@@ -46,7 +44,10 @@ class StudentConfig:
     """The student backbone."""
 
     model: str = _option(MISSING, "timm model name, e.g. vit_small_patch14_dinov2")
-    kwargs: dict[str, Any] = _option({}, "further arguments of timm.create_model, e.g. {embed_dim: 192, num_heads: 3}")
+    kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"doc": "further arguments of timm.create_model, e.g. {embed_dim: 192, num_heads: 3}"},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,9 @@ class EngineConfig:
     precision: Literal["fp32", "bf16", "fp16"] = _option("fp32", "autocast dtype of the student; weights stay fp32")
     accumulation: int = _option(1, "micro-batches per optimizer step")
     clip: float = _option(1.0, "global gradient-norm clip; 0 = off")
-    deepspeed: dict[str, Any] = _option({}, "merged over the generated config, in DeepSpeed's own schema")
+    deepspeed: dict[str, Any] = field(
+        default_factory=dict, metadata={"doc": "merged over the generated config, in DeepSpeed's own schema"}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,9 +385,7 @@ def _curriculum_problems(curriculum: CurriculumConfig) -> list[str]:
     if curriculum.start is not None and curriculum.mode != "leap":
         problems.append(f"curriculum.start={curriculum.start}: only used with curriculum.mode=leap")
     if curriculum.snap_to_last_at is not None and curriculum.mode != "leap":
-        problems.append(
-            f"curriculum.snap_to_last_at={curriculum.snap_to_last_at}: only used with curriculum.mode=leap"
-        )
+        problems.append(f"curriculum.snap_to_last_at={curriculum.snap_to_last_at}: only used with curriculum.mode=leap")
     if not 0 < curriculum.ema_alpha <= 1:
         problems.append(f"curriculum.ema_alpha={curriculum.ema_alpha}: must be in (0, 1]")
     if not math.isfinite(curriculum.threshold):

@@ -1,8 +1,8 @@
 """The trained student as a file that plain timm loads: safetensors plus a JSON with the arguments that rebuild it.
 
-    meta = json.load(open("student.json"))
-    model = timm.create_model(meta["model"], **meta["kwargs"])
-    model.load_state_dict(safetensors.torch.load_file("student.safetensors"))
+meta = json.load(open("student.json"))
+model = timm.create_model(meta["model"], **meta["kwargs"])
+model.load_state_dict(safetensors.torch.load_file("student.safetensors"))
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from leap_dist.backbone import build_model, split
 from leap_dist.config import StudentConfig, TeacherConfig
-from leap_dist.teacher.backbone import build_model, split
 
 _T = TypeVar("_T")
 
@@ -38,18 +38,18 @@ class TeacherFlops:
 
 def teacher_flops(config: TeacherConfig, image_size: int) -> TeacherFlops:
     """Count the configured teacher at square images of `image_size` pixels; loads no weights."""
-    return _count(config, image_size)
+    return _count(config, image_size, "teacher")
 
 
 def student_flops(config: StudentConfig, image_size: int) -> int:
     """Forward FLOPs per image of the student's backbone, without its head; a training step costs three times that."""
-    flops = _count(config, image_size)
+    flops = _count(config, image_size, "student")
     return flops.upto(len(flops.blocks))
 
 
 @torch.no_grad()
-def _count(config: TeacherConfig | StudentConfig, image_size: int) -> TeacherFlops:
-    backbone = split(build_model(config.model, config.kwargs, image_size, device="meta"))
+def _count(config: TeacherConfig | StudentConfig, image_size: int, side: str) -> TeacherFlops:
+    backbone = split(build_model(config.model, config.kwargs, image_size, device="meta", side=side))
     images = torch.empty(1, 3, image_size, image_size, device="meta")
     embed, tokens = _counted(lambda: backbone.embed(images))
     context = backbone.context()

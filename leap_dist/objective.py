@@ -1,6 +1,6 @@
 """The trainable module: student and linear head(s), matched to teacher tokens (LEAP, section 3).
 
-    loss = MSE(head(student patch), teacher patch) + cls_weight * MSE(head(student CLS), teacher CLS)
+loss = MSE(head(student patch), teacher patch) + cls_weight * MSE(head(student CLS), teacher CLS)
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
-from leap_kernels import feature_match
 from torch import Tensor, nn
 
 from leap_dist.config import ObjectiveConfig
@@ -17,6 +16,7 @@ from leap_dist.errors import UserError
 from leap_dist.evidence import CkaEvidence, CosineEvidence, Evidence
 from leap_dist.features import Features
 from leap_dist.student import Student
+from leap_kernels import feature_match
 
 
 class Match(NamedTuple):

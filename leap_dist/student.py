@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from leap_dist.backbone import outline
 from leap_dist.config import StudentConfig
-from leap_dist.errors import UserError
 from leap_dist.features import Features
 
 
@@ -56,32 +56,9 @@ def build_student(config: StudentConfig, image_size: int, device: torch.device |
     """Build the randomly initialised student (its position embedding made for `image_size` pixels).
 
     Raises:
-        UserError: unknown model, arguments it does not take, or no plain ViT.
+        UserError: unknown model, arguments it does not take, or no vision transformer.
     """
-    kwargs = student_kwargs(config, image_size)
-    if not timm.is_model(config.model):
-        raise UserError(f"student.model={config.model}: not a timm model{_suggestion(config.model)}")
-    try:
-        with torch.device(device or "cpu"):
-            backbone = timm.create_model(config.model, pretrained=False, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"student.model={config.model} with {kwargs}: {reason or type(error).__name__}") from None
-    if not all(hasattr(backbone, name) for name in ("blocks", "patch_embed", "num_prefix_tokens")):
-        raise UserError(f"student.model={config.model}: not a plain vision transformer (no blocks or prefix tokens)")
-    _require_divisible(config.model, backbone.patch_embed.patch_size, image_size)
+    outline(config.model, config.kwargs, image_size, side="student")
+    with torch.device(device or "cpu"):
+        backbone = timm.create_model(config.model, pretrained=False, **student_kwargs(config, image_size))
     return Student(backbone)
-
-
-def _require_divisible(model: str, patch_size: tuple[int, int], image_size: int) -> None:
-    if any(image_size % side for side in patch_size):
-        raise UserError(
-            f"data.image_size={image_size}: not a multiple of the {patch_size[0]}-pixel patches of student.model={model}"
-        )
-
-
-def _suggestion(name: str) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, timm.list_models("*vit*") + timm.list_models("*deit*"), 1)
-    return f"; did you mean {close[0]}?" if close else ""

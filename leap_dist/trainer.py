@@ -321,7 +321,7 @@ class Trainer:
         scores = Latch(torch.stack([self._score(item) for item in evidence])).read()
         return 1 + max(range(len(scores)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
 
-    # -- what it cost, what is shown, what is kept ------------------------------------------------------------------------
+    # -- what it cost, what is shown, what is kept --------------------------------------------------------------------
 
     def _account(self, block: int) -> None:
         depth = self.teacher.spec.depth

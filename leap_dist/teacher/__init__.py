@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from leap_dist.backbone import TeacherSpec, build_model, split
 from leap_dist.config import TeacherConfig
 from leap_dist.features import Features
-from leap_dist.teacher.backbone import TeacherSpec, build_model, split
 from leap_dist.teacher.replicated import ReplicatedTeacher
 from leap_dist.teacher.weights import load_backbone
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from leap_dist.backbone import Backbone
 from leap_dist.features import Features
-from leap_dist.teacher.backbone import Backbone
 
 
 class ReplicatedTeacher:

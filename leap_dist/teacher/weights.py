@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from leap_dist.backbone import Backbone, build_model, family, split
 from leap_dist.config import DEMO_TEACHER, HUB, RANDOM, TeacherConfig
 from leap_dist.errors import UserError
-from leap_dist.teacher.backbone import Backbone, build_model, family, split
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -103,7 +103,7 @@ def _unwrap(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fit(state: dict[str, Any], model: nn.Module, name: str, path: Path) -> dict[str, Tensor]:
     """Convert to timm's names and this image size, then insist on exactly the tensors that `model` has."""
-    adapter = family(model, name)
+    adapter = family(model)
     wanted = model.state_dict()
     _check_patch(state, wanted, name, path)
     try:

@@ -26,6 +26,7 @@ from leap_dist.trainer import Parts, Trainer
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 DEPTH, WIDTH, GRID = 4, 12, (2, 2)
+SPEC = TeacherSpec("stub", DEPTH, WIDTH, GRID, True, (0.5,) * 3, (0.5,) * 3)
 
 
 @dataclass
@@ -34,7 +35,7 @@ class StubTeacher:
 
     block: int = 1
     asked: list[int] = field(default_factory=list)
-    spec: TeacherSpec = TeacherSpec("stub", DEPTH, WIDTH, GRID, True, (0.5,) * 3, (0.5,) * 3)
+    spec: TeacherSpec = SPEC
 
     def at(self, block: int, images: Tensor) -> Features:
         generator = torch.Generator().manual_seed(block)

@@ -76,7 +76,13 @@ def test_all_ranks_take_rank_0s_decision(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_non_finite_loss_names_rank_and_step_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     results = on_ranks(
-        2, [curriculum(), curriculum()], monkeypatch, step=[41] * 2, loss=[1.0, math.nan], score=[0.1] * 2, stop=[False] * 2
+        2,
+        [curriculum(), curriculum()],
+        monkeypatch,
+        step=[41] * 2,
+        loss=[1.0, math.nan],
+        score=[0.1] * 2,
+        stop=[False] * 2,
     )
     assert results == ["non-finite loss on rank 1 at step 41"] * 2
 
@@ -84,9 +90,7 @@ def test_a_non_finite_loss_names_rank_and_step_everywhere(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("steps", "blocks"), [([5, 6], [1, 1]), ([5, 5], [2, 1])])
 def test_a_drift_is_an_error_not_a_drift(steps: list[int], blocks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     curricula = [curriculum(start=block) for block in blocks]
-    results = on_ranks(
-        2, curricula, monkeypatch, step=steps, loss=[1.0] * 2, score=[0.1] * 2, stop=[False] * 2
-    )
+    results = on_ranks(2, curricula, monkeypatch, step=steps, loss=[1.0] * 2, score=[0.1] * 2, stop=[False] * 2)
     assert results[0] == results[1]
     assert results[0].startswith(f"ranks drifted apart: rank 1 is at step {steps[1]} on block {blocks[1]}")
 

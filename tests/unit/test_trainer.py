@@ -38,11 +38,17 @@ def test_the_new_block_is_the_target_from_the_next_step_on(tmp_path: Path) -> No
 
 def test_loss_is_patch_mse_plus_weighted_cls_mse_of_the_steps_own_block(tmp_path: Path) -> None:
     """Start at block 2 with a threshold that always advances: loss and score of step 0 are still block 2's."""
-    config = stub_config(tmp_path, "curriculum.threshold=-1", "curriculum.start=2", "objective.cls_weight=0.05", "epochs=1")
+    config = stub_config(
+        tmp_path, "curriculum.threshold=-1", "curriculum.start=2", "objective.cls_weight=0.05", "epochs=1"
+    )
     teacher, images = StubTeacher(), next(StubLoader().epoch(0)).images
     trainer = stub_trainer(config, teacher)
     with torch.no_grad():
-        student, head, target = trainer.engine.module.student(images), trainer.engine.module.heads[0], teacher.at(2, images)
+        student, head, target = (
+            trainer.engine.module.student(images),
+            trainer.engine.module.heads[0],
+            teacher.at(2, images),
+        )
         patch = mse_loss(torch.nn.functional.linear(student.patch, head.weight, head.bias), target.patch)
         cls = mse_loss(torch.nn.functional.linear(student.cls, head.weight, head.bias), target.cls)
     run(trainer)
@@ -117,6 +123,9 @@ def test_the_score_at_the_last_block_is_only_computed_when_shown(tmp_path: Path)
     trainer = stub_trainer(config)
     asked = []
     forward = trainer.engine.module.forward
-    trainer.engine.module.forward = lambda images, targets, scored: (asked.append(scored), forward(images, targets, scored))[1]
+    trainer.engine.module.forward = lambda images, targets, scored: (
+        asked.append(scored),
+        forward(images, targets, scored),
+    )[1]
     run(trainer)
     assert asked == [True, False, False, True, False, False]

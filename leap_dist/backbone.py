@@ -179,17 +179,15 @@ def build_model(
     *,
     device: torch.device | str = "cpu",
     pretrained: bool = False,
+    side: str = "teacher",
 ) -> nn.Module:
     """Build timm's `name` for square images of `image_size` pixels, without its head and pooling.
 
     The position embedding has the grid of that size from the start, so no forward resamples it.
-    Raises `UserError` for an unknown name, arguments the model does not take, a family that cannot be split, and an
-    image size that is no multiple of the patch size.
+    Raises `UserError` as `outline` does.
     """
-    if taken := _MANAGED & kwargs.keys():
-        raise UserError(f"model {name}: kwargs must not set {sorted(taken)}; they follow from the rest of the config")
-    outline = _outline(name, image_size, kwargs)
-    fixed = family(outline, name).build_kwargs | {"img_size": image_size, "num_classes": 0}
+    fixed = family(outline(name, kwargs, image_size, side=side)).build_kwargs
+    fixed = fixed | {"img_size": image_size, "num_classes": 0}
     model = timm.create_model(name, pretrained=pretrained, device=device, **kwargs, **fixed)
     model.prune_intermediate_layers(len(model.blocks), prune_head=True)
     return model
@@ -197,32 +195,40 @@ def build_model(
 
 def split(model: nn.Module) -> Backbone:
     """Wrap a model of `build_model`; the model belongs to the `Backbone` from then on."""
-    return family(model, type(model).__name__)(model)
+    return family(model)(model)
 
 
-def family(model: nn.Module, name: str) -> type[Backbone]:
-    """The adapter for a timm model, or a `UserError` that lists the families there are."""
-    for timm_class, backbone in FAMILIES.items():
-        if isinstance(model, timm_class):
-            return backbone
-    raise UserError(f"model {name} is a {type(model).__name__}, which cannot be split into blocks ({_supported()})")
+def family(model: nn.Module) -> type[Backbone]:
+    """The adapter for a timm model of a supported family."""
+    return next(backbone for timm_class, backbone in FAMILIES.items() if isinstance(model, timm_class))
 
 
-def _outline(name: str, image_size: int, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The model without memory or weights: tells its family, and all that is wrong with the request."""
+def outline(name: str, kwargs: Mapping[str, Any], image_size: int, *, side: str) -> nn.Module:
+    """The model without memory or weights: tells its family, and all that is wrong with the request.
+
+    side: "teacher" or "student", for the messages. Raises `UserError` for an unknown name, arguments the model does not
+    take, a family that cannot be split, and an image size that is no multiple of the patch size.
+    """
+    if taken := _MANAGED & kwargs.keys():
+        raise UserError(f"{side}.kwargs must not set {sorted(taken)}; they follow from the rest of the config")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"model {name} is unknown to timm {timm.__version__}{hint}")
+        raise UserError(f"{side}.model={name}: unknown to timm {timm.__version__}{hint}")
     try:
         model = timm.create_model(name, num_classes=0, img_size=image_size, device="meta", **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"model {name} at {image_size} pixels cannot be built: {reason} ({_supported()})") from error
-    family(model, name)
+        raise UserError(
+            f"{side}.model={name} at {image_size} pixels cannot be built: {reason} ({_supported()})"
+        ) from error
+    if not isinstance(model, tuple(FAMILIES)):
+        raise UserError(f"{side}.model={name}: a {type(model).__name__} cannot be split into blocks ({_supported()})")
     patch = max(model.patch_embed.feat_ratio(as_scalar=False))
     if image_size % patch:
-        raise UserError(f"image size {image_size} is no multiple of {patch}, the patch size of {name}")
+        raise UserError(
+            f"data.image_size={image_size}: not a multiple of {patch}, the patch size of {side}.model={name}"
+        )
     return model
 
 

@@ -1,0 +1,99 @@
+"""Real runs of the entry point under a launcher, and what they left in TensorBoard."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTRY = ROOT / "leap_dist" / "train.py"
+
+# Small enough for seconds, real in every part: digits as MDS shards, a 6-block teacher, a 2-block student.
+TINY = {
+    "epochs": 1,
+    "teacher": {
+        "model": "vit_tiny_patch16_224",
+        "weights": "random",
+        "kwargs": {"patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3},
+    },
+    "student": {
+        "model": "vit_tiny_patch16_224",
+        "kwargs": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
+    },
+    "curriculum": {"start": 1, "threshold": 0.6},
+    "data": {
+        "train": "digits",
+        "image_size": 16,
+        "global_batch": 64,
+        "workers": 0,
+        "canonical_nodes": 1,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+    },
+    "optim": {"lr": 2e-3, "batch_reference": None},
+    "telemetry": {"every": 1, "progress": False},
+}
+
+
+def write_config(folder: Path, **sections: dict) -> Path:
+    """TINY with `sections` merged over it, as a YAML in `folder`."""
+    merged = {"output": str(folder / "run"), **TINY}
+    for name, values in sections.items():
+        merged[name] = {**TINY.get(name, {}), **values} if isinstance(values, dict) else values
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(merged))
+    return path
+
+
+def command(config: Path, *overrides: str, processes: int = 2, launcher: str = "deepspeed") -> list[str]:
+    """The command line a user would type, with this interpreter and a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    if launcher == "deepspeed":
+        start = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", port]
+    elif launcher == "torchrun":
+        start = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    else:
+        start = []
+    return [sys.executable, *start, str(ENTRY), "--config", str(config), *overrides]
+
+
+def environment() -> dict[str, str]:
+    """One thread per rank, and this interpreter's scripts first on the PATH."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def launch(
+    config: Path, *overrides: str, processes: int = 2, launcher: str = "deepspeed", timeout: float = 150
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; stdout and stderr together in `.stdout`."""
+    return subprocess.run(
+        command(config, *overrides, processes=processes, launcher=launcher),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def run_ok(config: Path, *overrides: str, processes: int = 2, launcher: str = "deepspeed") -> str:
+    """`launch`, which must succeed; returns what it printed."""
+    done = launch(config, *overrides, processes=processes, launcher=launcher)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def scalars(run: Path, tag: str) -> dict[int, float]:
+    """Step -> value of a TensorBoard tag, the newest where a step was written twice."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}

@@ -1,0 +1,120 @@
+"""Every mistake ends the run on every rank: one clear line, a non-zero status, promptly, nothing half-written."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from runs import TINY, launch, run_ok, write_config
+from safetensors.torch import save_file
+
+from leap_dist.data import write_shards
+from leap_dist.data.digits import digit_samples
+
+PROMPTLY_S = 60
+
+
+def refused(config: Path, *overrides: str, processes: int = 2) -> list[str]:
+    """The error lines of a run that must fail, one per rank that spoke, without a traceback."""
+    began = time.monotonic()
+    done = launch(config, *overrides, processes=processes)
+    assert done.returncode != 0, done.stdout[-2000:]
+    assert time.monotonic() - began < PROMPTLY_S
+    assert "Traceback" not in done.stdout, done.stdout[-4000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("leap_dist [rank ")]
+    assert lines, done.stdout[-2000:]
+    assert len({line.split("]", 1)[1] for line in lines}) == 1, lines
+    assert not (config.parent / "run" / "config.yaml").exists(), "the output folder was claimed"
+    assert not (config.parent / "run" / "checkpoints").exists()
+    return lines
+
+
+def test_a_mistyped_key(tmp_path: Path) -> None:
+    assert (
+        "data.trian (command line): unknown key; did you mean data.train?"
+        in refused(write_config(tmp_path), "data.trian=x")[0]
+    )
+
+
+def test_teacher_weights_of_another_shape(tmp_path: Path) -> None:
+    wider = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=16, **TINY["teacher"]["kwargs"] | {"embed_dim": 60}
+    )
+    path = tmp_path / "teacher.safetensors"
+    save_file(wider.state_dict(), path)
+    line = refused(write_config(tmp_path), f"teacher.weights={path}")[0]
+    assert str(path) in line and "60" in line and "48" in line
+
+
+def test_a_batch_larger_than_the_set(tmp_path: Path) -> None:
+    line = refused(write_config(tmp_path), "data.global_batch=4000")[0]
+    assert "data.global_batch" in line and "4000" in line and "1500" in line
+
+
+def test_a_batch_the_ranks_cannot_share(tmp_path: Path) -> None:
+    assert "data.global_batch=63: must be a multiple of 2" in refused(write_config(tmp_path), "data.global_batch=63")[0]
+
+
+def test_an_image_size_the_patches_do_not_divide(tmp_path: Path) -> None:
+    assert "data.image_size=20" in refused(write_config(tmp_path), "data.image_size=20")[0]
+
+
+def test_layers_that_cannot_be_paired(tmp_path: Path) -> None:
+    line = refused(write_config(tmp_path), "curriculum.mode=all_layers", "curriculum.start=null")[0]
+    assert "has 2 blocks" in line and "6" in line
+
+
+def damaged_missing(folder: Path) -> None:
+    next(folder.glob("*.mds")).unlink()
+
+
+def damaged_truncated(folder: Path) -> None:
+    shard = next(folder.glob("*.mds"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def damaged_empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize("damage", [damaged_missing, damaged_truncated, damaged_empty])
+def test_shards_that_cannot_be_read(damage: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_shards(digit_samples("train"), folder)
+    damage(folder)
+    assert str(folder) in refused(write_config(tmp_path), f"data.train={folder}")[0]
+
+
+def test_an_image_that_does_not_decode_ends_all_ranks(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_shards([(b"no image", 0)] * 256, folder)
+    done = launch(write_config(tmp_path), f"data.train={folder}", "data.workers=1")
+    assert done.returncode != 0
+    assert "does not decode" in done.stdout and str(folder) in done.stdout
+
+
+def test_a_loss_that_is_not_finite_names_rank_and_step_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    config = write_config(tmp_path, checkpoint={"every_steps": 1})
+    done = launch(config, "optim.lr=1e25", "optim.warmup_epochs=0", "engine.clip=0")
+    assert done.returncode != 0
+    lines = {line.split("]", 1)[1] for line in done.stdout.splitlines() if line.startswith("leap_dist [rank ")}
+    assert len(lines) == 1 and "non-finite loss on rank 0 at step" in lines.pop()
+    assert "Traceback" not in done.stdout
+    latest = tmp_path / "run" / "checkpoints" / (tmp_path / "run" / "checkpoints" / "latest").read_text()
+    files = [torch.load(path, weights_only=False) for path in latest.glob("*model_states.pt")]
+    assert files and int(latest.name.removeprefix("step")) >= 1
+
+
+def test_a_folder_of_another_config(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    run_ok(config, processes=1)
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
+    for override, words in (("optim.lr=0.5", "another config (optim.lr: 0.002 -> 0.5)"), ("seed=0", "resume=auto")):
+        done = launch(config, override)
+        assert done.returncode != 0 and words in done.stdout
+    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before

@@ -1,0 +1,56 @@
+"""The same run, however it is spread: over ZeRO stages, ranks, accumulation steps and launchers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import run_ok, scalars, write_config
+
+TOLERANCE = 1e-4
+PLAIN = {"augment": "none", "mixup": False}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    losses, others = scalars(one, "loss/total"), scalars(other, "loss/total")
+    assert losses.keys() == others.keys() and len(losses) == 23
+    assert max(abs(losses[step] - others[step]) for step in losses) < TOLERANCE
+    blocks = scalars(one, "curriculum/block")
+    assert blocks == scalars(other, "curriculum/block")
+    assert len(set(blocks.values())) >= 3, "too few advances to show anything"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks at stage 0, with augmentation and mixup."""
+    folder = tmp_path_factory.mktemp("reference")
+    run_ok(write_config(folder))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_train_to_the_same_losses(stage: int, reference: Path, tmp_path: Path) -> None:
+    run_ok(write_config(tmp_path, engine={"zero_stage": stage}))
+    assert_same_run(reference, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One plain python process with the whole batch."""
+    folder = tmp_path_factory.mktemp("one-rank")
+    run_ok(write_config(folder, data=PLAIN_DATA), launcher="python", processes=1)
+    return folder / "run"
+
+
+PLAIN_DATA = {"train": "digits", "image_size": 16, "global_batch": 64, "workers": 0, "canonical_nodes": 1, **PLAIN}
+
+
+def test_two_ranks_of_half_the_batch_follow_one_rank(one_rank: Path, tmp_path: Path) -> None:
+    run_ok(write_config(tmp_path, data=PLAIN_DATA), launcher="torchrun")
+    assert_same_run(one_rank, tmp_path / "run")
+
+
+def test_accumulation_follows_one_batch(one_rank: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, data=PLAIN_DATA, engine={"accumulation": 2})
+    run_ok(config, launcher="python", processes=1)
+    assert_same_run(one_rank, tmp_path / "run")
