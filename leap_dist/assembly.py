@@ -43,7 +43,7 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
     data = resolve(config.data, Path(config.output), world)
     loader = build_train_loader(data, seed=config.seed, micro_batch=batch, world=world)
     objective = build_objective(config, spec)
-    optimizer = build_optimizer(config.optim, objective, zero_stage=config.engine.zero_stage)
+    optimizer = build_optimizer(config.optim, objective)
     parts = Parts(
         teacher=teacher,
         flops=teacher_flops(config.teacher, config.data.image_size),

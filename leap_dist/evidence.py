@@ -11,11 +11,11 @@ from typing import Union
 
 import torch
 import torch.nn.functional as F
-from leap_kernels import Moments
 from torch import Tensor
 
 from leap_dist import alignment
 from leap_dist.distributed import sum_over_ranks
+from leap_kernels import Moments
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -59,35 +60,45 @@ def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
         "trajectory": progress.trajectory,
         "train_seconds": progress.seconds,
         "images_per_s": progress.step * config.data.global_batch / progress.seconds,
+        "teacher_seconds": progress.teacher_seconds,
         "teacher_flops_saved": progress.saved_fraction,
     }
 
 
 def _time_saved(config: Config, world: World, trainer: Trainer) -> dict[str, float]:
-    """Seconds the early exits saved on this rank: the whole teacher, timed now, against what the run spent on it."""
-    progress, teacher = trainer.progress, trainer.teacher
-    teacher.retarget(teacher.spec.depth)
+    """Seconds the early exits saved on this rank.
+
+    Every depth of the teacher is timed now, in one sitting, and weighted with the steps the run spent at it: what the
+    run itself took on a busy machine could not be compared with a full pass timed at another moment.
+    """
+    progress, depth = trainer.progress, trainer.teacher.spec.depth
+    if config.curriculum.mode == "all_layers":
+        return {"time_saved_seconds": 0.0, "time_saved": 0.0}
     size = config.data.image_size
     images = torch.randn(micro_batch(config, world), 3, size, size, device=world.device)
-    full = _median_seconds(lambda: teacher.features(images), world.device)
-    saved = full * progress.step * config.engine.accumulation - progress.teacher_seconds
+    upto = _seconds_by_depth(trainer.teacher, images)
+    ends = [step for step, _ in progress.trajectory[1:]] + [progress.step]
+    steps = [(end - first, block) for (first, block), end in zip(progress.trajectory, ends, strict=True)]
+    saved = sum(count * (upto[depth - 1] - upto[block - 1]) for count, block in steps) * config.engine.accumulation
     return {
-        "teacher_seconds": progress.teacher_seconds,
-        "full_teacher_seconds_per_pass": full,
+        "full_teacher_seconds_per_pass": upto[-1],
         "time_saved_seconds": saved,
         "time_saved": saved / (saved + progress.seconds),
     }
 
 
-def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    times = []
+def _seconds_by_depth(teacher: Teacher, images: Tensor) -> list[float]:
+    """Median seconds of a pass that ends at block 1, 2, ..., L."""
+    teacher.retarget(teacher.spec.depth)
+    passes = []
     for _ in range(1 + TIMED_PASSES):
-        begin = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])  # the first one warms up
+        begin, times = time.perf_counter(), []
+        for _ in teacher.sweep(images):
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+            times.append(time.perf_counter() - begin)
+        passes.append(times)
+    return [statistics.median(column) for column in zip(*passes[1:], strict=True)]  # the first pass warms up
 
 
 def _accuracies(who: str, model: Callable[[Tensor], Tensor], config: Config, world: World) -> dict[str, float]:

@@ -85,9 +85,9 @@ def launch(
     )
 
 
-def run_ok(config: Path, *overrides: str, processes: int = 2, launcher: str = "deepspeed") -> str:
+def run_ok(config: Path, *overrides: str, processes: int = 2, launcher: str = "deepspeed", timeout: float = 150) -> str:
     """`launch`, which must succeed; returns what it printed."""
-    done = launch(config, *overrides, processes=processes, launcher=launcher)
+    done = launch(config, *overrides, processes=processes, launcher=launcher, timeout=timeout)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 

@@ -119,7 +119,7 @@ def stub_trainer(config: Config, teacher: StubTeacher | None = None) -> Trainer:
     parts = Parts(
         teacher=teacher,
         flops=TeacherFlops(0, (10,) * DEPTH, 0),
-        engine=StubEngine(objective, build_optimizer(config.optim, objective, zero_stage=0)),
+        engine=StubEngine(objective, build_optimizer(config.optim, objective)),
         loader=StubLoader(),
         coordinator=Coordinator(build_curriculum(config.curriculum, DEPTH), ONE),
         checkpoints=Checkpoints(config, ONE),

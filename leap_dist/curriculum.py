@@ -1,0 +1,125 @@
+"""LEAP's curriculum (arXiv 2606.19483): which teacher block is imitated now, and when the next one is.
+
+A state machine of numbers in, numbers out: it knows no tensors, models or ranks. One rank feeds it, its block is
+broadcast.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+from leap_dist.config import CurriculumConfig
+from leap_dist.errors import UserError
+
+
+class Curriculum:
+    """Target block, 1-indexed from the shallowest, rising to `depth` one check at a time.
+
+    depth: the deepest block it ever reaches. A curriculum that starts there is finished: a fixed target is that.
+    threshold, ema_alpha: advance when the score's EMA, ema <- a*score + (1-a)*ema from 0, reaches the threshold.
+    max_epochs_per_block: advance after this many epochs whatever the score; the one a block is entered in counts whole.
+    snap_to_last_at: from this block on, jump to `depth`.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        threshold: float = 0.85,
+        ema_alpha: float = 1.0,
+        max_epochs_per_block: int = 5,
+        start: int = 1,
+        snap_to_last_at: Optional[int] = None,
+    ) -> None:
+        self.depth = depth
+        self.threshold = threshold
+        self.ema_alpha = ema_alpha
+        self.max_epochs_per_block = max_epochs_per_block
+        self.snap_to_last_at = snap_to_last_at
+        self._enter(start)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the deepest block is the target, so that no score can change anything any more."""
+        return self.block == self.depth
+
+    def observe(self, score: float) -> bool:
+        """Take one step's score of the current block; return whether the block changed.
+
+        A non-finite score is ignored: it says nothing about the block, and in the EMA it would stay for ever.
+        """
+        if not math.isfinite(score):
+            return False
+        self.ema = self.ema_alpha * score + (1 - self.ema_alpha) * self.ema
+        return self._check()
+
+    def end_epoch(self) -> bool:
+        """Count one more epoch on the current block; return whether the block changed."""
+        self.epochs_on_block += 1
+        return self._check()
+
+    def restart_at(self, block: int) -> None:
+        """Begin at `block`, as calibration chose it."""
+        self._enter(block)
+        self._snap()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes during a run, as plain numbers."""
+        return {"depth": self.depth, "block": self.block, "ema": self.ema, "epochs_on_block": self.epochs_on_block}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`. Raises UserError if it was taken from a curriculum of another depth."""
+        if state["depth"] != self.depth:
+            raise UserError(
+                f"checkpoint: its curriculum goes to teacher block {state['depth']}, this run's to block {self.depth}; "
+                "resume with the same teacher and curriculum"
+            )
+        self._enter(state["block"], state["ema"], state["epochs_on_block"])
+        self._snap()
+
+    def _enter(self, block: int, ema: float = 0.0, epochs_on_block: int = 0) -> None:
+        if not 1 <= block <= self.depth:
+            raise ValueError(f"block {block} is outside 1..{self.depth}")
+        self.block = block
+        self.ema = ema
+        self.epochs_on_block = epochs_on_block
+
+    def _snap(self) -> bool:
+        if self.snap_to_last_at is None or self.finished or self.block < self.snap_to_last_at:
+            return False
+        self._enter(self.depth)
+        return True
+
+    def _check(self) -> bool:
+        if self.finished:
+            return False
+        if self._snap():
+            return True
+        if self.ema < self.threshold and self.epochs_on_block < self.max_epochs_per_block:
+            return False
+        self._enter(self.block + 1)
+        self._snap()
+        return True
+
+
+def build_curriculum(config: CurriculumConfig, depth: int) -> Curriculum:
+    """The curriculum of `config` over a teacher of `depth` blocks.
+
+    The modes without a curriculum are one that ends where it starts: at `block` (fixed) or at the last (all_layers).
+    Raises UserError if block, start or snap_to_last_at lies outside the teacher.
+    """
+    for key in ("block", "start", "snap_to_last_at"):
+        value = getattr(config, key)
+        if value is not None and not 1 <= value <= depth:
+            raise UserError(f"curriculum.{key}={value}: the teacher has {depth} blocks; use 1 to {depth}, or null")
+    if config.mode != "leap":
+        last = depth if config.mode == "all_layers" else config.block or depth
+        return Curriculum(last, start=last)
+    return Curriculum(
+        depth,
+        threshold=config.threshold,
+        ema_alpha=config.ema_alpha,
+        max_epochs_per_block=config.max_epochs_per_block,
+        start=config.start or 1,
+        snap_to_last_at=config.snap_to_last_at,
+    )

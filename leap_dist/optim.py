@@ -1,0 +1,85 @@
+"""Optimizers and the learning rate over a run (LEAP's settings, arXiv 2606.19483).
+
+The rate is a pure function of the step, so that a resumed run needs no scheduler state.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+import torch
+from timm.optim import Lars
+from torch import nn
+
+from leap_dist.config import OptimConfig
+
+UNDECAYED_TOKENS = ("pos_embed", "cls_token", "reg_token", "dist_token")
+
+
+def peak_lr(config: OptimConfig, global_batch: int) -> float:
+    """The peak rate: lr * sqrt(global_batch / batch_reference), or lr itself without a reference."""
+    if config.batch_reference is None:
+        return config.lr
+    return config.lr * math.sqrt(global_batch / config.batch_reference)
+
+
+def lr_factor(config: OptimConfig, *, step: int, total_steps: int, epochs: int, advanced_at: Optional[int]) -> float:
+    """Share of the peak rate that the 0-based optimizer step `step` of `total_steps` uses.
+
+    advanced_at: the first step on the current target block, if the curriculum ever advanced; see `OptimConfig`.
+    """
+    final = config.final_lr_fraction
+    warmup = min(total_steps, int(total_steps / epochs * min(config.warmup_epochs, epochs / 10)))
+    if advanced_at is None or config.on_advance in ("keep", "constant"):
+        if step >= warmup and config.on_advance == "constant":
+            return 1.0
+        return _warmup_cosine(step, total_steps, warmup, final)
+    since, remaining = step - advanced_at, total_steps - advanced_at
+    if config.on_advance == "warmup":
+        return _warmup_cosine(since, remaining, min(warmup, remaining), final)
+    start = 1.0
+    if config.on_advance == "envelope":
+        # The run's cosine alone: an advance during the first warm-up must not freeze the rate at its low value.
+        start = _warmup_cosine(max(advanced_at, warmup), total_steps, warmup, final)
+    return _cosine(since / remaining, start, final)
+
+
+def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or LARS over the trainable parameters of `module`, in two groups: decayed (matrices) and not.
+
+    LARS scales by the trust ratio where it decays; everything else takes plain momentum SGD at the raw rate.
+    At ZeRO stage 0 only: stages 1-3 flatten all layers into one tensor, which then has one trust ratio (the config
+    refuses that pair).
+    """
+    decayed, undecayed = _split(module)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=torch.cuda.is_available())
+    groups[0]["always_adapt"] = True  # timm's default drops the trust ratio at weight_decay=0
+    return Lars(groups, lr=config.lr, momentum=config.momentum, trust_coeff=config.trust_coefficient, eps=1e-8)
+
+
+def _warmup_cosine(step: int, total: int, warmup: int, final: float) -> float:
+    """Linear (step+1)/warmup, then a cosine that reaches `final` at the last step, total-1."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return _cosine((step - warmup) / max(1, total - warmup - 1), 1.0, final)
+
+
+def _cosine(progress: float, start: float, final: float) -> float:
+    """From `start` at progress 0 to `final` at 1 and beyond."""
+    return final + (start - final) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def _split(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters that decay, and those that do not: 1-D (biases, norms, scales) and learned tokens."""
+    decayed, undecayed = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            spared = parameter.ndim <= 1 or name.rpartition(".")[2] in UNDECAYED_TOKENS
+            (undecayed if spared else decayed).append(parameter)
+    return decayed, undecayed

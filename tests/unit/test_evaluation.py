@@ -1,0 +1,128 @@
+"""Evaluation of frozen features, against scikit-learn, numpy and separable data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+
+from leap_dist.config import EvaluationConfig
+from leap_dist.evaluation import evaluate
+from leap_dist.evaluation.features import FeatureSet, extract, merge
+from leap_dist.evaluation.knn import knn_accuracy, knn_predict
+from leap_dist.evaluation.probe import probe_accuracy, train_probe
+
+CPU = torch.device("cpu")
+
+
+def blobs(count: int, *, spread: float, seed: int, classes: int = 5, width: int = 16) -> FeatureSet:
+    """Gaussian blobs around fixed random centres; the same centres whatever the seed."""
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=generator)
+    features = centres[labels] + spread * torch.randn(count, width, generator=generator)
+    return FeatureSet(features, labels, torch.arange(count))
+
+
+@pytest.mark.parametrize("k", [1, 7, 20])
+def test_knn_equals_sklearn_with_the_same_weights(k: int) -> None:
+    train, val = blobs(300, spread=1.5, seed=0), blobs(1500, spread=1.5, seed=1)  # more rows than one chunk
+    expected = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    expected.fit(train.features.double().numpy(), train.labels.numpy())
+    predicted = knn_predict(train, val.features, k, CPU).numpy()
+    assert (predicted == expected.predict(val.features.double().numpy())).mean() > 0.999
+    assert 0.5 < knn_accuracy(train, val, k, CPU) < 0.99
+
+
+def test_knn_votes_are_weighted_by_similarity() -> None:
+    # One neighbour of class 1 at cosine 1 against two of class 0 at 0.9: e^(1/0.07) > 2 e^(0.9/0.07).
+    near = [[0.9, 0.19**0.5], [0.9, -(0.19**0.5)]]
+    train = FeatureSet(torch.tensor([*near, [1.0, 0.0]]), torch.tensor([0, 0, 1]), torch.arange(3))
+    assert knn_predict(train, torch.tensor([[5.0, 0.0]]), 3, CPU).item() == 1
+
+
+def test_knn_takes_fewer_samples_than_neighbours() -> None:
+    train = blobs(6, spread=0.01, seed=0)
+    assert knn_accuracy(train, train, 1, CPU) == 1.0
+    assert 0 < knn_accuracy(train, train, 20, CPU) <= 1.0
+
+
+def test_probe_separates_separable_blobs_and_finds_no_signal_in_noise() -> None:
+    train, val = blobs(1000, spread=0.3, seed=0), blobs(500, spread=0.3, seed=1)
+    options = {"epochs": 10, "lr": 0.1, "seed": 0, "device": CPU}
+    assert probe_accuracy(train, val, **options) == 1.0
+    shuffled = val._replace(labels=val.labels[torch.randperm(500, generator=torch.Generator().manual_seed(0))])
+    assert probe_accuracy(train, shuffled, **options) < 0.3
+
+
+def test_probe_comes_close_to_logistic_regression() -> None:
+    train, val = blobs(1000, spread=2.0, seed=0), blobs(2000, spread=2.0, seed=1)
+    best = LogisticRegression(C=1e4, max_iter=500).fit(train.features.numpy(), train.labels.numpy())
+    expected = best.score(val.features.numpy(), val.labels.numpy())
+    assert probe_accuracy(train, val, epochs=50, lr=0.1, seed=0, device=CPU) == pytest.approx(expected, abs=0.02)
+
+
+def test_probe_depends_on_its_seed_alone() -> None:
+    train = blobs(500, spread=2.0, seed=0)
+
+    def weight(seed: int) -> Tensor:
+        return train_probe(train, epochs=2, lr=0.1, seed=seed, device=CPU, classes=5).weight
+
+    first = weight(3)
+    torch.manual_seed(123)
+    assert torch.equal(first, weight(3))
+    assert not torch.equal(first, weight(4))
+
+
+def test_probe_reports_the_last_epoch() -> None:
+    # Training labels are noise, so that accuracy over epochs wanders: the best of them would be higher than the last.
+    train, val = blobs(400, spread=3.0, seed=0), blobs(100, spread=3.0, seed=1)
+    options = {"epochs": 20, "lr": 5.0, "seed": 0, "device": CPU}
+    probe = train_probe(train, classes=5, **options)
+    last = (probe(val.features).argmax(dim=1) == val.labels).double().mean().item()
+    assert probe_accuracy(train, val, **options) == last
+
+
+def test_evaluate_reads_its_config() -> None:
+    train, val = blobs(300, spread=1.5, seed=0), blobs(300, spread=1.5, seed=1)
+    config = EvaluationConfig(knn_k=7, probe_epochs=3, probe_lr=0.05)
+    assert evaluate(train, val, config, device=CPU, seed=5) == {
+        "knn": knn_accuracy(train, val, 7, CPU),
+        "probe": probe_accuracy(train, val, epochs=3, lr=0.05, seed=5, device=CPU),
+    }
+
+
+def batches(count: int, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    images = torch.arange(count * 3.0).view(count, 3, 1, 1)
+    return list(
+        zip(*(column.split(size) for column in (images, torch.arange(count) % 4, torch.arange(count))), strict=True)
+    )
+
+
+@pytest.mark.parametrize("limit", [None, 10, 8, 3])
+def test_extract_stops_at_the_limit(limit: int | None) -> None:
+    seen: list[int] = []
+
+    def model(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        assert not torch.is_grad_enabled()
+        return images.flatten(1).bfloat16()
+
+    result = extract(model, batches(18, 4), CPU, limit)
+    kept = limit or 18
+    assert sum(seen) == kept
+    assert result.features.dtype == torch.float32
+    assert torch.equal(result.features, torch.arange(kept * 3.0).view(kept, 3))
+    assert torch.equal(result.labels, torch.arange(kept) % 4)
+    assert torch.equal(result.ids, torch.arange(kept))
+
+
+def test_merge_does_not_depend_on_how_ranks_shared_the_samples() -> None:
+    whole = blobs(11, spread=1.0, seed=0)
+    shares = [torch.tensor([8, 0, 3, 10, 5, 1]), torch.tensor([2, 9, 4, 7, 6, 0])]  # 0 fills up the second rank
+    merged = merge([FeatureSet(*(column[rows] for column in whole)) for rows in shares])
+    for ours, expected in zip(merged, whole, strict=True):
+        assert torch.equal(ours, expected)
