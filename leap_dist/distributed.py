@@ -81,6 +81,14 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has gone, which is not this rank's own fault."""
+    gloo_says = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error")
+    return isinstance(error, dist.DistBackendError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in gloo_says)
+    )
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """All-reduce (sum) `tensor` in place over all ranks and return it."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from leap_dist.config import Config, describe, load
@@ -55,16 +56,35 @@ def train(config: Config) -> None:
     shutdown()
 
 
+def complain(message: str) -> None:
+    """One line on stderr that says which rank speaks."""
+    print(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {message}", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done or stopped by SIGTERM with everything saved, 2 a user's mistake (one line on stderr)."""
+    """Exit status: 0 done, or stopped by SIGTERM with everything saved; 2 a user's mistake, one line; 1 a bug."""
     try:
         train(parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"leap_dist [rank {rank}]: error: {error}", file=sys.stderr, flush=True)
+        complain(str(error))
         return 2
+    except Exception as error:
+        from leap_dist.distributed import is_lost_peer
+
+        if is_lost_peer(error):  # the rank that failed says why; this one only says that it noticed
+            complain("another rank is gone; its own message says why")
+        else:
+            traceback.print_exc()
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Python puts a script's own folder on the path, where leap_dist/data would pose as a top-level package `data`.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+    status = main()
+    if status:
+        # A rank that failed leaves at once: a loader worker or a collective that hangs must not keep it, or its
+        # launcher would never tell the other ranks.
+        sys.stdout.flush()
+        os._exit(status)

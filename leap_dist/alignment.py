@@ -1,0 +1,101 @@
+"""How far the student has come: linear CKA from merged moments (Kornblith et al. 2019; the score of LEAP, section 3).
+
+Shapes: moments as in `leap_kernels.Moments`; W (Dt, Ds) the head's weight. The score needs no bias: centring drops it.
+
+Bias of small samples. The biased (V-statistic) CKA that LEAP uses reads about D / (N + D) for independent features of
+width D at N rows: 0.43 at N=512, D=384. The plain mean of per-rank scores carries the bias of the rows of one rank,
+`merge_over_ranks` that of the global batch, so a threshold means the same on 1 and on 64 GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leap_kernels import Moments
+
+# LEAP's guard: below this product of norms the score is 0 (constant features; also features of scale 1e-9).
+MIN_DENOMINATOR = 1e-12
+
+
+@torch.no_grad()
+def linear_cka(moments: Moments, weight: Tensor) -> Tensor:
+    """Linear CKA of the projected student S W^T and the teacher T, from the moments of (S, T).
+
+        ||W Cst||_F^2 / (||W Css W^T||_F ||Ctt||_F)
+
+    Never wider than Ds: with A = W^T W, ||W Cst||_F^2 = <Cts A, Cts> and ||W Css W^T||_F^2 = tr(Css A Css A).
+    In float64, which neither overflows (LEAP's product of squared norms does in float32), nor is touched by autocast
+    or TF32. 0-d float64 on the moments' device, no host synchronisation; 0 where the denominator is below 1e-12.
+    """
+    w, css, cts = weight.double(), moments.css.double(), moments.cts.double()
+    a = w.T @ w
+    b = css @ a
+    norm_p = (b * b.T).sum().clamp_min(0).sqrt()
+    norm_t = torch.linalg.vector_norm(moments.ctt, dtype=torch.float64)
+    return _ratio(((cts @ a) * cts).sum(), norm_p, norm_t)
+
+
+@torch.no_grad()
+def linear_cka_of_features(x: Tensor, y: Tensor) -> Tensor:
+    """Linear CKA of x (N, Dx) and y (N, Dy) by its definition, three products. 0-d float64; for checks."""
+    x, y = x.double(), y.double()
+    x, y = x - x.mean(0), y - y.mean(0)
+    cross, norm_x, norm_y = (torch.linalg.matrix_norm(a.T @ b) for a, b in ((y, x), (x, x), (y, y)))
+    return _ratio(cross.square(), norm_x, norm_y)
+
+
+@torch.no_grad()
+def mean_cosine(projected: Tensor, teacher: Tensor) -> Tensor:
+    """LEAP's alternative score: mean over tokens of cos(projected, teacher), both (..., D). 0-d float32."""
+    return F.cosine_similarity(projected.float(), teacher.float(), dim=-1).mean()
+
+
+def _ratio(numerator: Tensor, norm_x: Tensor, norm_y: Tensor) -> Tensor:
+    denominator = norm_x * norm_y
+    return torch.where(denominator < MIN_DENOMINATOR, 0.0, numerator / denominator)
+
+
+@torch.no_grad()
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of the union of two disjoint sets of rows (Chan et al.), e.g. of two micro-batches."""
+    n = a.n + b.n
+    share = b.n / n
+    delta_s, delta_t = b.mean_s - a.mean_s, b.mean_t - a.mean_t
+    between_s, between_t = delta_s * (a.n * share), delta_t * (a.n * share)
+    return Moments(
+        n,
+        a.mean_s + delta_s * share,
+        a.mean_t + delta_t * share,
+        a.css + b.css + torch.outer(delta_s, between_s),
+        a.cts + b.cts + torch.outer(delta_t, between_s),
+        a.ctt + b.ctt + torch.outer(delta_t, between_t),
+    )
+
+
+@torch.no_grad()
+def merge_over_ranks(moments: Moments, all_reduce_sum: Callable[[Tensor], Tensor]) -> Moments:
+    """Moments of the rows of all ranks together, whatever each rank's share, in two collectives.
+
+    `all_reduce_sum` takes a contiguous tensor and returns its sum over ranks (it may work in place). First the counts
+    and sums, 8 (1 + Ds + Dt) bytes; then, moved to the common mean, the second moments, 4 (Ds^2 + Dt Ds + Dt^2) bytes.
+    """
+    n, mean_s, mean_t = moments[:3]
+    first = torch.cat([torch.ones_like(n)[None], mean_s, mean_t]).double() * n
+    first = all_reduce_sum(first)
+    total = first[0]
+    means = (first[1:] / total).to(mean_s.dtype)
+    common_s, common_t = means.split([mean_s.numel(), mean_t.numel()])
+    delta_s, delta_t = mean_s - common_s, mean_t - common_t
+    shifted = (
+        torch.addr(moments.css, delta_s, delta_s * n),
+        torch.addr(moments.cts, delta_t, delta_s * n),
+        torch.addr(moments.ctt, delta_t, delta_t * n),
+    )
+    packed = all_reduce_sum(torch.cat([x.flatten() for x in shifted]))
+    parts = packed.split([x.numel() for x in shifted])
+    css, cts, ctt = (part.view_as(x) for part, x in zip(parts, shifted, strict=True))
+    return Moments(total.to(n.dtype), common_s, common_t, css, cts, ctt)

@@ -1,0 +1,22 @@
+"""The data room: MDS shards in, normalised batches out, in an order that is a function of (seed, epoch, position)."""
+
+from __future__ import annotations
+
+from leap_dist.data.digits import resolve
+from leap_dist.data.loader import Batch, EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from leap_dist.data.shards import check_shards, write_shards
+from leap_dist.data.transforms import eval_transform, mixup, train_transform
+
+__all__ = [
+    "Batch",
+    "EvalLoader",
+    "TrainLoader",
+    "build_eval_loader",
+    "build_train_loader",
+    "check_shards",
+    "eval_transform",
+    "mixup",
+    "resolve",
+    "train_transform",
+    "write_shards",
+]

@@ -1,0 +1,372 @@
+"""Order, position and faults of the loaders, in one process. test_data_ranks.py has what takes several."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import os
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from streaming import MDSWriter
+
+from leap_dist.config import DataConfig
+from leap_dist.data import Batch, TrainLoader, build_eval_loader, build_train_loader
+from leap_dist.distributed import World
+from leap_dist.errors import UserError
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+SIZE = 64
+Build = Callable[..., TrainLoader]
+
+
+def png(i: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (i % 256, 255 - i % 256, 7 * i % 256)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(folder: Path, size: int = SIZE, compression: str | None = None, bad: int = -1, labels: bool = True) -> Path:
+    """`size` flat images of different colours in about ten shards; number `bad` is no image."""
+    columns = {"image": "bytes", "label": "int"} if labels else {"image": "bytes"}
+    options = {"columns": columns, "compression": compression, "hashes": ["xxh64"], "size_limit": 1000}
+    with MDSWriter(out=str(folder), **options) as writer:
+        for i in range(size):
+            sample = {"image": b"no image" if i == bad else png(i), "label": i}
+            writer.write({name: sample[name] for name in columns})
+    return folder
+
+
+def config(folder: Path | str, **options: object) -> DataConfig:
+    defaults = {"workers": 0, "image_size": 8, "canonical_nodes": 4, "timeout_s": 20}
+    return DataConfig(train=str(folder), **{**defaults, **options})
+
+
+def ids(batches: Iterable[Batch]) -> list[list[int]]:
+    return [batch.ids.tolist() for batch in batches]
+
+
+def flat(batches: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(batches))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _many_open_files() -> None:
+    """Streaming keeps a dozen shared-memory files open per dataset until the process ends; here are a hundred."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@pytest.fixture
+def build() -> Iterator[Build]:
+    """Train loaders that are closed at the end of the test."""
+    loaders = []
+
+    def build(data: DataConfig, seed: int = 0, micro_batch: int = 4) -> TrainLoader:
+        loaders.append(build_train_loader(data, seed=seed, micro_batch=micro_batch, world=ALONE))
+        return loaders[-1]
+
+    yield build
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("whole") / "set")
+
+
+def test_a_batch_is_what_it_says(build: Build, folder: Path) -> None:
+    loader = build(config(folder, augment="none", mean=(0, 0, 0), std=(1, 1, 1)))
+    assert len(loader) == 16 and loader.num_samples == SIZE
+    for batch in loader.epoch(0):
+        assert batch.images.shape == (4, 3, 8, 8) and batch.images.dtype == torch.float32
+        assert batch.labels.dtype == batch.ids.dtype == torch.int64 and torch.equal(batch.labels, batch.ids)
+        colours = torch.stack([batch.ids % 256, 255 - batch.ids % 256, 7 * batch.ids % 256], 1) / 255
+        torch.testing.assert_close(batch.images.mean((2, 3)), colours.float(), rtol=0, atol=1e-6)
+
+
+def test_labels_may_be_absent(build: Build, tmp_path: Path) -> None:
+    loader = build(config(write(tmp_path / "set", labels=False)))
+    assert {label for batch in loader.epoch(0) for label in batch.labels.tolist()} == {-1}
+
+
+def test_an_epoch_is_a_permutation_fixed_by_seed_and_epoch(build: Build, folder: Path) -> None:
+    loader = build(config(folder))
+    first, second = ids(loader.epoch(0)), ids(loader.epoch(1))
+    assert sorted(flat(first)) == sorted(flat(second)) == list(range(SIZE))
+    assert first != second
+    assert ids(build(config(folder)).epoch(0)) == first
+    assert ids(build(config(folder), seed=1).epoch(0)) != first
+
+
+def test_the_incomplete_last_batch_is_dropped(build: Build, tmp_path: Path) -> None:
+    loader = build(config(write(tmp_path / "set", size=63)))
+    seen = flat(ids(loader.epoch(0)))
+    assert len(loader) == 15 and len(seen) == len(set(seen)) == 60
+
+
+def test_pixels_do_not_depend_on_workers_or_on_the_global_stream(build: Build, folder: Path) -> None:
+    """Published LEAP is not reproducible at equal seed, as its augmentations draw from an unseeded stream."""
+    epochs = []
+    for workers in (0, 0, 2):
+        torch.manual_seed(int(time.time_ns() % 2**31))
+        loader = build(config(folder, workers=workers))
+        epochs.append(torch.stack([batch.images for epoch in (0, 1) for batch in loader.epoch(epoch)]))
+    assert torch.equal(epochs[0], epochs[1]) and torch.equal(epochs[0], epochs[2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_is_augmented_anew_in_each_epoch(build: Build, folder: Path, workers: int) -> None:
+    """Also in persistent workers, which were forked in the first one."""
+    loader = build(config(folder, workers=workers))
+    images = torch.empty(2, SIZE, 3, 8, 8)
+    for epoch in range(2):
+        for batch in loader.epoch(epoch):
+            images[epoch, batch.ids] = batch.images
+    same = (images[0] == images[1]).all((1, 2, 3)).sum()
+    assert same < SIZE / 4  # a flat image changes only by its colours: untouched twice 0.16**2, grey twice, ...
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_global_stream_alone(build: Build, folder: Path, workers: int) -> None:
+    loader = build(config(folder, workers=workers))
+    before = torch.get_rng_state()
+    list(loader.epoch(0))
+    list(loader.epoch(1, 3))
+    list(build_eval_loader(str(folder), config(folder, workers=workers), batch=5, world=ALONE))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_position_can_be_taken_up_again(build: Build, folder: Path, workers: int) -> None:
+    whole = build(config(folder, workers=workers))
+    truth = {epoch: ids(whole.epoch(epoch)) for epoch in range(3)}
+    for start in (1, 7, 15):
+        fresh = build(config(folder, workers=workers))
+        assert ids(fresh.epoch(1, start)) == truth[1][start:]
+        assert ids(fresh.epoch(2)) == truth[2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_loader_goes_anywhere(build: Build, folder: Path, workers: int) -> None:
+    loader = build(config(folder, workers=workers))
+    truth = {epoch: ids(loader.epoch(epoch)) for epoch in range(3)}
+    assert ids(loader.epoch(0, 5)) == truth[0][5:]
+    assert ids(itertools.islice(loader.epoch(1), 3)) == truth[1][:3]  # left early, as on SIGTERM
+    assert ids(loader.epoch(1, 3)) == truth[1][3:]
+    assert ids(loader.epoch(2, len(loader))) == []
+    assert ids(loader.epoch(2)) == truth[2]
+    assert ids(loader.epoch(2, 15)) == truth[2][15:]
+    assert ids(loader.epoch(0)) == truth[0]
+
+
+def test_a_position_behind_the_end_is_refused(build: Build, folder: Path) -> None:
+    with pytest.raises(UserError, match="no micro-batch 17 in an epoch of 16"):
+        list(build(config(folder)).epoch(0, 17))
+
+
+def test_close_ends_the_workers(build: Build, folder: Path) -> None:
+    loader = build(config(folder, workers=2))
+    next(loader.epoch(0))
+    workers = [Path(f"/proc/{worker.pid}") for worker in torch.multiprocessing.active_children()]
+    assert workers and all(path.exists() for path in workers)
+    loader.close()
+    deadline = time.monotonic() + 10
+    while torch.multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(path.exists() for path in workers)
+
+
+def test_many_resumed_epochs_keep_the_number_of_open_files(build: Build, folder: Path) -> None:
+    loader = build(config(folder))
+    list(loader.epoch(0, 15))
+    before = len(os.listdir("/proc/self/fd"))
+    for epoch in range(1, 6):
+        list(loader.epoch(epoch, 15))
+        list(loader.epoch(epoch))
+    # Streaming's reader of a state leaves it open (twice: the file and its mapping), but not in each epoch after it.
+    assert len(os.listdir("/proc/self/fd")) <= before + 5 * 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("limit", [None, 21])
+def test_evaluation_reads_each_sample_once_over_the_ranks(
+    folder: Path, workers: int, size: int, limit: int | None
+) -> None:
+    shares = []
+    for rank in range(size if workers == 0 else 1):
+        world = dataclasses.replace(ALONE, rank=rank, size=size)
+        loader = build_eval_loader(str(folder), config(folder, workers=workers), batch=5, world=world, limit=limit)
+        share = ids(loader)
+        assert loader.num_samples == (limit or SIZE) and len(share) == len(loader)
+        assert share == ids(loader)  # again, unshuffled
+        shares += flat(share)
+        expected = [i * SIZE // loader.num_samples for i in range(rank, loader.num_samples, size)]
+        assert flat(share) == expected
+    assert len(set(shares)) == len(shares)
+    assert workers or len(shares) == (limit or SIZE)
+
+
+def test_a_limit_beyond_the_set_means_all(folder: Path) -> None:
+    loader = build_eval_loader(str(folder), config(folder), batch=5, world=ALONE, limit=10_000)
+    assert loader.num_samples == SIZE and flat(ids(loader)) == list(range(SIZE))
+
+
+@pytest.mark.parametrize(
+    ("options", "micro_batch", "message"),
+    [
+        ({}, 65, "micro-batch of 65 on each of 1 ranks takes 65 images, .*set has 64"),
+        ({"canonical_nodes": 65}, 4, "canonical_nodes: 65 is more than the 64 samples"),
+        ({"canonical_nodes": 0}, 4, "canonical_nodes: 0 must divide"),
+        ({"train": "s3://bucket/set"}, 4, "data.cache is not set"),
+        ({"train": "nowhere://bucket/set", "cache": "/tmp/unused"}, 4, "nowhere://bucket/set cannot be opened"),
+        ({"train": "/no/such/folder"}, 4, "/no/such/folder/index.json does not exist"),
+        ({"validate_hash": "sha1"}, 4, "validate_hash: 'sha1' is not in the index"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(
+    build: Build, folder: Path, options: dict, micro_batch: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        build(dataclasses.replace(config(folder), **options), micro_batch=micro_batch)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_nodes_than_can_be_divided_are_refused(folder: Path) -> None:
+    from leap_dist.data.loader import _check_fit
+    from leap_dist.data.streaming import open_dataset
+
+    data = config(folder)
+    dataset = open_dataset(data.train, data, world=ALONE, transform=None, seed=0, batch=1, shuffle=True)
+    with pytest.raises(UserError, match="canonical_nodes: 4 must divide the number of nodes, 3"):
+        _check_fit(dataset, data, 1, World(0, 3, 0, 1, torch.device("cpu")))
+
+
+def outcome(build: Build, data: DataConfig) -> str:
+    """The error of two epochs over `data`; every fault here must give one, quickly."""
+    started = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        loader = build(data)
+        for epoch in range(2):
+            list(loader.epoch(epoch))
+    assert time.monotonic() - started < 15
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-60:-40] = bytes(255 - value for value in data[-60:-40])
+    path.write_bytes(data)
+
+
+FAULTS = {"missing": Path.unlink, "cut": cut, "flipped": flip}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_shard_damaged_before_the_start(
+    build: Build, tmp_path: Path, workers: int, compression: str | None, fault: str
+) -> None:
+    victim = sorted(write(tmp_path / "set", compression=compression).glob("shard.*"))[3]
+    FAULTS[fault](victim)
+    assert str(victim) in outcome(build, config(tmp_path / "set", workers=workers, validate_hash="xxh64"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("fault", ["missing", "cut"])
+def test_a_shard_damaged_during_the_run(
+    build: Build, tmp_path: Path, workers: int, compression: str | None, fault: str
+) -> None:
+    folder = write(tmp_path / "set", compression=compression)
+    loader = build(config(folder, workers=workers))
+    for victim in sorted(folder.glob("shard.*"))[3:6]:
+        FAULTS[fault](victim)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=rf"{folder}: (a shard|sample \d+) cannot be read: \w+: ") as caught:
+        list(loader.epoch(0))
+    assert time.monotonic() - started < 15 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_shard_damaged_at_the_remote(
+    build: Build, tmp_path: Path, workers: int, compression: str | None, fault: str
+) -> None:
+    """A URI cannot be checked beforehand; a plain folder behind a cache would be, so damage it after the check."""
+    folder = write(tmp_path / "set", compression=compression)
+    loader = build(config(folder, workers=workers, cache=str(tmp_path / "cache"), validate_hash="xxh64"))
+    FAULTS[fault](sorted(folder.glob("shard.*"))[3])
+    started = time.monotonic()
+    with pytest.raises(UserError, match=rf"{folder}: (a shard|sample \d+) cannot be read: \w+: ") as caught:
+        list(loader.epoch(0))
+    assert time.monotonic() - started < 15 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_does_not_decode_is_named(build: Build, tmp_path: Path, workers: int) -> None:
+    data = config(write(tmp_path / "set", bad=37), workers=workers)
+    assert f"{tmp_path / 'set'}: the image of sample 37 does not decode" in outcome(build, data)
+
+
+def test_a_set_is_read_through_the_cache(build: Build, tmp_path: Path) -> None:
+    folder = write(tmp_path / "set")
+    files = {path.name for path in folder.iterdir()}
+    loader = build(config(folder, cache=str(tmp_path / "cache"), cache_limit="1mb"))
+    assert sorted(flat(ids(loader.epoch(0)))) == list(range(SIZE))
+    (cached,) = (tmp_path / "cache").iterdir()
+    assert {path.name for path in cached.iterdir()} == {path.name for path in folder.iterdir()} == files
+
+
+def test_a_cache_limit_that_holds_too_few_shards_is_refused(build: Build, tmp_path: Path) -> None:
+    folder = write(tmp_path / "set")
+    with pytest.raises(UserError, match=r"set cannot be opened: ValueError: .*cache limit \(1024 bytes\)"):
+        build(config(folder, cache=str(tmp_path / "cache"), cache_limit="1kb"))
+
+
+def test_a_cache_limit_without_a_cache_does_not_touch_the_set(build: Build, tmp_path: Path) -> None:
+    folder = write(tmp_path / "set")
+    files = {path.name for path in folder.iterdir()}
+    assert len(ids(build(config(folder, cache_limit="1kb")).epoch(0))) == 16
+    assert {path.name for path in folder.iterdir()} == files
+
+
+def hang(image: torch.Tensor) -> torch.Tensor:
+    time.sleep(60)
+    return image
+
+
+def die(image: torch.Tensor) -> torch.Tensor:
+    os._exit(3)
+
+
+@pytest.mark.parametrize(("transform", "message"), [(hang, "timed out after 2 seconds"), (die, "exited unexpectedly")])
+def test_a_worker_that_hangs_or_dies_ends_the_run(
+    build: Build, folder: Path, monkeypatch: pytest.MonkeyPatch, transform: object, message: str
+) -> None:
+    monkeypatch.setattr("leap_dist.data.loader.train_transform", lambda config: transform)
+    loader = build(config(folder, workers=1, timeout_s=2))
+    with pytest.raises(UserError, match=f"{folder}: .*{message}"):
+        list(loader.epoch(0))
+
+
+def test_an_epoch_that_ends_early_is_an_error(build: Build, folder: Path) -> None:
+    loader = build(config(folder))
+    loader._length += 5  # as if the index had promised more than streaming delivers
+    with pytest.raises(UserError, match="epoch 0 ended after 16 of 21 batches"):
+        list(loader.epoch(0))

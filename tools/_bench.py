@@ -1,0 +1,135 @@
+"""What the benchmarks share: interleaved timing, peak memory, the machine's measured peaks, rows and their CSV."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement; times in milliseconds, memory in MiB beyond what was allocated before the call."""
+
+    device: str
+    versions: str
+    shape: str
+    precision: str
+    name: str
+    part: str
+    median: float
+    p20: float
+    p80: float
+    memory: float
+    tflops: float
+    roofline: float
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words; on CPU with its threads, without which a time means nothing."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> str:
+    """Versions of what runs the kernels."""
+    try:
+        import triton
+    except ImportError:
+        return f"torch {torch.__version__}"
+    return f"torch {torch.__version__}, triton {triton.__version__}"
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Callable[[], object]]], device: torch.device, repeats: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every call, `repeats` times in turn, so that a busy moment of the machine hits all alike.
+
+    Each call is a set-up that returns what is timed; the first two rounds warm up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(repeats + 2):
+        for name, prepare in calls.items():
+            timed = prepare()
+            elapsed = _time(timed, device)
+            if i >= 2:
+                times[name].append(elapsed)
+    return times
+
+
+def _time(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def quantiles(times: list[float]) -> tuple[float, float, float]:
+    """Median, 20 % and 80 % quantile."""
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return statistics.median(times), deciles[1], deciles[7]
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    """MiB allocated at the peak of `call` beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak / 2**20
+
+
+def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """What this machine reaches: TFLOP/s of a large square product in `dtype`, and TB/s of a copy."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    big = torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(big)
+    times = interleaved(
+        {"product": lambda: lambda: torch.mm(a, b, out=out), "copy": lambda: lambda: target.copy_(big)}, device, 10
+    )
+    product, copy = (min(times[name]) * 1e-3 for name in ("product", "copy"))
+    return 2 * n**3 / product / 1e12, 2 * big.numel() * 4 / copy / 1e12
+
+
+def report(rows: list[Row], path: Path | None) -> None:
+    """Print the rows as a table, and append them to a CSV file if one is named."""
+    first = rows[0]
+    print(f"{first.device}; {first.versions}; {first.shape}; {first.precision}")
+    print(f"{'':22}{'part':10}{'median ms':>10}{'p20':>9}{'p80':>9}{'MiB':>9}{'TFLOP/s':>9}{'roofline':>9}")
+    for row in rows:
+        times = "".join(f"{x:9.2f}" for x in (row.p20, row.p80))
+        rates = f"{row.tflops:9.2f}{row.roofline:9.0%}" if row.part == "full" else ""
+        print(f"{row.name:22}{row.part:10}{row.median:10.2f}{times}{row.memory:9.1f}{rates}")
+    if path is None:
+        return
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        if new:
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
