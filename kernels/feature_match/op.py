@@ -88,7 +88,7 @@ def feature_match(
             return (loss, reference.moments(student, teacher, objective)) if moments else loss
         needs = any(x is not None and x.requires_grad for x in (student, weight, bias))
         outputs = _op(student, weight, bias, teacher, chosen, objective, torch.is_grad_enabled() and needs, moments)
-    return (outputs[0], Moments(*(x.detach() for x in outputs[4:]))) if moments else outputs[0]
+    return (outputs[0], Moments(*outputs[4:])) if moments else outputs[0]
 
 
 def _check(student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor) -> None:
@@ -214,9 +214,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.rows = student.shape[0]
     ctx.dtypes = (student.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph=True: the saved gradients are constants, a second derivative would be 0
+        raise RuntimeError("feature_match is differentiable once; impl='reference' is twice")
     if grad is None:
         return (None,) * 8
     scale = grad / ctx.rows

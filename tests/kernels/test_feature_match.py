@@ -143,6 +143,12 @@ def test_no_gradient_reaches_the_teacher_and_none_is_computed_without_grad_mode(
     assert not any(x.requires_grad for x in feature_match(s, w, b, t, moments=True)[1])
 
 
+def test_second_derivatives_are_refused_not_wrong() -> None:
+    s, w, b, t = (x.float().requires_grad_() for x in make(20, 6, 8))
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(feature_match(s, w, b, t), s, create_graph=True)
+
+
 def test_moments_of_the_normalised_objective_are_of_the_normalised_teacher() -> None:
     s, w, b, t = make(50, 6, 8)
     truth = feature_match(s, w, b, F.layer_norm(t, (8,)), moments=True)[1]
