@@ -1,0 +1,73 @@
+"""What matching costs a training step: the student's step with loss, CKA and their backward, against the same step
+with nothing but the projector's matrix product, in one run.
+
+    python tools/bench_match.py                             # the demo's shapes
+    python tools/bench_match.py --config launch_configs/leap_vitg14_vits14_imagenet1k.yaml --batch 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from _bench import device_name, interleaved, versions
+
+from leap_dist.assembly import build_objective
+from leap_dist.config import load
+from leap_dist.features import Features
+from leap_dist.objective import Objective
+from leap_dist.teacher import describe_teacher
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    """Command line -> interleaved rounds -> medians and the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "launch_configs" / "demo.yaml")
+    parser.add_argument("--batch", type=int, default=32, help="images per micro-batch")
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    calls = steps(options.config, options.batch, device)
+    times = interleaved({name: lambda call=call: call for name, call in calls.items()}, device, options.rounds)
+    print(f"{device_name(device)}; {versions()}; {options.config.name}, {options.batch} images")
+    for name, values in times.items():
+        over = statistics.median(mine / bare - 1 for mine, bare in zip(values, times["projector only"], strict=True))
+        print(f"{name:24} {statistics.median(values):9.2f} ms   {over:+7.1%} of the step with the projector only")
+
+
+def steps(path: Path, batch: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Forward and backward of the student with each way of using the projector, on random images and targets."""
+    config = load(path, ["data.train=digits", "data.val=null"])
+    spec = describe_teacher(config.teacher, config.data.image_size)
+    objective = build_objective(config, spec).to(device)
+    images = torch.randn(batch, 3, config.data.image_size, config.data.image_size, device=device)
+    tokens = spec.grid[0] * spec.grid[1]
+    target = Features(torch.randn(batch, tokens, spec.dim, device=device), torch.randn(batch, spec.dim, device=device))
+    upstream = torch.randn(batch, tokens, spec.dim, device=device)
+    return {
+        "projector only": lambda: _projected(objective, images, target, upstream),
+        "loss": lambda: objective(images, [target]).loss.backward(),
+        "loss and exact CKA": lambda: _scored(objective, images, target),
+    }
+
+
+def _projected(objective: Objective, images: torch.Tensor, target: Features, upstream: torch.Tensor) -> None:
+    head = objective.heads[0]
+    patch = objective._on_teacher_grid(objective.student(images).patch, target)
+    F.linear(patch, head.weight, head.bias).backward(upstream)
+
+
+def _scored(objective: Objective, images: torch.Tensor, target: Features) -> None:
+    match = objective(images, [target], True)
+    match.evidence[0].score("exact", 1)
+    match.loss.backward()
+
+
+if __name__ == "__main__":
+    main()
