@@ -13,7 +13,7 @@ from leap_dist.checkpoint import Checkpoints, find_resume
 from leap_dist.config import DEMO_TEACHER, Config
 from leap_dist.coordinator import Coordinator
 from leap_dist.curriculum import build_curriculum
-from leap_dist.data import build_train_loader, resolve
+from leap_dist.data import build_train_loader, check_sources, resolve
 from leap_dist.distributed import World, barrier
 from leap_dist.engine import build_engine, micro_batch
 from leap_dist.errors import UserError
@@ -33,15 +33,22 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
     Raises:
         UserError: the first thing that does not fit, in one line.
     """
-    resume = find_resume(config)
+    resume = find_resume(config, world)
     batch = micro_batch(config, world)
     spec = describe_teacher(config.teacher, config.data.image_size)
     curriculum = build_curriculum(config.curriculum, spec.depth)
     check_pair(config, spec)
+    check_sources(config.data)
+    if world.is_main:
+        warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
     teacher = build_teacher(config.teacher, config.data.image_size, world.device)
     data = resolve(config.data, Path(config.output), world)
     loader = build_train_loader(data, seed=config.seed, micro_batch=batch, world=world)
+    if loader.num_samples < config.data.global_batch:
+        raise UserError(
+            f"data.global_batch={config.data.global_batch}: more than the {loader.num_samples} images of {data.train}"
+        )
     objective = build_objective(config, spec)
     optimizer = build_optimizer(config.optim, objective)
     parts = Parts(
@@ -50,7 +57,7 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
         engine=build_engine(config, objective, optimizer, batch),
         loader=loader,
         coordinator=Coordinator(curriculum, world),
-        checkpoints=Checkpoints(config, world),
+        checkpoints=Checkpoints(config, world, loader.num_samples),
     )
     trainer = Trainer(config, world, parts)
     if resume is not None:
@@ -86,6 +93,10 @@ def check_pair(config: Config, spec: TeacherSpec) -> None:
                 f"objective.cls_weight={config.objective.cls_weight}: {side}.model={model} has no class token at its "
                 "intermediate blocks; set objective.cls_weight=0"
             )
+
+
+def warn_of_normalisation(config: Config, spec: TeacherSpec) -> None:
+    """Say so where the images are not normalised as the teacher's weights expect."""
     seen = (tuple(config.data.mean), tuple(config.data.std))
     if config.teacher.weights != DEMO_TEACHER and seen != (tuple(spec.mean), tuple(spec.std)):
         log.warning(

@@ -2,8 +2,10 @@
 
     output/config.yaml                  the run this folder belongs to
     output/checkpoints/step00000120/    DeepSpeed's files, config.yaml, run.json (step, world size, ZeRO stage)
-    output/checkpoints/latest           name of the newest whole checkpoint; written last, by renaming
+    output/checkpoints/latest           name of the newest good checkpoint; written last, by renaming
 
+`latest` moves on only when the step after a checkpoint has shown a finite loss (or the run ends there): weights that
+the last update spoilt are never what a run is continued from.
 Learning rate and random numbers are functions of the step, so they need no state of their own.
 """
 
@@ -15,19 +17,39 @@ from pathlib import Path
 from typing import Any, Optional
 
 from leap_dist.config import Config, differences, load, to_yaml
-from leap_dist.distributed import World, barrier
+from leap_dist.distributed import World, barrier, gather_objects, is_lost_peer
 from leap_dist.errors import UserError
 from leap_dist.files import write_json, write_text
 
 LATEST, CONFIG, RUN = "latest", "config.yaml", "run.json"
 
 
-def find_resume(config: Config) -> Optional[Path]:
-    """The checkpoint this run starts from, or None for a fresh start.
+def find_resume(config: Config, world: World) -> Optional[Path]:
+    """The checkpoint this run starts from, or None for a fresh start: rank 0 looks, and all ranks do as it says.
 
     Raises:
-        UserError: `output` holds a run and may not be touched, or another config, or `resume` holds no checkpoint.
+        UserError: `output` holds a run and may not be touched, or another config, `resume` holds no checkpoint, or a
+            rank does not see the one that rank 0 found.
     """
+    found: Optional[Path] = None
+    fault = ""
+    if world.is_main:
+        try:
+            found = _resume_from(config)
+        except UserError as error:
+            fault = str(error)
+    fault, found = gather_objects((fault, found), world)[0]
+    seen = gather_objects(found is None or (found / RUN).is_file(), world)
+    if not all(seen):
+        fault = (
+            f"output={config.output}: rank {seen.index(False)} does not see {found}; all ranks must share the folder"
+        )
+    if fault:
+        raise UserError(fault)
+    return found
+
+
+def _resume_from(config: Config) -> Optional[Path]:
     output = Path(config.output)
     if (output / CONFIG).is_file():
         changed = differences(load(output / CONFIG, [f"resume={config.resume}"], check=False), config)
@@ -44,9 +66,18 @@ def find_resume(config: Config) -> Optional[Path]:
 
 
 def newest(folder: Path) -> Optional[Path]:
-    """The newest whole checkpoint under a `checkpoints` folder, or None."""
+    """The newest good checkpoint under a `checkpoints` folder, or None.
+
+    Raises:
+        UserError: the one that `latest` names is gone.
+    """
     latest = folder / LATEST
-    return folder / latest.read_text().strip() if latest.is_file() else None
+    if not latest.is_file():
+        return None
+    path = folder / latest.read_text().strip()
+    if not (path / RUN).is_file():
+        raise UserError(f"{latest} names {path.name}, which is not there; write an existing one's name into it")
+    return path
 
 
 def _named(path: Path) -> Path:
@@ -57,21 +88,35 @@ def _named(path: Path) -> Path:
     return found
 
 
-class Checkpoints:
-    """The checkpoints of one run; every method is called by all ranks."""
+def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
+    """State of the fp16 loss scaler, which DeepSpeed leaves out of its checkpoints under autocast (0.19)."""
+    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return None if scaler is None else scaler.state_dict()
 
-    def __init__(self, config: Config, world: World) -> None:
+
+class Checkpoints:
+    """The checkpoints of one run; every method is called by all ranks.
+
+    num_samples: of the training set, whose positions the checkpoints hold.
+    """
+
+    def __init__(self, config: Config, world: World, num_samples: int) -> None:
         self.config = config
         self.world = world
+        self.num_samples = num_samples
+        self._unconfirmed: Optional[Path] = None
         self.folder = Path(config.output) / "checkpoints"
 
     def claim_output(self) -> None:
         """Mark the output folder as this run's. The first thing written, once everything has been built."""
         if self.world.is_main:
-            write_text(Path(self.config.output) / CONFIG, to_yaml(self.config))
+            try:
+                write_text(Path(self.config.output) / CONFIG, to_yaml(self.config))
+            except OSError as error:
+                raise UserError(f"output={self.config.output}: cannot be written ({error})") from error
 
     def save(self, engine: Any, step: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint named after `step`; only when all of it is there does `latest` name it.
+        """Write a checkpoint named after `step`; `confirm` makes it the latest.
 
         Raises:
             UserError: the disk refuses; the previous checkpoint stays the latest.
@@ -80,30 +125,40 @@ class Checkpoints:
         if self.world.is_main:
             shutil.rmtree(path, ignore_errors=True)  # what a killed save left
         barrier(self.world)
+        client = {"leap": state, "scaler": _scaler_state(engine)}
         try:
-            engine.save_checkpoint(str(self.folder), tag=path.name, client_state={"leap": state}, save_latest=False)
+            engine.save_checkpoint(str(self.folder), tag=path.name, client_state=client, save_latest=False)
             if self.world.is_main:
                 write_text(path / CONFIG, to_yaml(self.config))
                 write_json(path / RUN, self._identity() | {"step": step})
-        except OSError as error:
-            raise UserError(f"checkpoint {path}: cannot be written ({error}); the previous one is intact") from error
+        except (OSError, RuntimeError) as error:  # torch.save says a full disk in its own words
+            if is_lost_peer(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"checkpoint {path}: cannot be written ({reason}); the previous one is intact") from error
         barrier(self.world)
-        if self.world.is_main:
+        self._unconfirmed = path
+        return path
+
+    def confirm(self) -> None:
+        """Make the checkpoint saved last the one that a resumed run starts from; drop what is older than wanted."""
+        path, self._unconfirmed = self._unconfirmed, None
+        if path is not None and self.world.is_main:
             write_text(self.folder / LATEST, path.name)
             self._prune(path)
-        return path
 
     def load(self, engine: Any, path: Path) -> dict[str, Any]:
         """Restore the engine from `path` and return the run's state.
 
         Raises:
-            UserError: saved at another world size or ZeRO stage, or damaged.
+            UserError: saved at another world size, ZeRO stage, batch, seed or set, or damaged.
         """
         saved = json.loads((path / RUN).read_text())
         for key, mine in self._identity().items():
-            if saved[key] != mine:
+            if saved.get(key) != mine:
                 raise UserError(
-                    f"checkpoint {path}: saved with {key}={saved[key]}, this run has {key}={mine}; resume with the same"
+                    f"checkpoint {path}: saved with {key}={saved.get(key)}, this run has {key}={mine}; "
+                    "resume with the same"
                 )
         try:
             loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
@@ -112,10 +167,21 @@ class Checkpoints:
             raise UserError(f"checkpoint {path}: cannot be read ({type(error).__name__}: {reason})") from error
         if loaded is None:
             raise UserError(f"checkpoint {path}: cannot be read (DeepSpeed found no model state in it)")
+        if client["scaler"] is not None:
+            engine.torch_autocast_z0_gradscaler.load_state_dict(client["scaler"])
         return client["leap"]
 
-    def _identity(self) -> dict[str, int]:
-        return {"world_size": self.world.size, "zero_stage": self.config.engine.zero_stage}
+    def _identity(self) -> dict[str, int | str]:
+        """What a data position and DeepSpeed's files mean anything for."""
+        return {
+            "world_size": self.world.size,
+            "zero_stage": self.config.engine.zero_stage,
+            "precision": self.config.engine.precision,
+            "global_batch": self.config.data.global_batch,
+            "seed": self.config.seed,
+            "canonical_nodes": self.config.data.canonical_nodes,
+            "num_samples": self.num_samples,
+        }
 
     def _prune(self, newest_path: Path) -> None:
         older = sorted(path for path in self.folder.glob("step*") if path.is_dir() and path != newest_path)

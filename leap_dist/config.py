@@ -369,11 +369,14 @@ def _range_problems(config: Config) -> list[str]:
     above_zero = {"optim.lr": optim.lr, "evaluation.probe_lr": evaluation.probe_lr, "data.std": min(data.std)}
     fractions = {"optim.final_lr_fraction": optim.final_lr_fraction, "optim.momentum": optim.momentum}
     low, high = data.crop_scale
+    betas_hold = all(0 <= beta < 1 for beta in optim.betas)
     return [
         *(f"{key}={value}: must be at least 1" for key, value in at_least_one.items() if not value >= 1),
         *(f"{key}={value}: must not be negative" for key, value in at_least_zero.items() if not 0 <= value < math.inf),
         *(f"{key}={value}: must be above 0" for key, value in above_zero.items() if not 0 < value < math.inf),
         *(f"{key}={value}: must be between 0 and 1" for key, value in fractions.items() if not 0 <= value <= 1),
+        *([] if config.seed < 2**32 else [f"seed={config.seed}: must be below 2**32"]),
+        *([] if betas_hold else [f"optim.betas={list(optim.betas)}: each must be in [0, 1)"]),
         *([] if 0 < low <= high <= 1 else [f"data.crop_scale=[{low}, {high}]: must satisfy 0 < low <= high <= 1"]),
     ]
 
@@ -405,6 +408,11 @@ def _engine_problems(config: Config) -> list[str]:
         problems.append(
             f"optim.name=lars with engine.zero_stage={config.engine.zero_stage}: ZeRO flattens and splits the weights, "
             "which makes LARS' per-layer trust ratios wrong; use engine.zero_stage=0 or optim.name=adamw"
+        )
+    if config.engine.precision == "fp16" and config.engine.zero_stage > 0:
+        problems.append(
+            f"engine.precision=fp16 with engine.zero_stage={config.engine.zero_stage}: DeepSpeed 0.19 clips these "
+            "gradients before it takes the loss scale off them; use engine.precision=bf16 or engine.zero_stage=0"
         )
     if config.data.global_batch % config.engine.accumulation:
         problems.append(

@@ -114,6 +114,15 @@ def gather_objects(item: Any, world: World) -> list[Any]:
     return items
 
 
+def collect_objects(item: Any, world: World) -> list[Any]:
+    """Every rank's picklable `item`, by rank, on rank 0; an empty list elsewhere."""
+    if world.control is None:
+        return [item]
+    items: list[Any] = [None] * world.size if world.is_main else []
+    dist.gather_object(item, items or None, group_dst=0, group=world.control)
+    return items
+
+
 def barrier(world: World) -> None:
     """Wait for every rank (host side)."""
     if world.control is not None:

@@ -45,7 +45,7 @@ class CosineEvidence:
     def of(cls, projected: Tensor, teacher: Tensor) -> CosineEvidence:
         """From matching tokens (..., Dt)."""
         cosine = F.cosine_similarity(projected.float(), teacher.float(), dim=-1)
-        return cls(torch.stack([cosine.sum(), cosine.new_tensor(cosine.numel())]))
+        return cls(torch.stack([cosine.sum(), cosine.new_full((), cosine.numel())]))
 
     def merged(self, other: CosineEvidence) -> CosineEvidence:
         return CosineEvidence(self.totals + other.totals)

@@ -29,6 +29,7 @@ from leap_dist.data.digits import digit_samples
 from leap_dist.data.transforms import decode, eval_transform, train_transform
 from leap_dist.files import write_json, write_whole
 from leap_dist.optim import build_optimizer, lr_factor
+from leap_dist.telemetry import bar_interval
 
 CLASSES = 10
 WEIGHTS = "teacher.safetensors"
@@ -133,8 +134,8 @@ def _fit(model: nn.Module, config: TeacherTraining, device: torch.device) -> Non
     images, labels = _split("train")
     total = config.epochs * (len(labels) // config.batch)
     batches = _batches(images, labels, config)
-    quiet = os.environ.get("RANK", "0") != "0"
-    for step, (x, y) in enumerate(tqdm(batches, "training the demo teacher", total, disable=quiet, unit="step")):
+    bar = {"disable": os.environ.get("RANK", "0") != "0", "mininterval": bar_interval(), "unit": "step"}
+    for step, (x, y) in enumerate(tqdm(batches, "training the demo teacher", total, **bar)):
         factor = lr_factor(recipe, step=step, total_steps=total, epochs=config.epochs, advanced_at=None)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * factor

@@ -52,6 +52,11 @@ class PhaseTimer:
         return dict(self.seconds)
 
 
+def bar_interval() -> float:
+    """Seconds between redraws of a progress bar: lively on a terminal, sparse in a log file."""
+    return 0.5 if sys.stderr.isatty() else 10.0
+
+
 def memory_bytes(device: torch.device) -> int:
     """Peak bytes allocated on the device, or the peak resident set of this process on CPU."""
     if device.type == "cuda":
@@ -70,14 +75,15 @@ class Telemetry:
         from torch.utils.tensorboard import SummaryWriter
 
         self.config = config
-        self.writer = SummaryWriter(str(Path(config.output) / "tensorboard"), purge_step=first_step or None)
+        self.writer = SummaryWriter(str(Path(config.output) / "tensorboard"), purge_step=first_step)
         self.writer.add_text("config", f"```yaml\n{to_yaml(config)}```", first_step)
         self.bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
+            total=total_steps * config.data.global_batch,
+            initial=first_step * config.data.global_batch,
+            unit=" images",
+            unit_scale=True,
             disable=not config.telemetry.progress,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
+            mininterval=bar_interval(),
             dynamic_ncols=True,
         )
         self._last_seconds: dict[str, float] = {}
@@ -93,7 +99,7 @@ class Telemetry:
         shown: short texts for the bar. scalars: TensorBoard tag -> value. seconds: `PhaseTimer.totals()`.
         """
         self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
+        self.bar.update(self.config.data.global_batch)
         if not self.is_due(step):
             return
         for tag, value in (scalars | self._rates(step, seconds)).items():

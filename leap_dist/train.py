@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -30,7 +31,9 @@ def parse(argv: list[str]) -> Config:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="YAML", help="what differs from the defaults", default=DEMO)
+    parser.add_argument(
+        "--config", type=Path, metavar="YAML", help="what differs from the defaults; without it: the demo", default=DEMO
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over the YAML")
     args = parser.parse_intermixed_args(argv)
@@ -46,14 +49,20 @@ def train(config: Config) -> None:
     world = initialise()
     config, trainer = build_trainer(config, world)
     try:
-        finished = trainer.run()
-        if finished:
+        if trainer.run():
+            signal.signal(signal.SIGTERM, leave)
             wrap_up(config, world, trainer)
         elif world.is_main:
             print(f"leap_dist: stopped at step {trainer.progress.step}; continue with resume=auto", file=sys.stderr)
     finally:
         trainer.close()
     shutdown()
+
+
+def leave(_signal: int, _frame: object) -> None:
+    """SIGTERM after the last step: everything is saved, only the evaluation is not done."""
+    print("leap_dist: stopped while evaluating; resume=auto evaluates again", file=sys.stderr, flush=True)
+    os._exit(0)
 
 
 def complain(message: str) -> None:

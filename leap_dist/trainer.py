@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from leap_dist.reset import reset_heads
 from leap_dist.teacher import Teacher
 from leap_dist.telemetry import PhaseTimer, Telemetry, memory_bytes
 
+MIXUP, DROPOUT, HEAD = range(3)  # streams of random numbers
 CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x 40 blocks are 2 GB in fp32
 
 
@@ -153,7 +155,8 @@ class Trainer:
         state = self.checkpoints.load(self.engine, path)
         self.progress = Progress(**state["progress"])
         self.curriculum.load_state_dict(state["curriculum"])
-        self.saved_step = self.progress.step
+        # A checkpoint of another run is saved here at once: a kill before the first own one must not start afresh.
+        self.saved_step = self.progress.step if path.parent == self.checkpoints.folder else -1
         self.teacher.retarget(self.curriculum.block)
 
     def run(self) -> bool:
@@ -162,10 +165,13 @@ class Trainer:
         if self.world.is_main:
             self.telemetry = Telemetry(self.config, self.total_steps, self.progress.step)
         self._clock_base = (self.progress.seconds, self.progress.teacher_seconds, time.perf_counter())
+        if self.progress.step:
+            self._save()
         with Interrupt() as interrupt:
             while self.progress.epoch < self.config.epochs and not self.stopping:
                 self._epoch(interrupt)
         self._save()
+        self.checkpoints.confirm()
         return self.progress.epoch == self.config.epochs
 
     def close(self) -> None:
@@ -207,7 +213,7 @@ class Trainer:
 
     def _step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step; leaves its numbers in `pending`."""
-        torch.manual_seed(self._seed(1 + self.world.rank))  # drop path and dropout: the same after a resume
+        torch.manual_seed(self._seed(DROPOUT, self.world.rank))  # drop path and dropout: the same after a resume
         lr = self._set_lr()
         scored, evidence, losses = self._wants_score(), None, []
         for index, batch in enumerate(micro_batches):
@@ -230,7 +236,7 @@ class Trainer:
         images = batch.images.to(self.world.device, non_blocking=True)
         if not self.config.data.mixup:
             return images
-        return mixup(images, torch.Generator().manual_seed(self._seed(0) + index))
+        return mixup(images, torch.Generator().manual_seed(self._seed(MIXUP, index)))
 
     def _targets(self, images: Tensor) -> list[Features]:
         if self.config.curriculum.mode == "all_layers":
@@ -247,7 +253,7 @@ class Trainer:
     def _latched(self, losses: Tensor, evidence: Optional[Evidence], lr: float) -> Pending:
         """Send own loss, mean losses and score to the host. losses: (3,) of this rank. Collective."""
         means = sum_over_ranks(losses.clone()) / self.world.size
-        score = losses.new_tensor(math.nan) if evidence is None else self._score(evidence)
+        score = losses.new_full((), math.nan) if evidence is None else self._score(evidence)
         values = torch.cat([losses[:1], means, score[None].to(losses)])
         return Pending(self.progress.step, self.curriculum.block, lr, Latch(values))
 
@@ -271,9 +277,10 @@ class Trainer:
             group["lr"] = self.peak_lr * factor
         return self.peak_lr * factor
 
-    def _seed(self, stream: int) -> int:
+    def _seed(self, *stream: int) -> int:
         """A seed for this step: every draw of the run is a function of (seed, step, stream), so a resume repeats it."""
-        return (self.config.seed * 1_000_003 + self.progress.step) * 65_536 + stream
+        mixed = np.random.SeedSequence([self.config.seed, self.progress.step, *stream])
+        return int(mixed.generate_state(1, np.uint64)[0] >> 1)
 
     # -- the decision -------------------------------------------------------------------------------------------------
 
@@ -284,6 +291,7 @@ class Trainer:
         pending, self.pending = self.pending, None
         own_loss, loss, patch_loss, cls_loss, score = pending.values.read()
         decision = self.coordinator.decide(step=pending.step, loss=own_loss, score=score, stop=interrupt.requested)
+        self.checkpoints.confirm()  # the loss that the saved weights gave is finite
         self._account(pending.block)
         if self.telemetry is not None:
             self._report(pending, loss, patch_loss, cls_loss, score)
@@ -297,7 +305,7 @@ class Trainer:
         self.progress.trajectory.append((self.progress.step, block))
         self.teacher.retarget(block)
         if self.config.curriculum.reset_head:
-            reset_heads(self.engine, self._seed(0))
+            reset_heads(self.engine, self._seed(HEAD))
 
     @torch.no_grad()
     def _choose_start(self, micro_batches: list[Batch]) -> None:
@@ -333,7 +341,7 @@ class Trainer:
         assert self.telemetry is not None
         shown = {
             "block": f"{pending.block}/{self.teacher.spec.depth}",
-            self.config.curriculum.metric: f"{score:.3f}",
+            self.config.curriculum.metric: f"{score:.3f}" if math.isfinite(score) else "-",
             "loss": f"{loss:.4f}",
             "teacher FLOPs saved": f"{self.progress.saved_fraction:.0%}",
         }

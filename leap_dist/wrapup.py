@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leap_dist.config import Config
 from leap_dist.data import build_eval_loader
-from leap_dist.distributed import World, gather_objects
+from leap_dist.distributed import World, collect_objects
 from leap_dist.engine import micro_batch
 from leap_dist.evaluation import evaluate
 from leap_dist.evaluation.features import extract, merge
@@ -32,6 +32,8 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
     summary = _progress_summary(config, trainer)
     summary |= _time_saved(config, world, trainer)
     exported = export_student(trainer.engine, config, world)
+    if world.is_main:
+        write_json(Path(config.output) / "summary.json", summary)  # whatever becomes of the evaluation
     trainer.loader.close()  # streaming lets one dataset at a time use a cache folder
     if config.data.val is not None:
         student = load_student(exported, world.device)
@@ -110,9 +112,10 @@ def _accuracies(who: str, model: Callable[[Tensor], Tensor], config: Config, wor
         for source, limit in sources
     )
     shares = (extract(model, loader, world.device) for loader in loaders)
-    train, val = (merge(gather_objects(share, world)) for share in shares)
+    train, val = (collect_objects(share, world) for share in shares)
     if not world.is_main:
         return {}
+    train, val = merge(train), merge(val)
     results = evaluate(train, val, config.evaluation, device=world.device, seed=config.seed)
     return {f"{who}_{name}": value for name, value in results.items()}
 

@@ -81,7 +81,8 @@ class _Sums:
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Merge the chunks, adding what lies between their means, and return n, mean_s, mean_t in float64."""
         means_s, means_t = (torch.stack(column) for column in zip(*self._means, strict=True))
-        counts = means_s.new_tensor(self._counts)[:, None]
+        # Filled on the device: a tensor made of Python numbers would wait for it.
+        counts = torch.stack([means_s.new_full((1,), count) for count in self._counts])
         n, roots = counts.sum(), counts.sqrt()
         mean_s, mean_t = (counts * means_s).sum(0) / n, (counts * means_t).sum(0) / n
         between_s, between_t = roots * (means_s - mean_s), roots * (means_t - mean_t)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from leap_dist.data.digits import resolve
 from leap_dist.data.loader import Batch, EvalLoader, TrainLoader, build_eval_loader, build_train_loader
-from leap_dist.data.shards import check_shards, write_shards
+from leap_dist.data.shards import check_shards, check_sources, write_shards
 from leap_dist.data.transforms import eval_transform, mixup, train_transform
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "build_eval_loader",
     "build_train_loader",
     "check_shards",
+    "check_sources",
     "eval_transform",
     "mixup",
     "resolve",

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
+from leap_dist.config import DIGITS, DataConfig, is_remote
 from leap_dist.errors import UserError
 
 INDEX = "index.json"
@@ -89,6 +90,20 @@ def check_shards(folder: Path, validate_hash: Optional[str] = None) -> int:
         if optional and (Path(folder) / optional["basename"]).exists():
             _check_file(Path(folder), optional, validate_hash)
     return sum(shard["samples"] for shard in shards)
+
+
+def check_sources(config: DataConfig) -> None:
+    """Check the local folders of a run before anything is built; UserError at the first fault.
+
+    With `data.val` both sets need labels, which kNN and linear probe are about. A remote source is checked when opened.
+    """
+    for key, source in (("data.train", config.train), ("data.val", config.val)):
+        if source is None or source == DIGITS or is_remote(source):
+            continue
+        check_shards(Path(source))
+        labelled = all("label" in shard["column_names"] for shard in read_index(Path(source)))
+        if config.val is not None and not labelled:
+            raise UserError(f"{key}={source}: its shards have no labels, which evaluation needs; set data.val=null")
 
 
 def _check_file(folder: Path, info: dict[str, Any], validate_hash: Optional[str]) -> None:

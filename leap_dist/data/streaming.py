@@ -17,7 +17,7 @@ from streaming import StreamingDataset
 from streaming.base.dataset import _ShardState
 from torchvision.transforms import v2
 
-from leap_dist.config import DataConfig
+from leap_dist.config import DataConfig, is_remote
 from leap_dist.data.loader import Batch
 from leap_dist.data.shards import check_shards, read_index
 from leap_dist.data.transforms import decode, seeded
@@ -121,10 +121,6 @@ def _acquire(handle: int, path: Path) -> None:
             time.sleep(0.05)
 
 
-def _is_uri(source: str) -> bool:
-    return "://" in source
-
-
 def _location(source: str, config: DataConfig) -> dict[str, Any]:
     """Streaming's `remote`, `local` and `cache_limit`: read in place, or through the cache if there is one."""
     if config.cache:
@@ -132,8 +128,7 @@ def _location(source: str, config: DataConfig) -> dict[str, Any]:
         digest = hashlib.blake2s(source.encode(), digest_size=4).hexdigest()
         local = str(Path(config.cache) / f"{name}-{digest}")
         return {"remote": source, "local": local, "cache_limit": config.cache_limit}
-    if _is_uri(source):
-        raise UserError(f"data.cache is not set: the remote source {source} needs a local folder for its shards")
+    assert not is_remote(source), "the config refuses a remote source without data.cache"
     return {"local": source}  # without a limit: eviction deletes files, and these are the user's own
 
 
@@ -155,7 +150,7 @@ def open_dataset(
 ) -> ImageDataset:
     """Check `source` (a folder or a URI), then open it on all ranks together; UserError if it is not fit to be read."""
     location = _location(source, config)
-    if not _is_uri(source):
+    if not is_remote(source):
         _preflight(source, config.validate_hash, world)
     try:
         with _construction_lock(world):

@@ -38,12 +38,14 @@ def extract(
         count += keep
         if count == limit:
             break
+    if not columns[0]:  # fewer samples than ranks
+        return FeatureSet(torch.empty(0, 0), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long))
     return FeatureSet(*map(torch.cat, columns))
 
 
 def merge(parts: list[FeatureSet]) -> FeatureSet:
     """One set of the ranks' shares, ordered by id, each sample once: streaming repeats some to fill the last batch."""
-    whole = FeatureSet(*map(torch.cat, zip(*parts, strict=True)))
+    whole = FeatureSet(*map(torch.cat, zip(*(part for part in parts if len(part.ids)), strict=True)))
     order = torch.argsort(whole.ids, stable=True)
     ids = whole.ids[order]
     first = torch.ones_like(ids, dtype=torch.bool)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import timm
-import torch
-from runs import TINY, launch, run_ok, write_config
+from runs import TINY, launch, run_ok, scalars, write_config
 from safetensors.torch import save_file
 
 from leap_dist.data import write_shards
@@ -90,6 +89,19 @@ def test_shards_that_cannot_be_read(damage: Any, tmp_path: Path) -> None:
     assert str(folder) in refused(write_config(tmp_path), f"data.train={folder}")[0]
 
 
+def test_held_out_shards_are_checked_before_training(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "empty/index.json does not exist" in refused(write_config(tmp_path), f"data.val={tmp_path / 'empty'}")[0]
+
+
+def test_folders_that_the_ranks_do_not_share(tmp_path: Path) -> None:
+    """As with node-local disks: one rank would continue a run, the other start one."""
+    config = write_config(tmp_path)
+    output = f"output={tmp_path}/${{oc.env:RANK}}/run"
+    run_ok(config, output)
+    assert "does not see" in refused(config, output, "resume=auto")[0]
+
+
 def test_an_image_that_does_not_decode_ends_all_ranks(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     write_shards([(b"no image", 0)] * 256, folder)
@@ -105,9 +117,21 @@ def test_a_loss_that_is_not_finite_names_rank_and_step_and_keeps_the_last_checkp
     lines = {line.split("]", 1)[1] for line in done.stdout.splitlines() if line.startswith("leap_dist [rank ")}
     assert len(lines) == 1 and "non-finite loss on rank 0 at step" in lines.pop()
     assert "Traceback" not in done.stdout
-    latest = tmp_path / "run" / "checkpoints" / (tmp_path / "run" / "checkpoints" / "latest").read_text()
-    files = [torch.load(path, weights_only=False) for path in latest.glob("*model_states.pt")]
-    assert files and int(latest.name.removeprefix("step")) >= 1
+    assert not (tmp_path / "run" / "checkpoints" / "latest").exists(), "spoilt weights must not be the latest"
+
+
+def test_the_last_good_checkpoint_is_kept_and_continues(tmp_path: Path) -> None:
+    """A good run, continued with a rate that destroys it, leaves the good checkpoint as the one to continue from."""
+    config = write_config(tmp_path, checkpoint={"every_steps": 10})
+    run_ok(config, processes=1)
+    good, spoilt = tmp_path / "run" / "checkpoints" / "step00000020", tmp_path / "spoilt"
+    done = launch(
+        config, f"output={spoilt}", f"resume={good}", "optim.lr=1e25", "checkpoint.every_steps=1", processes=1
+    )
+    assert done.returncode != 0 and "non-finite loss on rank 0 at step 21" in done.stdout
+    assert (spoilt / "checkpoints" / "latest").read_text() == "step00000020"
+    run_ok(config, f"output={tmp_path / 'third'}", f"resume={spoilt}", processes=1)
+    assert scalars(tmp_path / "third", "loss/total")[22] == scalars(tmp_path / "run", "loss/total")[22]
 
 
 def test_a_folder_of_another_config(tmp_path: Path) -> None:

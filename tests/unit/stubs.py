@@ -122,6 +122,6 @@ def stub_trainer(config: Config, teacher: StubTeacher | None = None) -> Trainer:
         engine=StubEngine(objective, build_optimizer(config.optim, objective)),
         loader=StubLoader(),
         coordinator=Coordinator(build_curriculum(config.curriculum, DEPTH), ONE),
-        checkpoints=Checkpoints(config, ONE),
+        checkpoints=Checkpoints(config, ONE, num_samples=12),
     )
     return Trainer(config, ONE, parts)

@@ -24,7 +24,7 @@ def config(folder: Path, *overrides: str) -> Config:
 class PlainEngine:
     """Saves a number the way DeepSpeed saves a model; may be told to fail."""
 
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, fails: Exception | None = None) -> None:
         self.fails = fails
 
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
@@ -32,7 +32,7 @@ class PlainEngine:
         path = Path(folder) / tag
         path.mkdir(parents=True)
         if self.fails:
-            raise OSError(28, "No space left on device")
+            raise self.fails
         (path / "model.json").write_text(json.dumps(client_state))
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
@@ -41,16 +41,17 @@ class PlainEngine:
 
 
 def claimed(tmp_path: Path, *overrides: str, steps: tuple[int, ...] = ()) -> Checkpoints:
-    checkpoints = Checkpoints(config(tmp_path, *overrides), ONE)
+    checkpoints = Checkpoints(config(tmp_path, *overrides), ONE, num_samples=12)
     checkpoints.claim_output()
     for step in steps:
         checkpoints.save(PlainEngine(), step, {"step": step})
+        checkpoints.confirm()
     return checkpoints
 
 
 def test_save_then_load_gives_the_state_back(tmp_path: Path) -> None:
     checkpoints = claimed(tmp_path, steps=(5, 10))
-    path = find_resume(config(tmp_path, "resume=auto"))
+    path = find_resume(config(tmp_path, "resume=auto"), ONE)
     assert path == tmp_path / "checkpoints" / "step00000010"
     assert checkpoints.load(PlainEngine(), path) == {"step": 10}
     assert load(path / "config.yaml", []) == checkpoints.config
@@ -62,12 +63,15 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert kept == ["step00000003", "step00000004"]
 
 
-def test_a_failed_save_leaves_the_previous_one_the_latest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("PytorchStreamWriter: No space left")])
+def test_a_failed_save_leaves_the_previous_one_the_latest(error: Exception, tmp_path: Path) -> None:
     checkpoints = claimed(tmp_path, steps=(5,))
     with pytest.raises(UserError, match=r"step00000006: cannot be written .*No space left.*previous one is intact"):
-        checkpoints.save(PlainEngine(fails=True), 6, {})
+        checkpoints.save(PlainEngine(fails=error), 6, {})
     assert newest(tmp_path / "checkpoints").name == "step00000005"
     checkpoints.save(PlainEngine(), 6, {"step": 6})  # what the failed one left does not stand in the way
+    assert newest(tmp_path / "checkpoints").name == "step00000005", "not confirmed yet"
+    checkpoints.confirm()
     assert checkpoints.load(PlainEngine(), newest(tmp_path / "checkpoints")) == {"step": 6}
 
 
@@ -75,40 +79,48 @@ def test_a_fresh_run_does_not_pick_up_what_lies_in_the_folder(tmp_path: Path) ->
     """Defect B1 of the published code: a new student started at an old run's block."""
     claimed(tmp_path, steps=(5,))
     with pytest.raises(UserError, match="holds a run; continue it with resume=auto, or choose another output"):
-        find_resume(config(tmp_path))
+        find_resume(config(tmp_path), ONE)
 
 
 @pytest.mark.parametrize("resume", ["none", "auto"])
 def test_a_folder_of_another_config_is_refused(resume: str, tmp_path: Path) -> None:
     claimed(tmp_path, steps=(5,))
     with pytest.raises(UserError, match=r"holds a run of another config \(optim.lr: 0.001 -> 0.5\)"):
-        find_resume(config(tmp_path, "optim.lr=0.5", f"resume={resume}"))
+        find_resume(config(tmp_path, "optim.lr=0.5", f"resume={resume}"), ONE)
 
 
 def test_auto_starts_fresh_where_nothing_was_saved(tmp_path: Path) -> None:
-    assert find_resume(config(tmp_path, "resume=auto")) is None
+    assert find_resume(config(tmp_path, "resume=auto"), ONE) is None
     claimed(tmp_path)
-    assert find_resume(config(tmp_path, "resume=auto")) is None
+    assert find_resume(config(tmp_path, "resume=auto"), ONE) is None
 
 
 def test_resume_from_a_path_takes_run_folder_or_checkpoint(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     claimed(old, steps=(7,))
     for path in (old, old / "checkpoints", old / "checkpoints" / "step00000007"):
-        assert find_resume(config(new, f"resume={path}", "optim.lr=0.5")).name == "step00000007"
+        assert find_resume(config(new, f"resume={path}", "optim.lr=0.5"), ONE).name == "step00000007"
     new.mkdir()
     with pytest.raises(UserError, match="holds no checkpoint"):
-        find_resume(config(tmp_path / "third", f"resume={new}"))
+        find_resume(config(tmp_path / "third", f"resume={new}"), ONE)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "size", "words"),
-    [((), 2, "world_size=1, this run has world_size=2"), (("engine.zero_stage=1",), 1, "zero_stage=0, this run")],
+    ("overrides", "size", "samples", "words"),
+    [
+        ((), 2, 12, "world_size=1, this run has world_size=2"),
+        ((), 1, 99, "num_samples=12, this run has num_samples=99"),
+        (("engine.zero_stage=1",), 1, 12, "zero_stage=0, this run has zero_stage=1"),
+        (("data.global_batch=8",), 1, 12, "global_batch=256, this run has global_batch=8"),
+        (("seed=3",), 1, 12, "seed=0, this run has seed=3"),
+    ],
 )
-def test_another_world_or_stage_is_refused(overrides: tuple[str, ...], size: int, words: str, tmp_path: Path) -> None:
+def test_what_the_position_does_not_hold_for_is_refused(
+    overrides: tuple[str, ...], size: int, samples: int, words: str, tmp_path: Path
+) -> None:
     claimed(tmp_path / "old", steps=(7,))
     world = World(0, size, 0, size, torch.device("cpu"))
-    checkpoints = Checkpoints(config(tmp_path / "new", *overrides), world)
+    checkpoints = Checkpoints(config(tmp_path / "new", *overrides), world, samples)
     with pytest.raises(UserError, match=words):
         checkpoints.load(PlainEngine(), tmp_path / "old" / "checkpoints" / "step00000007")
 
@@ -120,3 +132,23 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read") as caught:
         checkpoints.load(PlainEngine(), path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_latest_that_names_nothing_is_one_line(tmp_path: Path) -> None:
+    claimed(tmp_path, steps=(5,))
+    (tmp_path / "checkpoints" / "latest").write_text("step00000009")
+    with pytest.raises(UserError, match="latest names step00000009, which is not there"):
+        find_resume(config(tmp_path, "resume=auto"), ONE)
+
+
+def test_the_loss_scaler_is_saved_where_there_is_one(tmp_path: Path) -> None:
+    """DeepSpeed leaves the scaler of autocast at stage 0 out of its checkpoints."""
+    checkpoints = claimed(tmp_path)
+    engine = PlainEngine()
+    engine.torch_autocast_z0_gradscaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    path = checkpoints.save(engine, 1, {})
+    other = PlainEngine()
+    other.torch_autocast_z0_gradscaler = torch.amp.GradScaler("cpu")
+    checkpoints.load(other, path)
+    assert other.torch_autocast_z0_gradscaler.state_dict() == engine.torch_autocast_z0_gradscaler.state_dict()
+    assert other.torch_autocast_z0_gradscaler.get_scale() == 8.0

@@ -30,6 +30,8 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("epochs=0", ["epochs=0", "at least 1"]),
         ("data.global_batch=-8", ["data.global_batch=-8", "at least 1"]),
         ("optim.lr=0", ["optim.lr=0", "above 0"]),
+        ("optim.betas=[0.9,1.5]", ["optim.betas=[0.9, 1.5]", "[0, 1)"]),
+        ("seed=5000000000", ["seed=5000000000", "2**32"]),
         ("optim.lr=.nan", ["optim.lr=nan", "above 0"]),
         ("objective.cls_weight=-1", ["objective.cls_weight=-1", "negative"]),
         ("curriculum.ema_alpha=0", ["curriculum.ema_alpha=0", "(0, 1]"]),
@@ -54,6 +56,8 @@ def test_one_mistake_one_line(override: str, words: list[str]) -> None:
 
 
 def test_combinations_that_cannot_be() -> None:
+    with pytest.raises(UserError, match=r"engine\.precision=fp16 with engine\.zero_stage=2"):
+        load(None, [*NEEDED, "engine.precision=fp16", "engine.zero_stage=2"])
     for stage in (1, 2, 3):
         with pytest.raises(UserError, match=rf"optim\.name=lars with engine\.zero_stage={stage}"):
             load(None, [*NEEDED, "optim.name=lars", f"engine.zero_stage={stage}"])

@@ -226,7 +226,6 @@ def test_a_limit_beyond_the_set_means_all(folder: Path) -> None:
         ({}, 65, "micro-batch of 65 on each of 1 ranks takes 65 images, .*set has 64"),
         ({"canonical_nodes": 65}, 4, "canonical_nodes: 65 is more than the 64 samples"),
         ({"canonical_nodes": 0}, 4, "canonical_nodes: 0 must divide"),
-        ({"train": "s3://bucket/set"}, 4, "data.cache is not set"),
         ({"train": "nowhere://bucket/set", "cache": "/tmp/unused"}, 4, "nowhere://bucket/set cannot be opened"),
         ({"train": "/no/such/folder"}, 4, "/no/such/folder/index.json does not exist"),
         ({"validate_hash": "sha1"}, 4, "validate_hash: 'sha1' is not in the index"),
