@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Optional
 
-from leap_dist.config import Config, differences, load, to_yaml
+from leap_dist.config import Config, differences, flat, load, to_yaml
 from leap_dist.distributed import World, barrier, gather_objects, is_lost_peer
 from leap_dist.errors import UserError
 from leap_dist.files import write_json, write_text
@@ -31,6 +31,7 @@ def find_resume(config: Config, world: World) -> Optional[Path]:
         UserError: `output` holds a run and may not be touched, or another config, `resume` holds no checkpoint, or a
             rank does not see the one that rank 0 found.
     """
+    _require_one_config(config, world)
     found: Optional[Path] = None
     fault = ""
     if world.is_main:
@@ -47,6 +48,15 @@ def find_resume(config: Config, world: World) -> Optional[Path]:
     if fault:
         raise UserError(fault)
     return found
+
+
+def _require_one_config(config: Config, world: World) -> None:
+    """Ranks with different configs would wait for each other in different places."""
+    flats = gather_objects(flat(config), world)
+    for rank, other in enumerate(flats):
+        for key, value in other.items():
+            if value != flats[0][key]:
+                raise UserError(f"{key}: rank {rank} was started with {value}, rank 0 with {flats[0][key]}")
 
 
 def _resume_from(config: Config) -> Optional[Path]:

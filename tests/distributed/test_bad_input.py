@@ -94,12 +94,10 @@ def test_held_out_shards_are_checked_before_training(tmp_path: Path) -> None:
     assert "empty/index.json does not exist" in refused(write_config(tmp_path), f"data.val={tmp_path / 'empty'}")[0]
 
 
-def test_folders_that_the_ranks_do_not_share(tmp_path: Path) -> None:
-    """As with node-local disks: one rank would continue a run, the other start one."""
-    config = write_config(tmp_path)
-    output = f"output={tmp_path}/${{oc.env:RANK}}/run"
-    run_ok(config, output)
-    assert "does not see" in refused(config, output, "resume=auto")[0]
+def test_ranks_that_were_started_differently(tmp_path: Path) -> None:
+    """One rank would continue a run where the other starts one, and wait for it for ever."""
+    line = refused(write_config(tmp_path), f"output={tmp_path}/${{oc.env:RANK}}/run")[0]
+    assert "output: rank 1 was started with" in line and "rank 0 with" in line
 
 
 def test_an_image_that_does_not_decode_ends_all_ranks(tmp_path: Path) -> None:
