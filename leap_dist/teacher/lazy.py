@@ -61,7 +61,9 @@ class LazyBackbone:
         """Free a block's memory, on the device and on the host."""
         self._coming.pop(index, None)
         if self.is_loaded(index):
-            _empty(self.backbone.blocks[index], {_inside(name): self._shapes[name] for name in self._block_names(index)})
+            _empty(
+                self.backbone.blocks[index], {_inside(name): self._shapes[name] for name in self._block_names(index)}
+            )
 
     def expect(self, wanted: Iterable[int]) -> None:
         """Start to read blocks into the host's memory, in the background, for a `load` to come."""
