@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, Optional
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Optional, TypeVar
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 class FeatureSet(NamedTuple):
@@ -39,6 +42,24 @@ def extract(
         if count == limit:
             break
     return FeatureSet(*map(torch.cat, columns))
+
+
+def in_step(
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]], size: int, count: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Exactly `count` batches of `size` rows, so that ranks with unequal shares can run a collective model together.
+
+    What is short or missing repeats rows, with their ids, which `merge` drops again.
+    """
+    for _, batch in zip(range(count), _repeating_last(batches), strict=False):
+        rows = torch.arange(size) % len(batch[2])
+        yield batch[0][rows], batch[1][rows], batch[2][rows]
+
+
+def _repeating_last(items: Iterable[_T]) -> Iterator[_T]:
+    for item in items:
+        yield item
+    yield from itertools.repeat(item)
 
 
 def merge(parts: list[FeatureSet]) -> FeatureSet:

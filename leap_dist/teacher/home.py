@@ -43,8 +43,8 @@ class Home:
         if not 1 <= block <= self.spec.depth:
             raise ValueError(f"target block {block} is outside 1..{self.spec.depth} of {self.spec.model}")
         self._settle(block)
-        if self.block < block < self.spec.depth:
-            self._lazy.expect(self._share(block + 1))
+        growing = self.block < block < self.spec.depth
+        self._lazy.expect(self._share(block + 1) if growing else ())
         self.block = block
 
     def resident_bytes(self) -> int:

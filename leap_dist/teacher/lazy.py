@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,9 +44,11 @@ class LazyBackbone:
     def hold(self, wanted: Iterable[int]) -> None:
         """Make the 0-indexed blocks `wanted` those that are loaded: drop the others, then load what is missing."""
         wanted = set(wanted)
-        for index in range(self.spec.depth):
-            if index not in wanted:
-                self.drop(index)
+        unwanted = [index for index in range(self.spec.depth) if index not in wanted and self.is_loaded(index)]
+        for index in unwanted:
+            self._drop(index)
+        if unwanted:
+            gc.collect()  # a parameter that ZeRO has split refers to itself
         for index in sorted(wanted):
             self.load(index)
 
@@ -57,19 +60,13 @@ class LazyBackbone:
         tensors = self._read(self._block_names(index)) if coming is None else coming.result()
         _fill(self.backbone.blocks[index], tensors, self.device)
 
-    def drop(self, index: int) -> None:
-        """Free a block's memory, on the device and on the host."""
-        self._coming.pop(index, None)
-        if self.is_loaded(index):
-            _empty(
-                self.backbone.blocks[index], {_inside(name): self._shapes[name] for name in self._block_names(index)}
-            )
-
     def expect(self, wanted: Iterable[int]) -> None:
-        """Start to read blocks into the host's memory, in the background, for a `load` to come."""
-        for index in wanted:
-            if index not in self._coming and not self.is_loaded(index):
-                self._coming[index] = self._reader.submit(self._read_ahead, index)
+        """Read blocks into the host's memory, in the background, for a `load` to come; forget others read so."""
+        self._coming = {
+            index: self._coming.get(index) or self._reader.submit(self._read_ahead, index)
+            for index in wanted
+            if not self.is_loaded(index)
+        }
 
     def is_loaded(self, index: int) -> bool:
         """Whether a block, or this rank's share of it, is in memory."""
@@ -82,7 +79,7 @@ class LazyBackbone:
         self.load(index)
         yield
         if not was_loaded:
-            self.drop(index)
+            self._drop(index)
 
     def to_teacher(self, images: Tensor) -> Tensor:
         """Images as the stem takes them."""
@@ -92,6 +89,10 @@ class LazyBackbone:
         """Bytes of loaded parameters; of one that ZeRO has split, this rank's share."""
         here = (p for p in self.backbone.parameters() if not p.is_meta)
         return sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in here)
+
+    def _drop(self, index: int) -> None:
+        shapes = {_inside(name): self._shapes[name] for name in self._block_names(index)}
+        _empty(self.backbone.blocks[index], shapes)
 
     def _size(self, module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters()) * self.dtype.itemsize

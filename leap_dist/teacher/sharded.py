@@ -50,8 +50,7 @@ class ShardedTeacher(Home):
 
     def _settle(self, block: int) -> None:
         """Load and split what is new, a block at a time; DeepSpeed takes rank 0's values."""
-        for index in range(block, self.spec.depth):
-            self._lazy.drop(index)
+        self._lazy.hold(range(min(self.block, block)))
         for index in range(self.block, block):
             self._lazy.load(index)
             _split(self._lazy.backbone.blocks[index])
