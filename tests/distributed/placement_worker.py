@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.config import TeacherConfig
-from leap_dist.distributed import World, initialise, shutdown
+from leap_dist.distributed import World, gather_rows, initialise, shutdown
 from leap_dist.features import Features
 from leap_dist.teacher import Teacher, build_teacher
 
@@ -27,9 +27,9 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 TARGETS = [*range(1, DEPTH + 1), 3, 1, DEPTH]  # every advance, then jumps both ways
 
 
-def configs(world: World) -> Iterator[TeacherConfig]:
+def configs(world: World, families: list[tuple[str, dict[str, Any]]]) -> Iterator[TeacherConfig]:
     """What is compared at this number of ranks."""
-    for model, kwargs in FAMILIES:
+    for model, kwargs in families:
         common = {"model": model, "kwargs": SHAPE | kwargs, "weights": "random"}
         yield TeacherConfig(placement="sharded", **common)
         yield TeacherConfig(placement="pipelined", microbatches=2, **common)
@@ -77,12 +77,31 @@ def compare(config: TeacherConfig, world: World) -> None:
     swept_again = list(teacher.sweep(images))
     assert_equal(swept_again[-1], expected, f"{config.model} {config.placement}, sweep past the target")
     assert teacher.block == 2
+    assert_resident(teacher, world, config)
 
 
-def main() -> None:
+def assert_resident(teacher: Teacher, world: World, config: TeacherConfig) -> None:
+    """Over its ranks, a placement holds the blocks up to the target once, besides everybody's stem."""
+    depth = teacher.spec.depth
+    teacher.retarget(1)
+    one = gather_rows(torch.tensor([teacher.resident_bytes()]), world)
+    teacher.retarget(depth)
+    all_blocks = gather_rows(torch.tensor([teacher.resident_bytes()]), world)
+    copies = 1 if config.placement == "sharded" else world.size // (config.stages or world.size)
+    block = reference(config)
+    stem_and_one = block.resident_bytes()
+    block.retarget(2)
+    each = block.resident_bytes() - stem_and_one
+    grown = int((all_blocks - one).sum())
+    assert abs(grown - copies * (depth - 1) * each) <= 0.01 * grown, f"{config}: {grown} bytes more at the last block"
+    most = int(all_blocks.max()) - (stem_and_one - each)
+    assert most <= -(-depth // (world.size // copies)) * each * 1.01, f"{config}: a rank has more than its share"
+
+
+def main(which: str) -> None:
     world = initialise(timedelta(seconds=60))
     compared = 0
-    for config in configs(world):
+    for config in configs(world, FAMILIES if which == "all" else FAMILIES[1:2]):
         compare(config, world)
         compared += 1
     print(f"rank {world.rank} of {world.size}: {compared} placements equal", flush=True)
@@ -90,5 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
+    main(sys.argv[1])
