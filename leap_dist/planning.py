@@ -114,3 +114,71 @@ def check_pipelines(config: TeacherConfig, *, ranks: int, local_size: int, batch
             f"teacher.microbatches={parts}: must divide the {batch * stages} images of a pipeline "
             f"({batch} per rank x {stages} stages)"
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a placement costs on a cluster
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """nodes of `gpus` GPUs each; memory: GiB per GPU; inside, between: GB/s of one GPU in a node, to another node;
+    tflops: peak of a GPU in the teacher's dtype; mfu: share of it that a ViT reaches.
+    """
+
+    nodes: int
+    gpus: int
+    memory: float
+    inside: float
+    between: float
+    tflops: float
+    mfu: float
+
+    @property
+    def ranks(self) -> int:
+        """GPUs in all."""
+        return self.nodes * self.gpus
+
+    def seconds(self, flops: float) -> float:
+        """Of one GPU."""
+        return flops / (self.tflops * 1e12 * self.mfu)
+
+
+class Cost(NamedTuple):
+    """One teacher pass of every rank on its own images. resident, sent: bytes held, and received or sent on, per rank;
+    bubble: share of the pass in which the costliest stage waits; seconds: of the pass.
+    """
+
+    resident: int
+    sent: int
+    bubble: float
+    seconds: float
+
+
+def cost(
+    costs: TeacherCosts, cluster: Cluster, placement: str, block: int, *, batch: int, stages: int, parts: int
+) -> Cost:
+    """Predict a placement at 1-indexed target `block`. batch: images per rank; parts: micro-batches of a pipeline.
+
+    Compute is FLOPs over what the GPU reaches. `sharded` gathers a block while the one before it runs, over the slowest
+    link of all ranks. A pipeline of P stages and m parts takes m + P - 1 turns of its costliest stage and its send,
+    after the images have come to the first stage and before the tokens go back.
+    """
+    resident = resident_bytes(costs, placement, block, stages=stages, ranks=cluster.ranks)
+    active = costs.block_flops[:block]
+    if placement == "replicated":
+        return Cost(resident, 0, 0.0, cluster.seconds(batch * (costs.embed_flops + sum(active))))
+    if placement == "sharded":
+        link = (cluster.inside if cluster.nodes == 1 else cluster.between) * 1e9
+        gathers = [size * (cluster.ranks - 1) // cluster.ranks for size in costs.block_bytes[:block]]
+        runs = [cluster.seconds(batch * flops) for flops in active]
+        overlapped = sum(max(run, sent / link) for run, sent in zip(runs, [*gathers[1:], 0], strict=True))
+        seconds = cluster.seconds(batch * costs.embed_flops) + gathers[0] / link + overlapped
+        return Cost(resident, sum(gathers), 0.0, seconds)
+    link = (cluster.inside if stages <= cluster.gpus else cluster.between) * 1e9
+    images, turns = batch * stages, parts + stages - 1
+    sums = stage_sums(active, costs.bounds(block, stages))
+    turn = cluster.seconds(images / parts * max(costs.embed_flops + sums[0], *sums[1:]))
+    turn += images / parts * costs.token_bytes / link
+    ends = images * (costs.pixel_bytes + costs.token_bytes) / link
+    return Cost(resident, images * costs.token_bytes, (stages - 1) / turns, turns * turn + ends)

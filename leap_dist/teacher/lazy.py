@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from leap_dist.backbone import Backbone, split
+from leap_dist.backbone import DTYPES, Backbone, split
 from leap_dist.config import TeacherConfig
-from leap_dist.teacher.weights import DTYPES, Weights, build_skeleton, open_weights
+from leap_dist.teacher.weights import Weights, build_skeleton, open_weights
 
 
 class LazyBackbone:
@@ -20,7 +20,6 @@ class LazyBackbone:
 
     backbone: the modules; blocks keep their identity (hooks, compiled code) over loading and dropping.
     token_shape, dtype: (T, D) of the tokens of one image between two blocks, and their type.
-    block_bytes, stem_bytes: parameters of each block, and of the rest, in the teacher's dtype.
     """
 
     def __init__(self, config: TeacherConfig, image_size: int, device: torch.device) -> None:
@@ -32,8 +31,6 @@ class LazyBackbone:
         self.spec = self.backbone.spec
         images = torch.empty(1, 3, image_size, image_size, device="meta")
         self.token_shape = tuple(self.backbone.embed(images).shape[1:])
-        self.block_bytes = tuple(self._size(block) for block in self.backbone.blocks)
-        self.stem_bytes = self._size(self.backbone.stem)
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self._reader = ThreadPoolExecutor(1, "teacher-weights")
         if config.compile:
@@ -93,9 +90,6 @@ class LazyBackbone:
     def _drop(self, index: int) -> None:
         shapes = {_inside(name): self._shapes[name] for name in self._block_names(index)}
         _empty(self.backbone.blocks[index], shapes)
-
-    def _size(self, module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters()) * self.dtype.itemsize
 
     def _block_names(self, index: int) -> list[str]:
         return [name for name in self._shapes if name.startswith(f"blocks.{index}.")]

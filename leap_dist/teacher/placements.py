@@ -10,8 +10,8 @@ from torch import Tensor
 from leap_dist.config import TeacherConfig
 from leap_dist.distributed import World, build_pipeline
 from leap_dist.features import Features
-from leap_dist.flops import teacher_flops
-from leap_dist.planning import GIB, Choice, TeacherCosts, choose, pipeline_size
+from leap_dist.flops import teacher_costs
+from leap_dist.planning import GIB, Choice, choose, pipeline_size
 from leap_dist.teacher.home import Home
 from leap_dist.teacher.lazy import LazyBackbone
 from leap_dist.teacher.pipelined import PipelinedTeacher
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def build_home(config: TeacherConfig, image_size: int, lazy: LazyBackbone, world: World) -> Home | AutoTeacher:
     """The configured home, its target block 1. Collective over all ranks."""
-    costs = teacher_costs(config, image_size, lazy)
+    costs = teacher_costs(config, image_size)
     stages = pipeline_size(config, world.local_size)
     makers: dict[str, Callable[[], Home]] = {
         "replicated": lambda: ReplicatedTeacher(lazy),
@@ -42,15 +42,6 @@ def build_home(config: TeacherConfig, image_size: int, lazy: LazyBackbone, world
         return choose(costs, block, budget=budget, stages=stages, ranks=world.size)
 
     return AutoTeacher(lazy, makers, chosen)
-
-
-def teacher_costs(config: TeacherConfig, image_size: int, lazy: LazyBackbone) -> TeacherCosts:
-    """What planning knows of a teacher."""
-    flops, (tokens, dim) = teacher_flops(config, image_size), lazy.token_shape
-    size = lazy.dtype.itemsize
-    return TeacherCosts(
-        flops.embed, flops.blocks, lazy.stem_bytes, lazy.block_bytes, tokens * dim * size, 3 * image_size**2 * size
-    )
 
 
 class AutoTeacher:

@@ -19,7 +19,6 @@ from leap_dist.backbone import build_model, family
 from leap_dist.config import DEMO_TEACHER, HUB, RANDOM, TeacherConfig
 from leap_dist.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 # Where a checkpoint keeps its backbone, in the order in which they are looked for.
 _WRAPPERS = ("teacher", "state_dict_ema", "model_ema", "state_dict", "model")

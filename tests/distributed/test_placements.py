@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,16 @@ def test_features_are_the_replicated_ones_at_every_block(ranks: int, families: s
 
 
 @pytest.fixture(scope="module")
-def replicated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that every placement must repeat."""
-    folder = tmp_path_factory.mktemp("replicated")
-    run_ok(write_config(folder), launcher="torchrun")
-    return folder / "run"
+def replicated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """By number of ranks (mixup draws differ from rank to rank), the run that every placement must repeat."""
+
+    @functools.cache
+    def run(ranks: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"replicated-{ranks}")
+        run_ok(write_config(folder), processes=ranks, launcher="torchrun")
+        return folder / "run"
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -60,15 +67,15 @@ def replicated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_runs_are_the_replicated_one(
-    ranks: int, teacher: dict[str, Any], said: str, replicated: Path, tmp_path: Path
+    ranks: int, teacher: dict[str, Any], said: str, replicated: Callable[[int], Path], tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, teacher=teacher, engine={"zero_stage": 2})
     assert said in run_ok(config, processes=ranks, launcher="torchrun")
-    losses, expected = scalars(tmp_path / "run", "loss/total"), scalars(replicated, "loss/total")
+    losses, expected = scalars(tmp_path / "run", "loss/total"), scalars(replicated(ranks), "loss/total")
     assert losses.keys() == expected.keys()
     assert max(abs(losses[step] - expected[step]) for step in expected) < 1e-5
     blocks = scalars(tmp_path / "run", "curriculum/block")
-    assert blocks == scalars(replicated, "curriculum/block")
+    assert blocks == scalars(replicated(ranks), "curriculum/block")
     assert len(set(blocks.values())) >= 4, "fewer than three advances show little"
 
 

@@ -60,7 +60,7 @@ def test_one_mistake_one_line(override: str, words: list[str]) -> None:
 
 def test_combinations_that_cannot_be() -> None:
     with pytest.raises(
-        UserError, match=r"placement=pipelined with curriculum.mode=all_layers: .* sharded or replicated"
+        UserError, match=r"placement=pipelined with curriculum.mode=all_layers: .*=sharded or replicated"
     ):
         load(None, [*NEEDED, "teacher.placement=pipelined", "curriculum.mode=all_layers"])
     with pytest.raises(UserError, match=r"teacher.memory_budget=-1.0: must be above 0"):

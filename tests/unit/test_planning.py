@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
 from leap_dist.config import TeacherConfig
 from leap_dist.errors import UserError
-from leap_dist.planning import GIB, TeacherCosts, check_pipelines, choose, partition, resident_bytes, stage_sums
+from leap_dist.planning import (
+    GIB,
+    Cluster,
+    Cost,
+    TeacherCosts,
+    check_pipelines,
+    choose,
+    cost,
+    partition,
+    resident_bytes,
+    stage_sums,
+)
 
 
 def costliest(costs: list[float], bounds: list[int], first: float) -> float:
@@ -94,3 +106,32 @@ def test_pipelines_that_cannot_be_built_are_one_line(options: dict[str, int], sa
 def test_pipelines_that_fit(options: dict[str, int]) -> None:
     check_pipelines(TeacherConfig(model="m", placement="pipelined", **options), ranks=8, local_size=4, batch=4)
     check_pipelines(TeacherConfig(model="m", microbatches=7), ranks=3, local_size=3, batch=4)
+
+
+CLUSTER = Cluster(nodes=1, gpus=4, memory=8, inside=1.0, between=0.1, tflops=1e-12, mfu=0.5)  # half a FLOP a second
+
+
+def predicted(placement: str, block: int, cluster: Cluster = CLUSTER, parts: int = 4) -> Cost:
+    return cost(costs(), cluster, placement, block, batch=2, stages=4, parts=parts)
+
+
+def test_costs_by_hand() -> None:
+    seconds_of_a_block = 2 * 10 / 0.5  # batch of 2, 10 FLOPs an image
+    assert predicted("replicated", 8) == Cost(9 * GIB, 0, 0.0, pytest.approx(8 * seconds_of_a_block))
+    sharded = predicted("sharded", 8)
+    gather = 0.75 * GIB / 1e9  # hidden behind a block but for the first
+    assert sharded.seconds == pytest.approx(8 * seconds_of_a_block + gather)
+    assert sharded.sent == 8 * 3 * GIB // 4
+    piped = predicted("pipelined", 8)
+    turn = 2 * (2 * 10 / 0.5)  # 8 images in 4 parts, 2 blocks a stage
+    assert piped.seconds == pytest.approx((4 + 3) * turn, rel=1e-6)
+    assert piped.bubble == pytest.approx(3 / 7)
+
+
+def test_a_pipeline_with_many_parts_comes_near_the_replicated_teacher() -> None:
+    assert predicted("pipelined", 8, parts=1000).seconds == pytest.approx(predicted("replicated", 8).seconds, rel=0.01)
+
+
+def test_sharding_over_nodes_pays_for_the_slow_link() -> None:
+    spread = replace(CLUSTER, nodes=4, inside=1e-3, between=1e-4)
+    assert predicted("sharded", 8, spread).seconds > 5 * predicted("sharded", 8, replace(spread, nodes=1)).seconds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -137,3 +139,19 @@ def test_target_outside_the_teacher_is_refused(block):
     with pytest.raises(ValueError, match=rf"{block} is outside 1\.\.{DEPTH}"):
         teacher.retarget(block)
     assert teacher.block == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["deit_small_patch16_224", "vit_small_patch16_dinov3"])
+def test_compiled_blocks_share_their_code(model, images):
+    """One compilation for all blocks and depths: they differ in their weights alone."""
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    plain = build(model=model)
+    compiled = build_teacher(replace(config(model), compile=True), SIZE, torch.device("cpu"))
+    for target in (*range(1, DEPTH + 1), 2):
+        compiled.retarget(target)
+        plain.retarget(target)
+        assert torch.allclose(compiled.features(images).patch, plain.features(images).patch, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 1
