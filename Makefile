@@ -31,6 +31,7 @@ lint: setup
 
 bench: setup  ## speed and memory, as ratios measured in one run
 	$(BIN)/python tools/bench_feature_match.py
+	$(BIN)/python tools/bench_teacher.py --tolerance 0.08
 
 tensorboard: setup
 	$(BIN)/tensorboard --logdir runs

@@ -20,6 +20,7 @@ from leap_dist.errors import UserError
 from leap_dist.flops import teacher_flops
 from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer
+from leap_dist.planning import check_pipelines
 from leap_dist.student import Student, build_student
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
 from leap_dist.trainer import Parts, Trainer
@@ -35,6 +36,7 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
     """
     resume = find_resume(config, world)
     batch = micro_batch(config, world)
+    check_pipelines(config.teacher, ranks=world.size, local_size=world.local_size, batch=batch)
     spec = describe_teacher(config.teacher, config.data.image_size)
     curriculum = build_curriculum(config.curriculum, spec.depth)
     check_pair(config, spec)
@@ -42,7 +44,7 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
     if world.is_main:
         warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
-    teacher = build_teacher(config.teacher, config.data.image_size, world.device)
+    teacher = build_teacher(config.teacher, config.data.image_size, world.device, world)
     data = resolve(config.data, Path(config.output), world)
     loader = build_train_loader(data, seed=config.seed, micro_batch=batch, world=world)
     if loader.num_samples < config.data.global_batch:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from leap_dist.errors import UserError
 from leap_dist.features import Features
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Arguments of timm.create_model that follow from the rest of the configuration.
 _MANAGED = {
     "checkpoint_path",

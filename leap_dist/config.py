@@ -35,7 +35,15 @@ class TeacherConfig:
     model: str = _option(MISSING, "timm model name, e.g. vit_giant_patch14_dinov2")
     kwargs: dict[str, Any] = field(default_factory=dict, metadata={"doc": "further arguments of timm.create_model"})
     weights: str = _option(HUB, "hub | random | demo | path of a .safetensors/.pth state dict")
-    placement: Literal["replicated"] = _option("replicated", "where the blocks live: a copy on every rank")
+    placement: Literal["replicated", "sharded", "pipelined", "auto"] = _option(
+        "replicated",
+        "replicated: a copy on every rank; sharded: split by ZeRO-3; pipelined: stages over ranks; auto: by memory",
+    )
+    stages: Optional[int] = _option(None, "pipelined: ranks in one pipeline; null = those of a node")
+    microbatches: int = _option(1, "pipelined: parts in which a pipeline's images travel; must divide them")
+    rebalance: bool = _option(True, "pipelined: spread the blocks up to the target anew over all stages at an advance")
+    memory_budget: Optional[float] = _option(None, "auto: GiB of teacher weights that a rank may hold")
+    compile: bool = _option(False, "torch.compile each block; once for all of them where they are alike")
     dtype: Literal["fp32", "bf16", "fp16"] = _option("fp32", "weights and arithmetic of the teacher")
 
 
@@ -334,6 +342,7 @@ def _problems(config: Config) -> list[str]:
     return [
         *_range_problems(config),
         *_curriculum_problems(config.curriculum),
+        *_placement_problems(config),
         *_engine_problems(config),
         *_path_problems(config),
     ]
@@ -348,6 +357,8 @@ def _range_problems(config: Config) -> list[str]:
         "data.canonical_nodes": data.canonical_nodes,
         "data.timeout_s": data.timeout_s,
         "curriculum.max_epochs_per_block": config.curriculum.max_epochs_per_block,
+        "teacher.stages": 1 if config.teacher.stages is None else config.teacher.stages,
+        "teacher.microbatches": config.teacher.microbatches,
         "engine.accumulation": config.engine.accumulation,
         "checkpoint.keep": config.checkpoint.keep,
         "telemetry.every": config.telemetry.every,
@@ -393,6 +404,24 @@ def _curriculum_problems(curriculum: CurriculumConfig) -> list[str]:
         problems.append(f"curriculum.ema_alpha={curriculum.ema_alpha}: must be in (0, 1]")
     if not math.isfinite(curriculum.threshold):
         problems.append(f"curriculum.threshold={curriculum.threshold}: must be a finite number")
+    return problems
+
+
+def _placement_problems(config: Config) -> list[str]:
+    teacher, mode = config.teacher, config.curriculum.mode
+    problems = []
+    if (teacher.memory_budget is None) == (teacher.placement == "auto"):
+        problems.append(
+            f"teacher.memory_budget={teacher.memory_budget} with teacher.placement={teacher.placement}: "
+            "auto needs it, the others do not use it"
+        )
+    elif teacher.memory_budget is not None and not 0 < teacher.memory_budget < math.inf:
+        problems.append(f"teacher.memory_budget={teacher.memory_budget}: must be above 0")
+    if teacher.placement in ("pipelined", "auto") and mode == "all_layers":
+        problems.append(
+            f"teacher.placement={teacher.placement} with curriculum.mode=all_layers: only a pipeline's last stage "
+            "gives features; use teacher.placement=sharded or replicated"
+        )
     return problems
 
 
@@ -452,6 +481,7 @@ def _path_problems(config: Config) -> list[str]:
 OPERATIONAL = (
     "output", "resume", "checkpoint.", "telemetry.", "evaluation.", "data.train", "data.val", "data.cache",
     "data.cache_limit", "data.workers", "data.timeout_s", "data.validate_hash", "teacher.weights",
+    "teacher.placement", "teacher.stages", "teacher.microbatches", "teacher.rebalance", "teacher.memory_budget",
 )  # fmt: skip
 
 

@@ -89,6 +89,35 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """The group of ranks that share one pipelined teacher. rank, size: in the group; handle: torch's process group."""
+
+    rank: int
+    size: int
+    handle: Any
+
+
+def build_pipeline(world: World, size: int) -> Pipeline:
+    """Cut the ranks into pipelines of `size` neighbours and return this rank's. Collective over all ranks."""
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)]
+    return Pipeline(world.rank % size, size, groups[world.rank // size])
+
+
+def gather_on_first(tensor: Tensor, pipeline: Pipeline) -> list[Tensor]:
+    """Every rank's `tensor`, all of one shape, by rank, on the pipeline's first rank; empty elsewhere."""
+    parts = [torch.empty_like(tensor) for _ in range(pipeline.size)] if pipeline.rank == 0 else []
+    dist.gather(tensor.contiguous(), parts or None, group=pipeline.handle, group_dst=0)
+    return parts
+
+
+def scatter_from_last(parts: list[Tensor], like: Tensor, pipeline: Pipeline) -> Tensor:
+    """Part i of the pipeline's last rank, on rank i; shaped as `like`, whose values do not matter."""
+    mine = torch.empty_like(like)
+    dist.scatter(mine, parts or None, group=pipeline.handle, group_src=pipeline.size - 1)
+    return mine
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """All-reduce (sum) `tensor` in place over all ranks and return it."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from leap_dist.backbone import build_model, split
+from leap_dist.backbone import DTYPES, build_model, split
 from leap_dist.config import StudentConfig, TeacherConfig
+from leap_dist.planning import TeacherCosts
 
 _T = TypeVar("_T")
 
@@ -39,6 +41,25 @@ class TeacherFlops:
 def teacher_flops(config: TeacherConfig, image_size: int) -> TeacherFlops:
     """Count the configured teacher at square images of `image_size` pixels; loads no weights."""
     return _count(config, image_size, "teacher")
+
+
+def teacher_costs(config: TeacherConfig, image_size: int) -> TeacherCosts:
+    """What planning knows of a teacher: FLOPs, and bytes in its dtype. Loads no weights."""
+    backbone = split(build_model(config.model, config.kwargs, image_size, device="meta"))
+    images = torch.empty(1, 3, image_size, image_size, device="meta")
+    flops, size = teacher_flops(config, image_size), DTYPES[config.dtype].itemsize
+    return TeacherCosts(
+        embed_flops=flops.embed,
+        block_flops=flops.blocks,
+        stem_bytes=size * _parameters(backbone.stem),
+        block_bytes=tuple(size * _parameters(block) for block in backbone.blocks),
+        token_bytes=size * backbone.embed(images).numel(),
+        pixel_bytes=size * images.numel(),
+    )
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def student_flops(config: StudentConfig, image_size: int) -> int:

@@ -9,6 +9,7 @@ Also under torchrun, or plain python for one process. With no arguments: the emb
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -47,6 +48,7 @@ def train(config: Config) -> None:
     from leap_dist.wrapup import wrap_up
 
     world = initialise()
+    report_to_stderr(logging.INFO if world.is_main else logging.WARNING)
     config, trainer = build_trainer(config, world)
     try:
         if trainer.run():
@@ -54,6 +56,9 @@ def train(config: Config) -> None:
             wrap_up(config, world, trainer)
         elif world.is_main:
             print(f"leap_dist: stopped at step {trainer.progress.step}; continue with resume=auto", file=sys.stderr)
+    except Exception as error:
+        error.add_note(f"after step {trainer.progress.step}")
+        raise
     finally:
         trainer.close()
     shutdown()
@@ -63,6 +68,15 @@ def leave(_signal: int, _frame: object) -> None:
     """SIGTERM after the last step: everything is saved, only the evaluation is not done."""
     print("leap_dist: stopped while evaluating; resume=auto evaluates again", file=sys.stderr, flush=True)
     os._exit(0)
+
+
+def report_to_stderr(level: int) -> None:
+    """Show what leap_dist's modules log, and nobody else's."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("leap_dist: %(message)s"))
+    logger = logging.getLogger("leap_dist")
+    logger.addHandler(handler)
+    logger.setLevel(level)
 
 
 def complain(message: str) -> None:
@@ -81,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         from leap_dist.distributed import is_lost_peer
 
         if is_lost_peer(error):  # the rank that failed says why; this one only says that it noticed
-            complain("another rank is gone; its own message says why")
+            when = "".join(f", {note}" for note in getattr(error, "__notes__", []))
+            complain(f"another rank is gone{when}; its own message says why")
         else:
             traceback.print_exc()
         return 1

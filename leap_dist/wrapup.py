@@ -13,10 +13,10 @@ from torch import Tensor
 
 from leap_dist.config import Config
 from leap_dist.data import build_eval_loader
-from leap_dist.distributed import World, collect_objects
+from leap_dist.distributed import World, collect_objects, gather_objects
 from leap_dist.engine import micro_batch
 from leap_dist.evaluation import evaluate
-from leap_dist.evaluation.features import extract, merge
+from leap_dist.evaluation.features import extract, in_step, merge
 from leap_dist.export import export_student, load_student
 from leap_dist.files import write_json
 from leap_dist.teacher import Teacher
@@ -70,49 +70,54 @@ def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
 def _time_saved(config: Config, world: World, trainer: Trainer) -> dict[str, float]:
     """Seconds the early exits saved on this rank.
 
-    Every depth of the teacher is timed now, in one sitting, and weighted with the steps the run spent at it: what the
-    run itself took on a busy machine could not be compared with a full pass timed at another moment.
+    Every block that was a target is timed now, in one sitting, where the placement puts it, and weighted with the steps
+    the run spent on it: what the run itself took on a busy machine could not be compared with a full pass timed at
+    another moment.
     """
     progress, depth = trainer.progress, trainer.teacher.spec.depth
     if config.curriculum.mode == "all_layers":
         return {"time_saved_seconds": 0.0, "time_saved": 0.0}
     size = config.data.image_size
     images = torch.randn(micro_batch(config, world), 3, size, size, device=world.device)
-    upto = _seconds_by_depth(trainer.teacher, images)
+    upto = _seconds_by_depth(trainer.teacher, images, {depth, *(block for _, block in progress.trajectory)})
     ends = [step for step, _ in progress.trajectory[1:]] + [progress.step]
     steps = [(end - first, block) for (first, block), end in zip(progress.trajectory, ends, strict=True)]
-    saved = sum(count * (upto[depth - 1] - upto[block - 1]) for count, block in steps) * config.engine.accumulation
+    saved = sum(count * (upto[depth] - upto[block]) for count, block in steps) * config.engine.accumulation
     return {
-        "full_teacher_seconds_per_pass": upto[-1],
+        "full_teacher_seconds_per_pass": upto[depth],
         "time_saved_seconds": saved,
         "time_saved": saved / (saved + progress.seconds),
     }
 
 
-def _seconds_by_depth(teacher: Teacher, images: Tensor) -> list[float]:
-    """Median seconds of a pass that ends at block 1, 2, ..., L."""
-    teacher.retarget(teacher.spec.depth)
-    passes = []
-    for _ in range(1 + TIMED_PASSES):
-        begin, times = time.perf_counter(), []
-        for _ in teacher.sweep(images):
+def _seconds_by_depth(teacher: Teacher, images: Tensor, blocks: set[int]) -> dict[int, float]:
+    """Median seconds of a pass with each of `blocks` as the target. Collective, as the teacher is."""
+    medians = {}
+    for block in sorted(blocks, reverse=True):  # from the deepest, so that weights are let go rather than loaded
+        teacher.retarget(block)
+        times = []
+        for _ in range(1 + TIMED_PASSES):
+            begin = time.perf_counter()
+            teacher.features(images)
             if images.is_cuda:
                 torch.cuda.synchronize(images.device)
             times.append(time.perf_counter() - begin)
-        passes.append(times)
-    return [statistics.median(column) for column in zip(*passes[1:], strict=True)]  # the first pass warms up
+        medians[block] = statistics.median(times[1:])  # the first pass warms up
+    return medians
 
 
 def _accuracies(who: str, model: Callable[[Tensor], Tensor], config: Config, world: World) -> dict[str, float]:
     """kNN and linear probe on average-pooled patch tokens of the held-out shards."""
     assert config.data.val is not None
     sources = ((config.data.train, config.evaluation.max_train_images), (config.data.val, None))
-    loaders = (
-        build_eval_loader(source, config.data, batch=EVALUATION_BATCH, world=world, limit=limit)
-        for source, limit in sources
-    )
-    shares = (extract(model, loader, world.device) for loader in loaders)
-    train, val = (collect_objects(share, world) for share in shares)
+    parts = config.teacher.microbatches
+    batch = -(-EVALUATION_BATCH // parts) * parts
+    shares = []
+    for source, limit in sources:
+        loader = build_eval_loader(source, config.data, batch=batch, world=world, limit=limit)
+        batches = in_step(loader, batch, max(gather_objects(len(loader), world)))
+        shares.append(collect_objects(extract(model, batches, world.device), world))
+    train, val = shares
     if not world.is_main:
         return {}
     train, val = merge(train), merge(val)

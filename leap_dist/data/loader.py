@@ -178,6 +178,8 @@ class EvalLoader:
         total = dataset.size
         self.num_samples = total if limit is None else min(limit, total)
         chosen = [i * total // self.num_samples for i in range(world.rank, self.num_samples, world.size)]
+        # Fewer samples than ranks: a model may be collective, so every rank has one; `merge` drops the repeats.
+        chosen = chosen or [0]
         self._source = dataset.source
         self._loader = DataLoader(Subset(dataset, chosen), batch_size=batch, **_loader_options(config, world))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, Optional
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Optional, TypeVar
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 class FeatureSet(NamedTuple):
@@ -38,14 +41,30 @@ def extract(
         count += keep
         if count == limit:
             break
-    if not columns[0]:  # fewer samples than ranks
-        return FeatureSet(torch.empty(0, 0), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long))
     return FeatureSet(*map(torch.cat, columns))
 
 
+def in_step(
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]], size: int, count: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Exactly `count` batches of `size` rows, so that ranks with unequal shares can run a collective model together.
+
+    What is short or missing repeats rows, with their ids, which `merge` drops again.
+    """
+    for _, batch in zip(range(count), _repeating_last(batches), strict=False):
+        rows = torch.arange(size) % len(batch[2])
+        yield batch[0][rows], batch[1][rows], batch[2][rows]
+
+
+def _repeating_last(items: Iterable[_T]) -> Iterator[_T]:
+    for item in items:
+        yield item
+    yield from itertools.repeat(item)
+
+
 def merge(parts: list[FeatureSet]) -> FeatureSet:
-    """One set of the ranks' shares, ordered by id, each sample once: streaming repeats some to fill the last batch."""
-    whole = FeatureSet(*map(torch.cat, zip(*(part for part in parts if len(part.ids)), strict=True)))
+    """One set of the ranks' shares, ordered by id, each sample once: short shares repeat some."""
+    whole = FeatureSet(*map(torch.cat, zip(*parts, strict=True)))
     order = torch.argsort(whole.ids, stable=True)
     ids = whole.ids[order]
     first = torch.ones_like(ids, dtype=torch.bool)

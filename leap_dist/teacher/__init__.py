@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Optional, Protocol
 
 import torch
 from torch import Tensor
 
-from leap_dist.backbone import TeacherSpec, build_model, split
+from leap_dist.backbone import TeacherSpec, split
 from leap_dist.config import TeacherConfig
+from leap_dist.distributed import World
 from leap_dist.features import Features
+from leap_dist.teacher.lazy import LazyBackbone
 from leap_dist.teacher.replicated import ReplicatedTeacher
-from leap_dist.teacher.weights import load_backbone
+from leap_dist.teacher.weights import build_skeleton
 
 __all__ = ["Teacher", "TeacherSpec", "build_teacher", "describe_teacher"]
 
 
 class Teacher(Protocol):
-    """What the trainer knows of a teacher, wherever its blocks live."""
+    """What the trainer knows of a teacher, wherever its blocks live.
+
+    On several ranks the methods may communicate: all ranks call them equally often, in the same order, `features` with
+    equally many images.
+    """
 
     spec: TeacherSpec
     block: int  # current target, 1-indexed
@@ -36,17 +42,23 @@ class Teacher(Protocol):
         """Bytes of parameters on this rank's device."""
 
 
-_PLACEMENTS = {"replicated": ReplicatedTeacher}
-
-
-def build_teacher(config: TeacherConfig, image_size: int, device: torch.device) -> Teacher:
+def build_teacher(
+    config: TeacherConfig, image_size: int, device: torch.device, world: Optional[World] = None
+) -> Teacher:
     """Load the configured teacher for square images of `image_size` pixels; its target is block 1.
 
+    world: needed by every placement but `replicated`; all ranks build at the same time.
     Raises `UserError` for a model, an image size or weights that do not fit together.
     """
-    return _PLACEMENTS[config.placement](load_backbone(config, image_size), device)
+    lazy = LazyBackbone(config, image_size, device)
+    if config.placement == "replicated":
+        return ReplicatedTeacher(lazy)
+    from leap_dist.teacher.placements import build_home  # torch's pipelining: a second to import
+
+    assert world is not None
+    return build_home(config, image_size, lazy, world)
 
 
 def describe_teacher(config: TeacherConfig, image_size: int) -> TeacherSpec:
     """What `build_teacher` would give, from a model without weights or memory; the same errors but for weights."""
-    return split(build_model(config.model, config.kwargs, image_size, device="meta")).spec
+    return split(build_skeleton(config, image_size)).spec

@@ -1,79 +1,119 @@
-"""A teacher's weights: from timm's hub, from a local file, or random when asked for by name."""
+"""A teacher's weights: from timm's hub, from a local file, or random when asked for by name; read block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import huggingface_hub
 import timm
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from leap_dist.backbone import Backbone, build_model, family, split
+from leap_dist.backbone import build_model, family
 from leap_dist.config import DEMO_TEACHER, HUB, RANDOM, TeacherConfig
 from leap_dist.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SUFFIXES = (".safetensors", ".pth", ".pt")
-_RANDOM_SEED = 0  # one teacher per model name, whatever the run's seed: all ranks and all runs agree on it
+# Where a checkpoint keeps its backbone, in the order in which they are looked for.
+_WRAPPERS = ("teacher", "state_dict_ema", "model_ema", "state_dict", "model")
+# What the two file formats raise when a file is not what its name says.
+_UNREADABLE = (
+    SafetensorError, RuntimeError, EOFError, OSError, KeyError, AttributeError, ValueError, pickle.UnpicklingError,
+)  # fmt: skip
 
 
-def load_backbone(config: TeacherConfig, image_size: int) -> Backbone:
-    """Build the configured teacher on the host, with its weights, in its dtype.
+class Weights(Protocol):
+    """Tensors by timm's names, read when they are asked for. May be called from any thread."""
 
-    Only parameters are cast: rotary tables stay float32, as in DINOv3. A .safetensors file already in that dtype stays
-    mapped, and a block is read from disk when first touched (measured: 9 MB of a 419 MB file after loading); do not
-    overwrite it during a run. Raises `UserError` as `build_model` does, and for weights that cannot be reached, read
-    or fitted.
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors on the host, as they are stored; the caller casts them."""
+
+
+def open_weights(config: TeacherConfig, model: nn.Module) -> Weights:
+    """The configured weights for `model`, a meta-device model of `build_model`.
+
+    Raises `UserError` for weights that cannot be reached, read or fitted.
     """
     if config.weights == DEMO_TEACHER:
         raise UserError(f"teacher.weights={DEMO_TEACHER} is only known to the training script; give a file's path")
     if config.weights == RANDOM:
-        with _own_random_state():
-            model = build_model(config.model, config.kwargs, image_size)
-    elif config.weights == HUB:
-        model = _from_hub(config, image_size)
-    else:
-        model = build_model(config.model, config.kwargs, image_size, device="meta")
-        _load_file(model, config.model, Path(config.weights))
-    dtype = DTYPES[config.dtype]
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return split(model)
+        return RandomWeights(model)
+    path = _hub_file(config, model) if config.weights == HUB else Path(config.weights)
+    return FileWeights(path, model, config.model)
 
 
-@contextmanager
-def _own_random_state() -> Iterator[None]:
-    """Seed the host generator inside and give it back unchanged; the accelerators' are not touched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_RANDOM_SEED)
-        yield
+def build_skeleton(config: TeacherConfig, image_size: int) -> nn.Module:
+    """The configured teacher without memory or weights. Raises `UserError` as `build_model` does."""
+    return build_model(config.model, config.kwargs, image_size, device="meta")
 
 
-def _from_hub(config: TeacherConfig, image_size: int) -> nn.Module:
+class RandomWeights:
+    """Untrained weights, one teacher per model name: each tensor is drawn by itself, whoever asks for it and when.
+
+    Matrices keep the variance of what passes through them (1 / fan-in), norms and layer scales are 1, biases 0,
+    tokens and position embeddings have a standard deviation of 0.02.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self._seeds = {name: seed for seed, name in enumerate(self._shapes)}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self._draw(name) for name in names}
+
+    def _draw(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) < 2:
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        std = shape[1:].numel() ** -0.5 if name.endswith("weight") else 0.02
+        return torch.empty(shape).normal_(std=std, generator=torch.Generator().manual_seed(self._seeds[name]))
+
+
+class FileWeights:
+    """A checkpoint file, mapped rather than read: a tensor's pages come from disk when it is first touched.
+
+    The file is opened anew by every `read`, so that what is no longer used can leave memory; do not overwrite it during
+    a run. What timm's converter only renamed is found again by name; what it computed (a resampled position embedding,
+    fused matrices of other codebases) is kept.
+    """
+
+    def __init__(self, path: Path, model: nn.Module, name: str) -> None:
+        self._path = path
+        stored = _read(path)
+        fitted = _fit(stored, model, name, path)
+        by_place = {_place(tensor): key for key, tensor in stored.items() if isinstance(tensor, Tensor)}
+        self._stored_as = {key: by_place[_place(value)] for key, value in fitted.items() if _place(value) in by_place}
+        self._computed = {key: value.clone() for key, value in fitted.items() if key not in self._stored_as}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        stored = _read(self._path)
+        return {
+            name: stored[self._stored_as[name]] if name in self._stored_as else self._computed[name] for name in names
+        }
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Tells two tensors of one file apart, and a tensor from what was computed of it."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _hub_file(config: TeacherConfig, model: nn.Module) -> Path:
+    source = model.pretrained_cfg
     try:
-        with _own_random_state():
-            return build_model(config.model, config.kwargs, image_size, pretrained=True)
-    except UserError:
-        raise
+        return Path(
+            huggingface_hub.hf_hub_download(source["hf_hub_id"], source.get("hf_hub_filename") or "model.safetensors")
+        )
     except Exception as error:  # the hub's client lets through the errors of half a dozen packages
         raise UserError(
             f"teacher.weights=hub: cannot get weights of {config.model} ({error!r:.120}); "
             "download them elsewhere and set teacher.weights=/path/to/model.safetensors"
         ) from error
-
-
-def _load_file(model: nn.Module, name: str, path: Path) -> None:
-    """Give a meta-device `model` the tensors of a checkpoint file, without a second copy of them."""
-    state = _fit(_read(path), model, name, path)
-    model.to_empty(device="cpu")  # reserves addresses only; the pages are never touched
-    for module in model.modules():
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()  # rotary tables and the like, which no checkpoint holds
-    model.load_state_dict(state, assign=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -82,17 +122,22 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"teacher.weights={path}: no such file")
     try:
-        state = timm.models.load_state_dict(str(path), weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, AttributeError, ValueError) as error:
+        state = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+        return _unwrap(state)
+    except _UNREADABLE as error:
         raise UserError(
             f"teacher.weights={path} is truncated, damaged or no plain state dict ({error!r:.160})"
         ) from error
-    return _unwrap(state)
+
+
+def _load_pickle(path: Path) -> Any:
+    """A torch checkpoint; one of before 2020, not a zip file, cannot be mapped and is read whole."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _unwrap(state: Mapping[str, Any]) -> dict[str, Any]:
     """Strip what training code puts around a backbone: {'teacher': ...} and the prefixes module. and backbone."""
-    for wrapper in ("teacher", "state_dict", "model"):
+    for wrapper in _WRAPPERS:
         if isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     state = timm.models.clean_state_dict(state)

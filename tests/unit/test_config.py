@@ -41,6 +41,11 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("data.train=/no/such/folder", ["data.train=/no/such/folder", "no such folder"]),
         ("data.train=s3://bucket/set", ["data.train=s3://bucket/set", "data.cache"]),
         ("teacher.weights=/no/such/file.pth", ["teacher.weights=/no/such/file.pth", "no such file", "random"]),
+        ("teacher.placement=split", ["teacher.placement='split'", "replicated", "sharded", "pipelined", "auto"]),
+        ("teacher.placement=auto", ["teacher.memory_budget=None", "auto needs it"]),
+        ("teacher.memory_budget=4", ["teacher.memory_budget=4.0", "teacher.placement=replicated", "do not use it"]),
+        ("teacher.stages=0", ["teacher.stages=0", "at least 1"]),
+        ("teacher.microbatches=0", ["teacher.microbatches=0", "at least 1"]),
         ("resume=/no/such/checkpoint", ["resume=/no/such/checkpoint", "auto or none"]),
         ("engine.deepspeed.optimizer.type=Adam", ["engine.deepspeed.optimizer", "optim.name"]),
         ("engine.deepspeed.zero_optimization.stage=2", ["engine.deepspeed.zero_optimization.stage", "zero_stage"]),
@@ -58,6 +63,12 @@ def test_one_mistake_one_line(override: str, words: list[str]) -> None:
 def test_combinations_that_cannot_be() -> None:
     with pytest.raises(UserError, match=r"engine\.precision=fp16 with engine\.zero_stage=2"):
         load(None, [*NEEDED, "engine.precision=fp16", "engine.zero_stage=2"])
+    with pytest.raises(
+        UserError, match=r"placement=pipelined with curriculum.mode=all_layers: .*=sharded or replicated"
+    ):
+        load(None, [*NEEDED, "teacher.placement=pipelined", "curriculum.mode=all_layers"])
+    with pytest.raises(UserError, match=r"teacher.memory_budget=-1.0: must be above 0"):
+        load(None, [*NEEDED, "teacher.placement=auto", "teacher.memory_budget=-1"])
     for stage in (1, 2, 3):
         with pytest.raises(UserError, match=rf"optim\.name=lars with engine\.zero_stage={stage}"):
             load(None, [*NEEDED, "optim.name=lars", f"engine.zero_stage={stage}"])

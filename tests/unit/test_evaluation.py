@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leap_dist.config import EvaluationConfig
 from leap_dist.evaluation import evaluate
-from leap_dist.evaluation.features import FeatureSet, extract, merge
+from leap_dist.evaluation.features import FeatureSet, extract, in_step, merge
 from leap_dist.evaluation.knn import knn_accuracy, knn_predict
 from leap_dist.evaluation.probe import probe_accuracy, train_probe
 
@@ -126,3 +126,15 @@ def test_merge_does_not_depend_on_how_ranks_shared_the_samples() -> None:
     merged = merge([FeatureSet(*(column[rows] for column in whole)) for rows in shares])
     for ours, expected in zip(merged, whole, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(("rows", "size", "count"), [(10, 4, 3), (10, 4, 5), (3, 8, 2), (8, 4, 2)])
+def test_in_step_gives_full_batches_and_merge_forgets_the_filling(rows: int, size: int, count: int) -> None:
+    images, ids = torch.randn(rows, 3, 2, 2), torch.arange(rows) + 5
+    batches = list(zip(images.split(size), (ids * 2).split(size), ids.split(size), strict=True))
+    filled = list(in_step(batches, size, count))
+    assert [batch[0].shape for batch in filled] == [(size, 3, 2, 2)] * count
+    found = merge([extract(lambda x: x.flatten(1), filled, CPU)])
+    assert torch.equal(found.features, images.flatten(1))
+    assert torch.equal(found.labels, ids * 2)
+    assert torch.equal(found.ids, ids)

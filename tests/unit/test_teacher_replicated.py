@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from leap_dist.config import TeacherConfig
 from leap_dist.teacher import Teacher, build_teacher
+from leap_dist.teacher.lazy import LazyBackbone
 from leap_dist.teacher.replicated import ReplicatedTeacher
-from leap_dist.teacher.weights import load_backbone
 
 DEPTH, DIM, SIZE = 4, 16, 32
 BLOCK_PARAMETERS = 12 * DIM**2 + 13 * DIM  # qkv, projection and a 4x MLP with biases, two norms
@@ -21,8 +23,12 @@ def config(model: str = "deit_small_patch16_224", dtype: str = "fp32") -> Teache
     return TeacherConfig(model=model, kwargs=kwargs, weights="random", dtype=dtype)
 
 
-def build(device: str = "cpu", **changes: str) -> Teacher:
-    return build_teacher(config(**changes), SIZE, torch.device(device))
+def build(**changes: str) -> Teacher:
+    return build_teacher(config(**changes), SIZE, torch.device("cpu"))
+
+
+def lazy(**changes: str) -> LazyBackbone:
+    return LazyBackbone(config(**changes), SIZE, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -31,11 +37,11 @@ def images() -> Tensor:
 
 
 def test_blocks_past_the_target_are_never_called(images):
-    backbone = load_backbone(config(), SIZE)
+    blocks = lazy()
     called = []
-    for number, block in enumerate(backbone.blocks, start=1):
+    for number, block in enumerate(blocks.backbone.blocks, start=1):
         block.register_forward_hook(lambda *_, number=number: called.append(number))
-    teacher = ReplicatedTeacher(backbone, torch.device("cpu"))
+    teacher = ReplicatedTeacher(blocks)
     for target in (1, 3, DEPTH, 2):
         called.clear()
         teacher.retarget(target)
@@ -46,19 +52,39 @@ def test_blocks_past_the_target_are_never_called(images):
     assert called == list(range(1, DEPTH + 1))
 
 
-def test_only_what_the_target_needs_is_on_the_device():
-    backbone = load_backbone(config(), SIZE)
-    teacher = ReplicatedTeacher(backbone, torch.device("meta"))  # a device that is not the host
-    for target in range(1, DEPTH + 1):
+def test_only_what_the_target_needs_is_loaded(images):
+    backbone = (blocks := lazy()).backbone
+    teacher = ReplicatedTeacher(blocks)
+    for target in (*range(1, DEPTH + 1), 2):
         teacher.retarget(target)
-        devices = [{p.device.type for p in block.parameters()} for block in backbone.blocks]
-        assert devices == [{"meta"}] * target + [{"cpu"}] * (DEPTH - target)
-        assert {p.device.type for p in backbone.stem.parameters()} == {"meta"}
-        assert teacher.resident_bytes() == 4 * (STEM_PARAMETERS + target * BLOCK_PARAMETERS)
+        for _ in range(2):
+            devices = [{p.device.type for p in block.parameters()} for block in backbone.blocks]
+            assert devices == [{"cpu"}] * target + [{"meta"}] * (DEPTH - target)
+            assert {p.device.type for p in backbone.stem.parameters()} == {"cpu"}
+            assert teacher.resident_bytes() == 4 * (STEM_PARAMETERS + target * BLOCK_PARAMETERS)
+            list(teacher.sweep(images))  # visits every block, and leaves what it found
+
+
+def test_the_next_block_is_read_before_it_is_needed(monkeypatch):
+    blocks, asked = lazy(), []
+    read = blocks._weights.read
+
+    def noting(names):
+        asked.append({name.split(".")[1] for name in names})
+        return read(names)
+
+    monkeypatch.setattr(blocks._weights, "read", noting)
+    teacher = ReplicatedTeacher(blocks)
+    for target in range(1, DEPTH):
+        blocks._reader.submit(int).result()  # the reader works in order: what it was asked for is done
+        assert asked == [{str(index)} for index in range(target + 1)]
+        teacher.retarget(target + 1)
+    blocks._reader.submit(int).result()
+    assert len(asked) == DEPTH, "a block was read twice"
 
 
 def test_half_precision_halves_what_is_resident():
-    assert 2 * build("meta", dtype="bf16").resident_bytes() == build("meta").resident_bytes()
+    assert 2 * build(dtype="bf16").resident_bytes() == build().resident_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -74,7 +100,7 @@ def test_half_precision_features(model, dtype, images):
 
 
 def test_rotary_tables_stay_exact_in_half_precision():
-    tables = dict(load_backbone(config("vit_small_patch16_dinov3", "bf16"), SIZE).named_buffers())
+    tables = dict(lazy(model="vit_small_patch16_dinov3", dtype="bf16").backbone.named_buffers())
     assert tables
     assert {table.dtype for table in tables.values()} == {torch.float32}
 
@@ -113,3 +139,19 @@ def test_target_outside_the_teacher_is_refused(block):
     with pytest.raises(ValueError, match=rf"{block} is outside 1\.\.{DEPTH}"):
         teacher.retarget(block)
     assert teacher.block == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["deit_small_patch16_224", "vit_small_patch16_dinov3"])
+def test_compiled_blocks_share_their_code(model, images):
+    """One compilation for all blocks and depths: they differ in their weights alone."""
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    plain = build(model=model)
+    compiled = build_teacher(replace(config(model), compile=True), SIZE, torch.device("cpu"))
+    for target in (*range(1, DEPTH + 1), 2):
+        compiled.retarget(target)
+        plain.retarget(target)
+        assert torch.allclose(compiled.features(images).patch, plain.features(images).patch, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 1

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from leap_dist.config import TeacherConfig
 from leap_dist.errors import UserError
-from leap_dist.teacher.weights import load_backbone
+from leap_dist.teacher.lazy import LazyBackbone
 
 MODEL, SIZE = "vit_giant_patch14_dinov2", 42
 KWARGS: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -38,7 +38,9 @@ def state() -> State:
 def load(weights: Path | str, model: str = MODEL, image_size: int = SIZE, **options: Any) -> State:
     """The teacher's parameters, under timm's names."""
     config = TeacherConfig(model=model, kwargs=KWARGS, weights=str(weights), **options)
-    return {key.removeprefix("stem."): p for key, p in load_backbone(config, image_size).named_parameters()}
+    lazy = LazyBackbone(config, image_size, torch.device("cpu"))
+    lazy.hold(range(lazy.spec.depth))
+    return {key.removeprefix("stem."): p for key, p in lazy.backbone.named_parameters()}
 
 
 def assert_same(found: State, expected: State) -> None:
@@ -175,3 +177,41 @@ def assert_refused(weights: Path | str, said: str) -> None:
         load(weights)
     assert str(weights) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_block_is_read_by_itself_in_any_order(suffix, state, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    lazy = LazyBackbone(TeacherConfig(model=MODEL, kwargs=KWARGS, weights=str(path)), SIZE, torch.device("cpu"))
+    for wanted in ([1], [0], [], [0, 1]):
+        lazy.hold(wanted)
+        loaded = {name for name, p in lazy.backbone.blocks.named_parameters() if not p.is_meta}
+        assert loaded == {
+            key.removeprefix("blocks.") for key in state if key.startswith(tuple(f"blocks.{i}." for i in wanted))
+        }
+        for name in loaded:
+            assert torch.equal(lazy.backbone.blocks.get_parameter(name), state[f"blocks.{name}"])
+
+
+def test_random_weights_do_not_depend_on_what_is_loaded_when():
+    backward = LazyBackbone(TeacherConfig(model=MODEL, kwargs=KWARGS, weights="random"), SIZE, torch.device("cpu"))
+    for index in (1, 0, 1):
+        backward.hold([index])
+    backward.expect([0])
+    backward.hold([0, 1])
+    found = {key.removeprefix("stem."): p for key, p in backward.backbone.named_parameters()}
+    assert_same(found, load("random"))
+
+
+def test_hub_weights_come_from_its_file(monkeypatch, state, tmp_path):
+    save_file(state, tmp_path / "model.safetensors")
+    asked = []
+
+    def download(repository: str, name: str) -> str:
+        asked.append((repository, name))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert_same(load("hub"), state)
+    assert asked == [("timm/vit_giant_patch14_dinov2.lvd142m", "model.safetensors")]

@@ -1,0 +1,106 @@
+"""The `pipelined` home of a teacher: neighbouring ranks form a pipeline, and each runs some of the blocks.
+
+The images of all ranks of a pipeline travel through it in micro-batches; each rank gets the tokens of its own back and
+applies the final norm to them. The embedding and the norm are small and on every rank; blocks are on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+from leap_dist.distributed import Pipeline, gather_on_first, scatter_from_last
+from leap_dist.features import Features
+from leap_dist.planning import TeacherCosts
+from leap_dist.teacher.home import Home
+from leap_dist.teacher.lazy import LazyBackbone
+
+
+class PipelinedTeacher(Home):
+    """Collective over the pipeline: its ranks call `features` equally often, with equally many images.
+
+    With `rebalance` the blocks up to the target are spread over all stages anew at every advance; without, each stage
+    keeps its part of the whole teacher, and those past the target hand tokens on. So does a stage without a block.
+    """
+
+    def __init__(
+        self, lazy: LazyBackbone, costs: TeacherCosts, pipeline: Pipeline, *, microbatches: int, rebalance: bool
+    ) -> None:
+        super().__init__(lazy)
+        self._costs = costs
+        self._pipeline = pipeline
+        self._microbatches = microbatches
+        self._rebalance = rebalance
+        self._schedules: dict[int, ScheduleGPipe] = {}
+        self.retarget(1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Features:
+        """Images (B, 3, H, W) to the final-normed tokens of block `self.block`, in the teacher's dtype.
+
+        B x stages must be a multiple of the micro-batches.
+        """
+        images = self._lazy.to_teacher(images)
+        schedule = self._schedule(images)
+        parts = gather_on_first(images, self._pipeline)
+        tokens = schedule.eval(torch.cat(parts)) if parts else schedule.eval()
+        mine = images.new_empty(len(images), *self._lazy.token_shape)
+        own = scatter_from_last([] if tokens is None else list(tokens.chunk(self._pipeline.size)), mine, self._pipeline)
+        return self._lazy.backbone.finish(own)
+
+    def bounds(self, block: int) -> list[int]:
+        """First block of each stage, 0-indexed, and the end, when 1-indexed `block` is the target."""
+        planned = block if self._rebalance else self.spec.depth
+        cuts = self._costs.bounds(planned, self._pipeline.size)
+        return [min(cut, block) for cut in cuts]
+
+    def _share(self, block: int) -> range:
+        bounds = self.bounds(block)
+        return range(bounds[self._pipeline.rank], bounds[self._pipeline.rank + 1])
+
+    def _settle(self, block: int) -> None:
+        super()._settle(block)
+        self._schedules.clear()
+
+    def _schedule(self, images: Tensor) -> ScheduleGPipe:
+        """The pipeline for batches of this size; its shapes are fixed, so that ranks need not tell each other."""
+        if len(images) not in self._schedules:
+            self._schedules[len(images)] = self._build(images)
+        return self._schedules[len(images)]
+
+    def _build(self, images: Tensor) -> ScheduleGPipe:
+        rank, size = self._pipeline.rank, self._pipeline.size
+        rows, rest = divmod(len(images) * size, self._microbatches)
+        assert not rest, "torch.distributed.pipelining gives junk rows where micro-batches do not divide the batch"
+        tokens = images.new_empty(rows, *self._lazy.token_shape)
+        entering = images.new_empty(rows, *images.shape[1:]) if rank == 0 else tokens
+        stage = PipelineStage(
+            _Stage(self._stage_function()),
+            rank, size, images.device, input_args=(entering,), output_args=(tokens,), group=self._pipeline.handle,
+        )  # fmt: skip
+        return ScheduleGPipe(stage, n_microbatches=self._microbatches)
+
+    def _stage_function(self) -> Callable[[Tensor], Tensor]:
+        backbone, first, blocks = self._lazy.backbone, self._pipeline.rank == 0, self._share(self.block)
+
+        def run(entering: Tensor) -> Tensor:
+            tokens, context = backbone.embed(entering) if first else entering, backbone.context()
+            for index in blocks:
+                tokens = backbone.run_block(index, tokens, context)
+            return tokens.contiguous()  # the sends insist on it; CaiT's embedding is a transposed view
+
+        return run
+
+
+class _Stage(nn.Module):
+    """A function as the module that `PipelineStage` wants; it owns no parameters."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, entering: Tensor) -> Tensor:
+        return self._run(entering)

@@ -1,0 +1,85 @@
+"""From `teacher.placement` to a home for the blocks, and the home that changes as the curriculum advances."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import Tensor
+
+from leap_dist.config import TeacherConfig
+from leap_dist.distributed import World, build_pipeline
+from leap_dist.features import Features
+from leap_dist.flops import teacher_costs
+from leap_dist.planning import GIB, Choice, choose, pipeline_size
+from leap_dist.teacher.home import Home
+from leap_dist.teacher.lazy import LazyBackbone
+from leap_dist.teacher.pipelined import PipelinedTeacher
+from leap_dist.teacher.replicated import ReplicatedTeacher
+from leap_dist.teacher.sharded import ShardedTeacher
+
+log = logging.getLogger(__name__)
+
+
+def build_home(config: TeacherConfig, image_size: int, lazy: LazyBackbone, world: World) -> Home | AutoTeacher:
+    """The configured home, its target block 1. Collective over all ranks."""
+    costs = teacher_costs(config, image_size)
+    stages = pipeline_size(config, world.local_size)
+    makers: dict[str, Callable[[], Home]] = {
+        "replicated": lambda: ReplicatedTeacher(lazy),
+        "sharded": lambda: ShardedTeacher(lazy),
+    }
+    if config.placement != "sharded" and stages > 1:
+        pipeline = build_pipeline(world, stages)
+        makers["pipelined"] = lambda: PipelinedTeacher(
+            lazy, costs, pipeline, microbatches=config.microbatches, rebalance=config.rebalance
+        )
+    if config.placement != "auto":
+        return makers[config.placement]()
+    budget = (config.memory_budget or 0) * GIB
+
+    def chosen(block: int) -> Choice:
+        return choose(costs, block, budget=budget, stages=stages, ranks=world.size)
+
+    return AutoTeacher(lazy, makers, chosen)
+
+
+class AutoTeacher:
+    """Lives where `choose` says, decided anew at every target. All ranks decide alike, from the same numbers."""
+
+    def __init__(
+        self, lazy: LazyBackbone, makers: Mapping[str, Callable[[], Home]], chosen: Callable[[int], Choice]
+    ) -> None:
+        self.spec = lazy.spec
+        self._lazy = lazy
+        self._makers = makers
+        self._chosen = chosen
+        chosen(self.spec.depth)  # a budget too small for the last block is said now, not after days
+        self.placement = chosen(1).placement
+        self._home = makers[self.placement]()
+
+    @property
+    def block(self) -> int:
+        """Current target, 1-indexed."""
+        return self._home.block
+
+    def features(self, images: Tensor) -> Features:
+        """Images (B, 3, H, W) to the final-normed tokens of block `self.block`, in the teacher's dtype."""
+        return self._home.features(images)
+
+    def sweep(self, images: Tensor) -> Iterator[Features]:
+        """Features of the blocks 1..depth, in order, in one pass."""
+        return self._home.sweep(images)
+
+    def retarget(self, block: int) -> None:
+        """Make 1-indexed `block` the target, wherever it fits. A move starts from empty memory."""
+        placement, reason = self._chosen(block)
+        log.info("teacher block %d of %d: %s (%s)", block, self.spec.depth, placement, reason)
+        if placement != self.placement:
+            self._lazy.hold(())
+            self.placement, self._home = placement, self._makers[placement]()
+        self._home.retarget(block)
+
+    def resident_bytes(self) -> int:
+        """Bytes of parameters on this rank's device, between two calls."""
+        return self._home.resident_bytes()

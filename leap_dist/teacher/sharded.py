@@ -1,0 +1,86 @@
+"""The `sharded` home of a teacher: every rank holds a share of every block up to the target, and runs its own images.
+
+Blocks are split by DeepSpeed's ZeRO-3, each on its own: a block is gathered while the one before it runs and let go
+once it has run. There is no engine around them: its trace of an earlier, deeper pass makes it gather blocks that a
+shorter one never reaches (measured, DeepSpeed 0.19.8). Here nothing past the target can be gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leap_dist.features import Features
+from leap_dist.teacher.home import Home
+from leap_dist.teacher.lazy import LazyBackbone
+
+_ZERO = {
+    "train_micro_batch_size_per_gpu": 1,  # DeepSpeed insists on it; nothing reads it here
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+class ShardedTeacher(Home):
+    """Collective: all ranks call `features`, `sweep` and `retarget` equally often, in the same order.
+
+    The stem (embedding, final norm) is whole on every rank.
+    """
+
+    def __init__(self, lazy: LazyBackbone) -> None:
+        super().__init__(lazy)
+        self.retarget(1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Features:
+        """Images (B, 3, H, W) to the final-normed tokens of block `self.block`, in the teacher's dtype."""
+        backbone, blocks = self._lazy.backbone, self._lazy.backbone.blocks[: self.block]
+        coming = _start_gather(blocks[0])
+        tokens, context = backbone.embed(self._lazy.to_teacher(images)), backbone.context()
+        for index, block in enumerate(blocks):
+            coming.wait()
+            if index + 1 < self.block:
+                coming = _start_gather(blocks[index + 1])
+            tokens = backbone.run_block(index, tokens, context)
+            _release(block)
+        return backbone.finish(tokens)
+
+    def _settle(self, block: int) -> None:
+        """Load and split what is new, a block at a time; DeepSpeed takes rank 0's values."""
+        self._lazy.hold(range(min(self.block, block)))
+        for index in range(self.block, block):
+            self._lazy.load(index)
+            _split(self._lazy.backbone.blocks[index])
+
+    def _share(self, block: int) -> range:
+        return range(self.block, block)
+
+    def _at_hand(self, index: int) -> AbstractContextManager[None]:
+        return _gathered(self._lazy.backbone.blocks[index]) if index < self.block else super()._at_hand(index)
+
+
+def _split(module: nn.Module) -> None:
+    import deepspeed  # seconds to import
+
+    deepspeed.zero.Init(module=module, config_dict_or_path=_ZERO)
+
+
+def _start_gather(module: nn.Module) -> Any:
+    """Begin to gather a split module; it is whole after `wait()` on what is returned."""
+    parameters = list(module.parameters())
+    return parameters[0].all_gather_coalesced(parameters)
+
+
+def _release(module: nn.Module) -> None:
+    parameters = list(module.parameters())
+    parameters[0].partition(param_list=parameters)
+
+
+@contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    _start_gather(module).wait()
+    yield
+    _release(module)

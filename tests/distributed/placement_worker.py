@@ -1,0 +1,112 @@
+"""Run by test_placements.py on every rank: each placement against the replicated teacher, at every block."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leap_dist.config import TeacherConfig
+from leap_dist.distributed import World, gather_rows, initialise, shutdown
+from leap_dist.features import Features
+from leap_dist.teacher import Teacher, build_teacher
+
+SIZE, BATCH, DEPTH = 32, 4, 7
+SHAPE: dict[str, Any] = {"embed_dim": 32, "depth": DEPTH, "num_heads": 2}
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("vit_small_patch16_224", {}),
+    ("vit_small_patch16_dinov3", {}),  # RoPE, registers
+    ("vit_small_patch16_rope_mixed_224", {}),  # a rotary table per block
+    ("cait_s24_224", {}),  # no class token
+    ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
+]
+TARGETS = [*range(1, DEPTH + 1), 3, 1, DEPTH]  # every advance, then jumps both ways
+
+
+def configs(world: World, families: list[tuple[str, dict[str, Any]]]) -> Iterator[TeacherConfig]:
+    """What is compared at this number of ranks."""
+    for model, kwargs in families:
+        common = {"model": model, "kwargs": SHAPE | kwargs, "weights": "random"}
+        yield TeacherConfig(placement="sharded", **common)
+        yield TeacherConfig(placement="pipelined", microbatches=2, **common)
+    for parts in (1, 4):
+        yield TeacherConfig(placement="pipelined", microbatches=parts, **common)
+    yield TeacherConfig(placement="pipelined", rebalance=False, **common)
+    yield TeacherConfig(placement="pipelined", dtype="bf16", **common)
+    yield TeacherConfig(placement="sharded", dtype="bf16", **common)
+    if world.size == 4:
+        yield TeacherConfig(placement="pipelined", stages=2, microbatches=4, **common)
+
+
+def images_of(world: World, draw: int) -> Tensor:
+    return torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(100 * draw + world.rank))
+
+
+def reference(config: TeacherConfig) -> Teacher:
+    plain = TeacherConfig(model=config.model, kwargs=config.kwargs, weights=config.weights, dtype=config.dtype)
+    return build_teacher(plain, SIZE, torch.device("cpu"))
+
+
+def assert_equal(found: Features, expected: Features, about: str) -> None:
+    tolerance = 1e-6 if found.patch.dtype is torch.float32 else 0.05
+    assert found.patch.shape == expected.patch.shape and found.patch.dtype is expected.patch.dtype, about
+    assert (found.cls is None) == (expected.cls is None), about
+    for mine, theirs in zip(found, expected, strict=True):
+        if mine is not None and theirs is not None:
+            difference = (mine.float() - theirs.float()).abs().max().item()
+            assert difference <= tolerance, f"{about}: off by {difference}"
+            assert not mine.requires_grad
+
+
+def compare(config: TeacherConfig, world: World) -> None:
+    teacher, plain = build_teacher(config, SIZE, world.device, world), reference(config)
+    for draw, target in enumerate(TARGETS):
+        teacher.retarget(target)
+        plain.retarget(target)
+        images = images_of(world, draw)
+        about = f"{config.model} {config.placement} x{config.microbatches}, block {target}, rank {world.rank}"
+        for _ in range(2):
+            assert_equal(teacher.features(images), plain.features(images), about)
+    for index, (swept, expected) in enumerate(zip(teacher.sweep(images), plain.sweep(images), strict=True)):
+        assert_equal(swept, expected, f"{config.model} {config.placement}, sweep at block {index + 1}")
+    teacher.retarget(2)
+    swept_again = list(teacher.sweep(images))
+    assert_equal(swept_again[-1], expected, f"{config.model} {config.placement}, sweep past the target")
+    assert teacher.block == 2
+    assert_resident(teacher, world, config)
+
+
+def assert_resident(teacher: Teacher, world: World, config: TeacherConfig) -> None:
+    """Over its ranks, a placement holds the blocks up to the target once, besides everybody's stem."""
+    depth = teacher.spec.depth
+    teacher.retarget(1)
+    one = gather_rows(torch.tensor([teacher.resident_bytes()]), world)
+    teacher.retarget(depth)
+    all_blocks = gather_rows(torch.tensor([teacher.resident_bytes()]), world)
+    copies = 1 if config.placement == "sharded" else world.size // (config.stages or world.size)
+    block = reference(config)
+    stem_and_one = block.resident_bytes()
+    block.retarget(2)
+    each = block.resident_bytes() - stem_and_one
+    grown = int((all_blocks - one).sum())
+    assert abs(grown - copies * (depth - 1) * each) <= 0.01 * grown, f"{config}: {grown} bytes more at the last block"
+    most = int(all_blocks.max()) - (stem_and_one - each)
+    assert most <= -(-depth // (world.size // copies)) * each * 1.01, f"{config}: a rank has more than its share"
+
+
+def main(which: str) -> None:
+    world = initialise(timedelta(seconds=60))
+    compared = 0
+    for config in configs(world, FAMILIES if which == "all" else FAMILIES[1:2]):
+        compare(config, world)
+        compared += 1
+    print(f"rank {world.rank} of {world.size}: {compared} placements equal", flush=True)
+    shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,132 @@
+"""Every placement gives the features of the replicated teacher, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from runs import command, environment, run_ok, scalars, write_config
+
+SHORT = {"teacher": True, "probe_epochs": 2}
+
+
+def on_ranks(ranks: int, worker: str, *arguments: str, timeout: float = 200) -> str:
+    """Run a worker script of this folder under torchrun; returns what it printed."""
+    script = Path(__file__).with_name(worker)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script),
+         *arguments],
+        env=environment(), capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("ranks", "families"), [(4, "one"), *(pytest.param(ranks, "all", marks=SLOW) for ranks in (2, 3, 4))]
+)
+def test_features_are_the_replicated_ones_at_every_block(ranks: int, families: str) -> None:
+    assert on_ranks(ranks, "placement_worker.py", families).count("placements equal") == ranks
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """By number of ranks (mixup draws differ from rank to rank), the run that every placement must repeat."""
+
+    @functools.cache
+    def run(ranks: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"replicated-{ranks}")
+        run_ok(write_config(folder), processes=ranks, launcher="torchrun")
+        return folder / "run"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("ranks", "teacher", "said"),
+    [
+        (2, {"placement": "sharded"}, ""),
+        pytest.param(2, {"placement": "pipelined", "microbatches": 2}, "", marks=SLOW),
+        (2, {"placement": "auto", "memory_budget": 0.0004}, "block 4 of 6: pipelined (replicated would take"),
+        pytest.param(4, {"placement": "pipelined", "stages": 2, "rebalance": False}, "", marks=SLOW),
+        pytest.param(4, {"placement": "pipelined", "microbatches": 4}, "", marks=SLOW),
+        pytest.param(2, {"placement": "sharded", "compile": True}, "", marks=SLOW),
+        pytest.param(2, {"placement": "pipelined", "compile": True}, "", marks=SLOW),
+    ],
+)
+def test_runs_are_the_replicated_one(
+    ranks: int, teacher: dict[str, Any], said: str, replicated: Callable[[int], Path], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, teacher=teacher, engine={"zero_stage": 2})
+    assert said in run_ok(config, processes=ranks, launcher="torchrun")
+    losses, expected = scalars(tmp_path / "run", "loss/total"), scalars(replicated(ranks), "loss/total")
+    assert losses.keys() == expected.keys()
+    assert max(abs(losses[step] - expected[step]) for step in expected) < 1e-5
+    blocks = scalars(tmp_path / "run", "curriculum/block")
+    assert blocks == scalars(replicated(ranks), "curriculum/block")
+    assert len(set(blocks.values())) >= 4, "fewer than three advances show little"
+
+
+@SLOW
+@pytest.mark.parametrize("placement", ["sharded", "pipelined"])
+def test_the_teacher_is_evaluated_on_unequal_shares(placement: str, tmp_path: Path) -> None:
+    """297 images on two ranks, in batches of 64: one rank has a row more, and both a short batch."""
+    accuracies = []
+    for name in ("replicated", placement):
+        (folder := tmp_path / name).mkdir()
+        config = write_config(folder, teacher={"placement": name}, data={"val": "digits"}, evaluation=SHORT)
+        run_ok(config, launcher="torchrun")
+        summary = json.loads((folder / "run" / "summary.json").read_text())
+        accuracies.append((summary["teacher_knn"], summary["teacher_probe"]))
+    assert accuracies[0] == accuracies[1]
+
+
+@pytest.mark.parametrize("placement", ["pipelined", pytest.param("sharded", marks=SLOW)])
+def test_a_killed_rank_ends_the_run(placement: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, epochs=100, teacher={"placement": placement})
+    launcher = subprocess.Popen(
+        command(config, launcher="torchrun"), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    try:
+        victim = trained_a_while(launcher, tmp_path / "run")
+        victim.kill()
+        killed = time.monotonic()
+        printed, _ = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    assert time.monotonic() - killed < 60
+    assert launcher.returncode != 0
+    assert re.search(r"\[rank 0\]: error: another rank is gone, after step \d+", printed), printed[-3000:]
+    assert re.search(rf"exitcode: -9\) local_rank: 1 \(pid: {victim.pid}\)", printed), printed[-3000:]
+
+
+def trained_a_while(launcher: subprocess.Popen[str], run: Path) -> psutil.Process:
+    """Wait until the run has written scalars; returns its rank 1."""
+    for _ in range(400):
+        assert launcher.poll() is None, launcher.communicate()[0][-3000:]
+        if any(file.stat().st_size > 4000 for file in run.glob("tensorboard/*")):
+            break
+        time.sleep(0.2)
+    ranks = psutil.Process(launcher.pid).children()
+    return next(rank for rank in ranks if rank.environ().get("RANK") == "1")
+
+
+@SLOW
+@pytest.mark.parametrize("placement", ["sharded", "pipelined"])
+@pytest.mark.parametrize("what", ["flat", "share"])
+def test_memory(what: str, placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # glibc gives back what is freed, instead of keeping it
+    assert on_ranks(2, "memory_worker.py", what, placement).count("MiB") == 2

@@ -1,0 +1,35 @@
+"""The planning tool: its teachers have the sizes they are known for, and every ready-made pair gives a table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import plan_cluster
+
+from leap_dist.flops import teacher_costs
+
+
+@pytest.mark.parametrize(("name", "billions"), [("vit-g14", 1.14), ("vit-7b", 6.7), ("vit-22b", 21.8)])
+def test_teachers_are_as_large_as_they_are_called(name: str, billions: float) -> None:
+    costs = teacher_costs(plan_cluster.TEACHERS[name], 224)
+    assert (costs.stem_bytes + sum(costs.block_bytes)) / 2e9 == pytest.approx(billions, rel=0.02)
+
+
+@pytest.mark.parametrize("cluster", plan_cluster.CLUSTERS)
+def test_every_cluster_gets_a_table_with_one_choice_per_block(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_cluster.main(["--cluster", cluster, "--teacher", "vit-7b", "--budget", "6"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) % 3 == 0
+    for start in range(0, len(lines), 3):
+        assert sum("choice" in line for line in lines[start : start + 3]) == 1
+    assert "replicated" in next(line for line in lines if "choice" in line)
+    assert "replicated" not in [line for line in lines if "choice" in line][-1]
+
+
+def test_a_budget_too_small_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_cluster.main(["--teacher", "vit-22b", "--budget", "0.5"]) == 2
+    assert "teacher.memory_budget=0.5" in capsys.readouterr().err
