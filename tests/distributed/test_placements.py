@@ -110,7 +110,7 @@ def test_a_killed_rank_ends_the_run(placement: str, tmp_path: Path) -> None:
     assert time.monotonic() - killed < 60
     assert launcher.returncode != 0
     assert re.search(r"\[rank 0\]: error: another rank is gone, after step \d+", printed), printed[-3000:]
-    assert re.search(rf"exitcode: -9\) local_rank: 1 \(pid: {victim.pid}\)", printed), printed[-3000:]
+    assert re.search(rf"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9 \(pid: {victim.pid}\)", printed), printed[-3000:]
 
 
 def trained_a_while(launcher: subprocess.Popen[str], run: Path) -> psutil.Process:
