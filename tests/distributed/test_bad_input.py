@@ -54,10 +54,12 @@ def test_a_batch_larger_than_the_set(tmp_path: Path) -> None:
     assert "data.global_batch" in line and "4000" in line and "1500" in line
 
 
+@pytest.mark.slow  # the rule itself is a unit test
 def test_a_batch_the_ranks_cannot_share(tmp_path: Path) -> None:
     assert "data.global_batch=63: must be a multiple of 2" in refused(write_config(tmp_path), "data.global_batch=63")[0]
 
 
+@pytest.mark.slow  # the rule itself is a unit test
 def test_an_image_size_the_patches_do_not_divide(tmp_path: Path) -> None:
     assert "data.image_size=20" in refused(write_config(tmp_path), "data.image_size=20")[0]
 
@@ -81,7 +83,10 @@ def damaged_empty(folder: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("damage", [damaged_missing, damaged_truncated, damaged_empty])
+@pytest.mark.parametrize(
+    "damage",
+    [damaged_missing, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (damaged_truncated, damaged_empty))],
+)
 def test_shards_that_cannot_be_read(damage: Any, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     write_shards(digit_samples("train"), folder)

@@ -28,7 +28,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_zero_stages_train_to_the_same_losses(stage: int, reference: Path, tmp_path: Path) -> None:
     # Threshold 0: everything of this small student is partitioned and gathered, nothing stays whole.
     sharding = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
