@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from leap_dist import alignment
@@ -44,8 +43,8 @@ class CosineEvidence:
     @classmethod
     def of(cls, projected: Tensor, teacher: Tensor) -> CosineEvidence:
         """From matching tokens (..., Dt)."""
-        cosine = F.cosine_similarity(projected.float(), teacher.float(), dim=-1)
-        return cls(torch.stack([cosine.sum(), cosine.new_full((), cosine.numel())]))
+        mean, count = alignment.mean_cosine(projected, teacher), projected.shape[:-1].numel()
+        return cls(torch.stack([mean * count, mean.new_full((), count)]))
 
     def merged(self, other: CosineEvidence) -> CosineEvidence:
         return CosineEvidence(self.totals + other.totals)

@@ -40,19 +40,16 @@ def test_zero_stages_train_to_the_same_losses(stage: int, reference: Path, tmp_p
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One plain python process with the whole batch."""
     folder = tmp_path_factory.mktemp("one-rank")
-    run_ok(write_config(folder, data=PLAIN_DATA), launcher="python", processes=1)
+    run_ok(write_config(folder, data=PLAIN), launcher="python", processes=1)
     return folder / "run"
 
 
-PLAIN_DATA = {"train": "digits", "image_size": 16, "global_batch": 64, "workers": 0, "canonical_nodes": 1, **PLAIN}
-
-
 def test_two_ranks_of_half_the_batch_follow_one_rank(one_rank: Path, tmp_path: Path) -> None:
-    run_ok(write_config(tmp_path, data=PLAIN_DATA), launcher="torchrun")
+    run_ok(write_config(tmp_path, data=PLAIN), launcher="torchrun")
     assert_same_run(one_rank, tmp_path / "run")
 
 
 def test_accumulation_follows_one_batch(one_rank: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, data=PLAIN_DATA, engine={"accumulation": 2})
+    config = write_config(tmp_path, data=PLAIN, engine={"accumulation": 2})
     run_ok(config, launcher="python", processes=1)
     assert_same_run(one_rank, tmp_path / "run")

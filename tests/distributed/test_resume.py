@@ -20,14 +20,8 @@ LONG = {"epochs": 2, "data": {"workers": 1}, "checkpoint": {"every_steps": 5, "e
 def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs with augmentation, mixup and a loader worker, in one go."""
     folder = tmp_path_factory.mktemp("uncut")
-    run_ok(write_config(folder, **with_data(LONG)))
+    run_ok(write_config(folder, **LONG))
     return folder / "run"
-
-
-def with_data(sections: dict, **data: object) -> dict:
-    from runs import TINY
-
-    return {**sections, "data": {**TINY["data"], **sections.get("data", {}), **data}}
 
 
 def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -61,7 +55,7 @@ def assert_same_numbers(run: Path, uncut: Path) -> None:
 
 
 def test_killed_at_any_moment_it_continues_bitwise(uncut: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, **with_data(LONG))
+    config = write_config(tmp_path, **LONG)
     process = start(config)
     wait_for_checkpoint(tmp_path / "run", process, 10)
     os.killpg(process.pid, signal.SIGKILL)
@@ -72,7 +66,7 @@ def test_killed_at_any_moment_it_continues_bitwise(uncut: Path, tmp_path: Path) 
 
 def test_sigterm_to_one_rank_saves_on_all_and_exits_0(uncut: Path, tmp_path: Path) -> None:
     """As a preempted node would; the rest is continued at the same world size."""
-    config = write_config(tmp_path, **with_data(LONG))
+    config = write_config(tmp_path, **LONG)
     process = start(config)
     wait_for_checkpoint(tmp_path / "run", process, 5)
     ranks_of(process)[1].send_signal(signal.SIGTERM)
@@ -86,7 +80,7 @@ def test_sigterm_to_one_rank_saves_on_all_and_exits_0(uncut: Path, tmp_path: Pat
 
 def test_sigterm_to_the_launcher_saves_with_loader_workers_running(uncut: Path, tmp_path: Path) -> None:
     """The deepspeed launcher signals loader workers too, before their rank."""
-    config = write_config(tmp_path, **with_data(LONG))
+    config = write_config(tmp_path, **LONG)
     process = start(config)
     wait_for_checkpoint(tmp_path / "run", process, 5)
     launcher = next(
@@ -118,7 +112,7 @@ def test_every_zero_stage_continues_bitwise(stage: int, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         folder.mkdir()
-        write_config(folder, **with_data(LONG))
+        write_config(folder, **LONG)
     run_ok(whole / "config.yaml", *overrides)
     process = start(cut / "config.yaml", *overrides)
     wait_for_checkpoint(cut / "run", process, 10)
