@@ -43,8 +43,9 @@ class Student(nn.Module):
         ]
 
     def _split(self, tokens: Tensor) -> Features:
-        cls = tokens[:, 0] if self.has_cls else None
-        return Features(tokens[:, self.num_prefix_tokens :], cls)
+        # One split, whose backward is one concatenation: two slices would fill two maps with zeros and add them.
+        prefix, patch = tokens.split([self.num_prefix_tokens, tokens.shape[1] - self.num_prefix_tokens], dim=1)
+        return Features(patch, prefix[:, 0] if self.has_cls else None)
 
 
 def student_kwargs(config: StudentConfig, image_size: int) -> dict[str, Any]:

@@ -10,16 +10,17 @@ import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from leap_dist.config import Config, flat, to_yaml
 
-PHASES = ("data", "teacher", "student")
+PHASES = ("data", "teacher", "student", "match")  # match: the share of student that loss, gradients and CKA take
 
 
 class PhaseTimer:
@@ -43,6 +44,20 @@ class PhaseTimer:
             begin_s = time.perf_counter()
             yield
             self.seconds[name] += time.perf_counter() - begin_s
+
+    def watch(self, module: nn.Module, name: str) -> None:
+        """Time every forward pass of `module` as phase `name`, wherever it is called from."""
+        running: list[AbstractContextManager[None]] = []
+
+        def begin(*_: Any) -> None:
+            running.append(self.phase(name))
+            running[-1].__enter__()
+
+        def end(*_: Any) -> None:
+            running.pop().__exit__(None, None, None)
+
+        module.register_forward_pre_hook(begin)
+        module.register_forward_hook(end)
 
     def totals(self) -> dict[str, float]:
         """Seconds so far by phase, of everything the device has finished; does not wait for the rest."""

@@ -141,6 +141,8 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.epochs
         self.peak_lr = peak_lr(config.optim, config.data.global_batch)
         self.timer = PhaseTimer(world.device)
+        for head in parts.engine.module.heads:
+            self.timer.watch(head, "match")
         self.progress = Progress()
         self.pending: Optional[Pending] = None
         self.telemetry: Optional[Telemetry] = None
@@ -258,7 +260,7 @@ class Trainer:
         return Pending(self.progress.step, self.curriculum.block, lr, Latch(values))
 
     def _score(self, evidence: Evidence) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), self.timer.phase("match"):
             return evidence.score(self.config.curriculum.reduction, self.world.size)
 
     def _wants_score(self) -> bool:

@@ -1,5 +1,5 @@
-"""What matching costs a training step: the student's step with loss, CKA and their backward, against the same step
-with nothing but the projector's matrix product, in one run.
+"""What matching costs the student's step (forward, backward, optimizer): with loss, CKA and their backward, against the
+same step with nothing but the projector's matrix products, in one run.
 
     python tools/bench_match.py                             # the demo's shapes
     python tools/bench_match.py --config launch_configs/leap_vitg14_vits14_imagenet1k.yaml --batch 8
@@ -20,6 +20,7 @@ from leap_dist.assembly import build_objective
 from leap_dist.config import load
 from leap_dist.features import Features
 from leap_dist.objective import Objective
+from leap_dist.optim import build_optimizer
 from leap_dist.teacher import describe_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,25 +43,28 @@ def main() -> None:
 
 
 def steps(path: Path, batch: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Forward and backward of the student with each way of using the projector, on random images and targets."""
+    """The student's step with each way of using the projector, on random images and targets."""
     config = load(path, ["data.train=digits", "data.val=null"])
     spec = describe_teacher(config.teacher, config.data.image_size)
     objective = build_objective(config, spec).to(device)
     images = torch.randn(batch, 3, config.data.image_size, config.data.image_size, device=device)
     tokens = spec.grid[0] * spec.grid[1]
     target = Features(torch.randn(batch, tokens, spec.dim, device=device), torch.randn(batch, spec.dim, device=device))
-    upstream = torch.randn(batch, tokens, spec.dim, device=device)
-    return {
-        "projector only": lambda: _projected(objective, images, target, upstream),
+    upstream = Features(torch.randn_like(target.patch), torch.randn_like(target.cls))
+    optimizer = build_optimizer(config.optim, objective)
+    ways = {
+        "projector only": lambda: _projected(objective, images, upstream),
         "loss": lambda: objective(images, [target]).loss.backward(),
         "loss and exact CKA": lambda: _scored(objective, images, target),
     }
+    return {name: lambda way=way: (way(), optimizer.step(), optimizer.zero_grad()) for name, way in ways.items()}
 
 
-def _projected(objective: Objective, images: torch.Tensor, target: Features, upstream: torch.Tensor) -> None:
-    head = objective.heads[0]
-    patch = objective._on_teacher_grid(objective.student(images).patch, target)
-    F.linear(patch, head.weight, head.bias).backward(upstream)
+def _projected(objective: Objective, images: torch.Tensor, upstream: Features) -> None:
+    head, view = objective.heads[0], objective.student(images)
+    patch = objective._on_teacher_grid(view.patch, upstream)
+    projected = [F.linear(tokens, head.weight, head.bias) for tokens in (patch, view.cls)]
+    torch.autograd.backward(projected, list(upstream))
 
 
 def _scored(objective: Objective, images: torch.Tensor, target: Features) -> None:

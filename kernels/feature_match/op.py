@@ -61,8 +61,8 @@ def feature_match(
         student: S (M, Ds). weight: W (Dt, Ds). bias: b (Dt,) or None. teacher: T (M, Dt), any float dtype, a constant.
             Under torch.autocast the products are taken in the autocast dtype as `F.linear` would (the Gram form stays
             in float32, where it is exact); outside it student, weight and bias share one dtype.
-        impl: "auto" takes Triton for 16-bit products on a CUDA device and the Gram form elsewhere; a named one is
-            honoured or raises.
+        impl: "auto" takes Triton for 16-bit products on a CUDA device and the Gram form elsewhere, but plain PyTorch for
+            few rows (M <= Ds, no moments), where Grams are the longer way; a named one is honoured or raises.
         objective: "mse", mean((P - T)^2) over all elements; "normalised", the same against layer-normalised rows of T;
             "cosine", the mean of 1 - cos(P, T) over rows.
         moments: also return the alignment moments of (S, T), from which `leap_dist.alignment` takes the linear CKA
@@ -79,7 +79,7 @@ def feature_match(
     if objective not in OBJECTIVES:
         raise ValueError(f"feature_match: objective={objective!r} is not one of {', '.join(OBJECTIVES)}")
     compute = _compute_dtype(student, weight, bias)
-    chosen = _choose(impl, student, teacher, compute)
+    chosen = _choose(impl, student, teacher, compute, moments)
     with torch.autocast(student.device.type, enabled=False):
         if chosen != "gram":
             student, weight, bias = student.to(compute), weight.to(compute), None if bias is None else bias.to(compute)
@@ -123,11 +123,14 @@ def _compute_dtype(student: Tensor, weight: Tensor, bias: Tensor | None) -> torc
     return student.dtype
 
 
-def _choose(impl: str, student: Tensor, teacher: Tensor, compute: torch.dtype) -> str:
+def _choose(impl: str, student: Tensor, teacher: Tensor, compute: torch.dtype, moments: bool) -> str:
     if impl not in IMPLS:
         raise ValueError(f"feature_match: impl={impl!r} is not one of {', '.join(IMPLS)}")
     if impl not in ("auto", "triton"):
         return impl
+    if impl == "auto" and not moments and student.shape[0] <= student.shape[1]:
+        # Class tokens, mostly: 3 M Ds Dt multiply-adds, where the Gram form needs 2 (M + Ds) Ds Dt + 1.5 M Ds^2.
+        return "reference"
     obstacle = _obstacle(student.device, student.shape[1], {compute, teacher.dtype})
     if impl == "auto":
         # In float32 the fused kernel spills registers (compiled for sm_90); plain Gram products are cuBLAS's best case.

@@ -30,6 +30,22 @@ def test_phases_add_up_over_their_bodies() -> None:
     assert 0.04 <= totals["teacher"] < 0.2 and 0.01 <= totals["data"] < 0.1
 
 
+class Sleeper(torch.nn.Module):
+    def forward(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def test_a_watched_module_is_timed_wherever_it_is_called() -> None:
+    timer, module = PhaseTimer(torch.device("cpu")), Sleeper()
+    timer.watch(module, "match")
+    with timer.phase("student"):
+        for _ in range(2):
+            module(0.02)
+        time.sleep(0.02)
+    totals = timer.totals()
+    assert 0.04 <= totals["match"] < totals["student"] - 0.015
+
+
 def test_rates_are_per_step_since_the_last_point(tmp_path: Path) -> None:
     telemetry = Telemetry(stub_config(tmp_path, "telemetry.every=2"), total_steps=4, first_step=0)
     for step in range(4):
