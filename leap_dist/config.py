@@ -94,6 +94,7 @@ class DataConfig:
     val: Optional[str] = _option(None, "held-out labelled shards for kNN and linear probe; null = no evaluation")
     cache: Optional[str] = _option(None, "local folder for shards of a remote URI (required with one)")
     cache_limit: Optional[str] = _option(None, "evict cached shards beyond this size, e.g. 200gb; null = keep all")
+    predownload: int = _option(1024, "images of each rank whose shards are fetched into the cache ahead of reading")
     image_size: int = _option(224, "side of the square image teacher and student see, pixels")
     global_batch: int = _option(256, "images per optimizer step over all ranks and accumulation steps")
     workers: int = _option(8, "loader processes per rank")
@@ -101,11 +102,13 @@ class DataConfig:
         "leap", "leap: the published recipe; crop: random resized crop only; none: resize and centre crop"
     )
     crop_scale: tuple[float, float] = _option((0.14, 1.0), "area range of the random resized crop")
-    mixup: bool = _option(True, "blend each batch with a permutation of itself, one lambda ~ U(0,1) per batch")
+    mixup: bool = _option(True, "blend each image with another of its group, one lambda ~ U(0,1) per optimizer step")
+    mixup_group: int = _option(8, "images that are mixed among themselves; must divide the micro-batch of a rank")
     mean: tuple[float, float, float] = _option((0.485, 0.456, 0.406), "normalisation mean, RGB in [0,1]")
     std: tuple[float, float, float] = _option((0.229, 0.224, 0.225), "normalisation standard deviation")
     canonical_nodes: int = _option(8, "streaming's num_canonical_nodes: part of the sample order, keep it for a run")
     validate_hash: Optional[str] = _option(None, "check shards against this hash of the index, e.g. xxh64")
+    max_bad_fraction: float = _option(0.001, "of the training samples that may be unreadable before the run stops")
     timeout_s: int = _option(300, "a loader worker silent for this long ends the run")
 
 
@@ -356,6 +359,7 @@ def _range_problems(config: Config) -> list[str]:
         "data.global_batch": data.global_batch,
         "data.canonical_nodes": data.canonical_nodes,
         "data.timeout_s": data.timeout_s,
+        "data.mixup_group": data.mixup_group,
         "curriculum.max_epochs_per_block": config.curriculum.max_epochs_per_block,
         "teacher.stages": 1 if config.teacher.stages is None else config.teacher.stages,
         "teacher.microbatches": config.teacher.microbatches,
@@ -370,6 +374,7 @@ def _range_problems(config: Config) -> list[str]:
     at_least_zero = {
         "seed": config.seed,
         "data.workers": data.workers,
+        "data.predownload": data.predownload,
         "objective.cls_weight": config.objective.cls_weight,
         "optim.weight_decay": optim.weight_decay,
         "optim.warmup_epochs": optim.warmup_epochs,
@@ -378,7 +383,11 @@ def _range_problems(config: Config) -> list[str]:
         "checkpoint.every_steps": config.checkpoint.every_steps,
     }
     above_zero = {"optim.lr": optim.lr, "evaluation.probe_lr": evaluation.probe_lr, "data.std": min(data.std)}
-    fractions = {"optim.final_lr_fraction": optim.final_lr_fraction, "optim.momentum": optim.momentum}
+    fractions = {
+        "data.max_bad_fraction": data.max_bad_fraction,
+        "optim.final_lr_fraction": optim.final_lr_fraction,
+        "optim.momentum": optim.momentum,
+    }
     low, high = data.crop_scale
     betas_hold = all(0 <= beta < 1 for beta in optim.betas)
     return [
@@ -480,7 +489,8 @@ def _path_problems(config: Config) -> list[str]:
 # What may change between the two halves of one run: where things are and how they are watched, not what is computed.
 OPERATIONAL = (
     "output", "resume", "checkpoint.", "telemetry.", "evaluation.", "data.train", "data.val", "data.cache",
-    "data.cache_limit", "data.workers", "data.timeout_s", "data.validate_hash", "teacher.weights",
+    "data.cache_limit", "data.predownload", "data.workers", "data.timeout_s", "data.validate_hash",
+    "data.max_bad_fraction", "teacher.weights",
     "teacher.placement", "teacher.stages", "teacher.microbatches", "teacher.rebalance", "teacher.memory_budget",
 )  # fmt: skip
 

@@ -1,8 +1,9 @@
 """One decision for all ranks: the coordinator (rank 0) decides, the rest apply its decision at the same step.
 
 Every rank sends one small row over the host-side control group after each step; row 0 carries the decision. So one
-collective per step tells the ranks when to advance, that one of them was told to stop, that a loss was not finite,
-and that they agree where they are. It waits for the host only: the device still has the backward pass queued.
+collective per step tells the ranks when to advance, that one of them was told to stop, met samples it could not read or
+a loss that is not finite, and that they agree where they are. It waits for the host only: the device still has the
+backward pass queued.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from leap_dist.errors import UserError
 
 
 class Decision(NamedTuple):
-    """What holds for every rank from the next step on."""
+    """What holds for every rank from the next step on. bad: a rank has met unreadable samples, to be shared now."""
 
     advanced: bool
     stop: bool
+    bad: bool = False
 
 
 class Coordinator:
@@ -31,12 +33,12 @@ class Coordinator:
         self.curriculum = curriculum
         self.world = world
 
-    def decide(self, *, step: int, loss: float, score: float, stop: bool) -> Decision:
+    def decide(self, *, step: int, loss: float, score: float, stop: bool, bad: int = 0) -> Decision:
         """Close step `step` on every rank. Collective.
 
         Args:
             loss: this rank's own loss. score: reduced over ranks; NaN when the step was not scored.
-            stop: this rank was asked to end the run.
+            stop: this rank was asked to end the run. bad: samples it could not read, of which the others do not know.
 
         Raises:
             UserError: a rank's loss is not finite (named), or ranks disagree on step or block.
@@ -45,13 +47,13 @@ class Coordinator:
         block = curriculum.block
         advanced = curriculum.observe(score) if self.world.is_main else False
         decision = [float(curriculum.block), curriculum.ema, float(curriculum.epochs_on_block), float(advanced)]
-        row = torch.tensor([step, block, math.isfinite(loss), stop, *decision], dtype=torch.float64)
+        row = torch.tensor([step, block, math.isfinite(loss), stop, *decision, bad], dtype=torch.float64)
         rows = gather_rows(row, self.world)
         self._require_agreement(rows, step)
         advanced = bool(rows[0, 7])
         if not self.world.is_main:
             curriculum.load_state_dict(self._decided(rows[0]))
-        return Decision(advanced, bool(rows[:, 3].any()))
+        return Decision(advanced, bool(rows[:, 3].any()), bool(rows[:, 8].any()))
 
     def start_at(self, block: int) -> None:
         """Start every rank at rank 0's `block` (calibration). Collective."""

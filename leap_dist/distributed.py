@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from leap_dist.errors import UserError
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -156,3 +161,25 @@ def barrier(world: World) -> None:
     """Wait for every rank (host side)."""
     if world.control is not None:
         dist.barrier(group=world.control)
+
+
+def on_first(work: Callable[[], _T], world: World) -> _T:
+    """Run `work` on the first rank of every node and give its result on rank 0 to all. Collective.
+
+    For checks of what a node's ranks share, such as its files: one of them looks, and all hear of it.
+
+    Raises:
+        UserError: on every rank, the one of the first node on which `work` raised it.
+    """
+    result: Optional[_T] = None
+    fault: Optional[str] = None
+    if world.local_rank == 0:
+        try:
+            result = work()
+        except UserError as error:
+            fault = str(error)
+    outcomes = gather_objects((result, fault), world)
+    for _, found in outcomes:
+        if found is not None:
+            raise UserError(found)
+    return outcomes[0][0]

@@ -23,7 +23,7 @@ from torch import Tensor
 from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config
 from leap_dist.coordinator import Coordinator
-from leap_dist.data import Batch, TrainLoader, mixup
+from leap_dist.data import BadSamples, Batch, TrainLoader, mixup
 from leap_dist.distributed import World, sum_over_ranks
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features
@@ -119,6 +119,7 @@ class Parts:
     flops: TeacherFlops
     engine: Any
     loader: TrainLoader
+    bad_samples: BadSamples
     coordinator: Coordinator
     checkpoints: Checkpoints
 
@@ -133,6 +134,7 @@ class Trainer:
         self.flops = parts.flops
         self.engine = parts.engine
         self.loader = parts.loader
+        self.bad_samples = parts.bad_samples
         self.coordinator = parts.coordinator
         self.curriculum = parts.coordinator.curriculum
         self.checkpoints = parts.checkpoints
@@ -164,6 +166,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last epoch (True), or until a rank is told to stop (False). Saves in both cases."""
         self.checkpoints.claim_output()
+        self.bad_samples.reopen(resumed=self.progress.step > 0)
         if self.world.is_main:
             self.telemetry = Telemetry(self.config, self.total_steps, self.progress.step)
         self._clock_base = (self.progress.seconds, self.progress.teacher_seconds, time.perf_counter())
@@ -209,6 +212,8 @@ class Trainer:
         for _ in range(start, self.steps_per_epoch):
             with self.timer.phase("data", host=True):
                 micro_batches = [next(stream) for _ in range(self.accumulation)]
+            for batch in micro_batches:
+                self.bad_samples.note(batch.bad)
             yield micro_batches
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -219,7 +224,7 @@ class Trainer:
         lr = self._set_lr()
         scored, evidence, losses = self._wants_score(), None, []
         for index, batch in enumerate(micro_batches):
-            images = self._view(batch, index)
+            images = self._view(batch)
             with self.timer.phase("teacher"):
                 targets = self._targets(images)
             with self.timer.phase("student"):
@@ -233,12 +238,18 @@ class Trainer:
         self.progress.step += 1
         self.progress.step_in_epoch += 1
 
-    def _view(self, batch: Batch, index: int) -> Tensor:
-        """The images on the device, mixed up with draws keyed by seed, step and micro-batch."""
-        images = batch.images.to(self.world.device, non_blocking=True)
-        if not self.config.data.mixup:
+    def _view(self, batch: Batch) -> Tensor:
+        """The images on the device, mixed up with draws keyed by seed and step."""
+        images, data = batch.images.to(self.world.device, non_blocking=True), self.config.data
+        if not data.mixup:
             return images
-        return mixup(images, torch.Generator().manual_seed(self._seed(MIXUP, index)))
+        return mixup(
+            images,
+            batch.positions,
+            global_batch=data.global_batch,
+            group_size=data.mixup_group,
+            generator=torch.Generator().manual_seed(self._seed(MIXUP)),
+        )
 
     def _targets(self, images: Tensor) -> list[Features]:
         if self.config.curriculum.mode == "all_layers":
@@ -292,8 +303,12 @@ class Trainer:
             return
         pending, self.pending = self.pending, None
         own_loss, loss, patch_loss, cls_loss, score = pending.values.read()
-        decision = self.coordinator.decide(step=pending.step, loss=own_loss, score=score, stop=interrupt.requested)
+        decision = self.coordinator.decide(
+            step=pending.step, loss=own_loss, score=score, stop=interrupt.requested, bad=len(self.bad_samples.fresh)
+        )
         self.checkpoints.confirm()  # the loss that the saved weights gave is finite
+        if decision.bad:
+            self.bad_samples.share()
         self._account(pending.block)
         if self.telemetry is not None:
             self._report(pending, loss, patch_loss, cls_loss, score)
@@ -322,8 +337,8 @@ class Trainer:
         evidence: list[Evidence] = []
         self.engine.eval()
         with self.timer.phase("teacher"):
-            for index, batch in enumerate(micro_batches):
-                for images in self._view(batch, index).split(CALIBRATION_CHUNK):
+            for batch in micro_batches:
+                for images in self._view(batch).split(CALIBRATION_CHUNK):
                     found = self.engine(images, list(self.teacher.sweep(images)), True).evidence
                     evidence = [a.merged(b) for a, b in zip(evidence, found, strict=True)] if evidence else found
         self.engine.train()
@@ -356,6 +371,7 @@ class Trainer:
             "curriculum/ema": self.curriculum.ema,
             "lr": pending.lr,
             "flops/teacher_saved_fraction": self.progress.saved_fraction,
+            "data/bad_samples": len(self.bad_samples),
             "memory/peak_gib": memory_bytes(self.world.device) / 2**30,
         }
         known = {tag: value for tag, value in scalars.items() if math.isfinite(value)}

@@ -1,11 +1,10 @@
-"""From image bytes to a normalised tensor, and mixup over a batch."""
+"""From image bytes to a normalised tensor."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional
 
 import numpy as np
 import torch
@@ -72,17 +71,3 @@ def seeded(*key: int) -> Iterator[None]:
         yield
     finally:
         generator.set_state(state)
-
-
-def mixup(images: Tensor, generator: torch.Generator, lam: Optional[float] = None) -> Tensor:
-    """LEAP's mixup: lam * images + (1 - lam) * images[permutation], one lambda ~ U(0, 1) for the whole batch.
-
-    images: (B, ...) on any device; generator: on the CPU, so that drawing never waits for a GPU. Lambda is drawn
-    before the permutation, unless `lam` is given.
-    """
-    if lam is None:
-        lam = torch.rand((), generator=generator).item()
-    permutation = torch.randperm(len(images), generator=generator)
-    if images.is_cuda:  # a copy from pageable memory may make the host wait for the stream
-        permutation = permutation.pin_memory().to(images.device, non_blocking=True)
-    return torch.lerp(images[permutation], images, lam)

@@ -14,7 +14,7 @@ from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config, load
 from leap_dist.coordinator import Coordinator
 from leap_dist.curriculum import build_curriculum
-from leap_dist.data import Batch
+from leap_dist.data import BadSamples, Batch
 from leap_dist.distributed import World
 from leap_dist.features import Features
 from leap_dist.flops import TeacherFlops
@@ -63,7 +63,7 @@ class StubLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         for index in range(start, len(self)):
             images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(100 * epoch + index))
-            yield Batch(images, torch.zeros(4, dtype=torch.long), torch.arange(4))
+            yield Batch(images, torch.zeros(4, dtype=torch.long), torch.arange(4), torch.arange(4))
 
     def close(self) -> None:
         pass
@@ -121,6 +121,7 @@ def stub_trainer(config: Config, teacher: StubTeacher | None = None) -> Trainer:
         flops=TeacherFlops(0, (10,) * DEPTH, 0),
         engine=StubEngine(objective, build_optimizer(config.optim, objective)),
         loader=StubLoader(),
+        bad_samples=BadSamples(Path(config.output) / "bad_samples.jsonl", 0, ONE),
         coordinator=Coordinator(build_curriculum(config.curriculum, DEPTH), ONE),
         checkpoints=Checkpoints(config, ONE, num_samples=12),
     )

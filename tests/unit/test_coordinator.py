@@ -66,11 +66,11 @@ def test_all_ranks_take_rank_0s_decision(monkeypatch: pytest.MonkeyPatch) -> Non
     results = on_ranks(
         3, curricula, monkeypatch, step=[7] * 3, loss=[1.0] * 3, score=[0.5, 0.99, 3.0], stop=[False, False, True]
     )
-    assert all(result == (False, True) for result in results)
+    assert all(result == (False, True, False) for result in results)
     assert [c.state_dict() for c in curricula] == [curricula[0].state_dict()] * 3
     assert curricula[0].ema == 0.25
     results = on_ranks(3, curricula, monkeypatch, step=[8] * 3, loss=[1.0] * 3, score=[2.0, 0, 0], stop=[False] * 3)
-    assert all(result == (True, False) for result in results)
+    assert all(result == (True, False, False) for result in results)
     assert [c.block for c in curricula] == [2, 2, 2]
 
 
@@ -98,5 +98,11 @@ def test_a_drift_is_an_error_not_a_drift(steps: list[int], blocks: list[int], mo
 def test_an_unscored_step_changes_nothing() -> None:
     coordinator = Coordinator(curriculum(), ONE)
     before = coordinator.curriculum.state_dict()
-    assert coordinator.decide(step=0, loss=1.0, score=math.nan, stop=False) == (False, False)
+    assert coordinator.decide(step=0, loss=1.0, score=math.nan, stop=False) == (False, False, False)
     assert coordinator.curriculum.state_dict() == before
+
+
+def test_every_rank_hears_that_one_has_met_unreadable_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"step": [3] * 3, "loss": [1.0] * 3, "score": [0.1] * 3, "stop": [False] * 3}
+    assert not any(r.bad for r in on_ranks(3, [curriculum() for _ in range(3)], monkeypatch, **calls, bad=[0] * 3))
+    assert all(r.bad for r in on_ranks(3, [curriculum() for _ in range(3)], monkeypatch, **calls, bad=[0, 2, 0]))

@@ -1,4 +1,4 @@
-"""Augmentation and mixup, against closed forms and counted frequencies."""
+"""Augmentation, against closed forms and counted frequencies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from leap_dist.config import DataConfig
-from leap_dist.data.transforms import decode, eval_transform, mixup, seeded, train_transform
+from leap_dist.data.transforms import decode, eval_transform, seeded, train_transform
 
 
 def config(**options: object) -> DataConfig:
@@ -33,20 +33,6 @@ def draws(transform: object, image: torch.Tensor, count: int) -> torch.Tensor:
         with seeded(0, 0, i):
             out.append(transform(image))
     return torch.stack(out)
-
-
-def test_mixup_reproduces_the_published_draw() -> None:
-    mixed = mixup(torch.eye(8, dtype=torch.float64), torch.Generator().manual_seed(11))
-    lam, permutation = 0.14904171228408813, [7, 1, 0, 6, 2, 4, 3, 5]
-    expected = lam * torch.eye(8, dtype=torch.float64) + (1 - lam) * torch.eye(8, dtype=torch.float64)[permutation]
-    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-12)
-
-
-def test_mixup_takes_a_given_lambda_and_leaves_the_global_stream_alone() -> None:
-    images, before = torch.randn(4, 3, 2, 2), torch.get_rng_state()
-    torch.testing.assert_close(mixup(images, torch.Generator(), lam=1.0), images)
-    mixup(images, torch.Generator())
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_decode_gives_rgb_of_every_mode() -> None:
