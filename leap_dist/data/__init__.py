@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from leap_dist.data.digits import resolve
+from leap_dist.data.feed import Feed
 from leap_dist.data.loader import Batch, EvalLoader, TrainLoader, build_eval_loader, build_train_loader
 from leap_dist.data.shards import check_shards, check_sources, write_shards
 from leap_dist.data.transforms import eval_transform, mixup, train_transform
@@ -10,6 +11,7 @@ from leap_dist.data.transforms import eval_transform, mixup, train_transform
 __all__ = [
     "Batch",
     "EvalLoader",
+    "Feed",
     "TrainLoader",
     "build_eval_loader",
     "build_train_loader",

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from leap_dist.config import DataConfig
-from leap_dist.data.transforms import eval_transform, train_transform
+from leap_dist.data.colours import Crops
+from leap_dist.data.transforms import Whole, eval_transform, train_transform
 from leap_dist.distributed import World, barrier
 from leap_dist.errors import UserError
 
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 class Batch(NamedTuple):
     """One rank's micro-batch, on the host.
 
-    images: (B, 3, S, S) float32, normalised; labels: (B,) int64, -1 where the shards have none;
-    ids: (B,) int64, index of the sample in the whole set.
+    images: (B, 3, S, S) float32, normalised; on the way to a GPU `Crops`, whose colours it will do (`Feed`);
+    labels: (B,) int64, -1 where the shards have none; ids: (B,) int64, index of the sample in the whole set.
     """
 
-    images: Tensor
+    images: Tensor | Crops
     labels: Tensor
     ids: Tensor
 
@@ -157,7 +158,7 @@ def build_train_loader(config: DataConfig, *, seed: int, micro_batch: int, world
     """
     from leap_dist.data.streaming import open_dataset
 
-    transform = train_transform(config)
+    transform = train_transform(config, world.device)
     dataset = open_dataset(
         config.train, config, world=world, transform=transform, seed=seed, batch=micro_batch, shuffle=True
     )
@@ -201,6 +202,6 @@ def build_eval_loader(
     """
     from leap_dist.data.streaming import open_dataset
 
-    transform = eval_transform(config)
+    transform = Whole(eval_transform(config))
     dataset = open_dataset(source, config, world=world, transform=transform, seed=0, batch=batch, shuffle=False)
     return EvalLoader(dataset, config, batch=batch, world=world, limit=limit)

@@ -15,12 +15,11 @@ from typing import Any, Optional
 import torch
 from streaming import StreamingDataset
 from streaming.base.dataset import _ShardState
-from torchvision.transforms import v2
 
 from leap_dist.config import DataConfig, is_remote
 from leap_dist.data.loader import Batch
 from leap_dist.data.shards import check_shards, read_index
-from leap_dist.data.transforms import decode, seeded
+from leap_dist.data.transforms import Transform, sample_stream
 from leap_dist.distributed import World, barrier, gather_objects
 from leap_dist.errors import UserError
 
@@ -34,10 +33,10 @@ def _one_line(error: BaseException) -> str:
 class ImageDataset(StreamingDataset):
     """Shards of encoded images as normalised tensors, each sample augmented by its own (seed, epoch, id) stream.
 
-    Items are `Batch`es of one, not yet stacked: (3, S, S) float32, int, int. UserError for whatever cannot be read.
+    Items are `Batch`es of one, not yet stacked: what `transform` makes, int, int. UserError for what cannot be read.
     """
 
-    def __init__(self, *, source: str, transform: v2.Transform, seed: int, **options: Any) -> None:
+    def __init__(self, *, source: str, transform: Transform, seed: int, **options: Any) -> None:
         super().__init__(**options)
         self.source = source
         self.transform = transform
@@ -70,14 +69,15 @@ class ImageDataset(StreamingDataset):
         except Exception as error:  # a damaged shard can make the reader raise anything
             reason = self._failure or _one_line(error)
             raise UserError(f"{self.source}: sample {sample_id} cannot be read: {reason}") from error
+        random = sample_stream(self.seed, int(self.epoch), int(sample_id))
         try:
-            image = decode(sample["image"])
+            pixels = self.transform.decode(sample["image"], random)
         except Exception as error:  # and PIL too: OSError, SyntaxError, struct.error, ...
             raise UserError(
                 f"{self.source}: the image of sample {sample_id} does not decode: {_one_line(error)}"
             ) from error
-        with seeded(self.seed, int(self.epoch), int(sample_id)):
-            return Batch(self.transform(image), int(sample.get("label", -1)), int(sample_id))
+        images = self.transform.finish(pixels, random)
+        return Batch(images, int(sample.get("label", -1)), int(sample_id))
 
     def forget_state(self) -> None:
         """Drop the position given to `load_state_dict`, once every local worker has read it (a batch has arrived).
@@ -146,7 +146,7 @@ def _preflight(folder: str, validate_hash: Optional[str], world: World) -> None:
 
 
 def open_dataset(
-    source: str, config: DataConfig, *, world: World, transform: v2.Transform, seed: int, batch: int, shuffle: bool
+    source: str, config: DataConfig, *, world: World, transform: Transform, seed: int, batch: int, shuffle: bool
 ) -> ImageDataset:
     """Check `source` (a folder or a URI), then open it on all ranks together; UserError if it is not fit to be read."""
     location = _location(source, config)

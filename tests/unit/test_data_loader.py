@@ -345,20 +345,19 @@ def test_a_cache_limit_without_a_cache_does_not_touch_the_set(build: Build, tmp_
     assert {path.name for path in folder.iterdir()} == files
 
 
-def hang(image: torch.Tensor) -> torch.Tensor:
+def hang(*_: object) -> None:
     time.sleep(60)
-    return image
 
 
-def die(image: torch.Tensor) -> torch.Tensor:
+def die(*_: object) -> None:
     os._exit(3)
 
 
-@pytest.mark.parametrize(("transform", "message"), [(hang, "timed out after 2 seconds"), (die, "exited unexpectedly")])
+@pytest.mark.parametrize(("decode", "message"), [(hang, "timed out after 2 seconds"), (die, "exited unexpectedly")])
 def test_a_worker_that_hangs_or_dies_ends_the_run(
-    build: Build, folder: Path, monkeypatch: pytest.MonkeyPatch, transform: object, message: str
+    build: Build, folder: Path, monkeypatch: pytest.MonkeyPatch, decode: object, message: str
 ) -> None:
-    monkeypatch.setattr("leap_dist.data.loader.train_transform", lambda config: transform)
+    monkeypatch.setattr("leap_dist.data.transforms.decode_crop", decode)
     loader = build(config(folder, workers=1, timeout_s=2))
     with pytest.raises(UserError, match=f"{folder}: .*{message}"):
         list(loader.epoch(0))
