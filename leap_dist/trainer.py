@@ -23,7 +23,7 @@ from torch import Tensor
 from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config
 from leap_dist.coordinator import Coordinator
-from leap_dist.data import BadSamples, Batch, TrainLoader, mixup
+from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, mixup
 from leap_dist.distributed import World, sum_over_ranks
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features
@@ -135,6 +135,7 @@ class Trainer:
         self.engine = parts.engine
         self.loader = parts.loader
         self.bad_samples = parts.bad_samples
+        self.feed = Feed(config.data, world.device)
         self.coordinator = parts.coordinator
         self.curriculum = parts.coordinator.curriculum
         self.checkpoints = parts.checkpoints
@@ -208,7 +209,7 @@ class Trainer:
     def _batches(self) -> Iterator[list[Batch]]:
         """Micro-batches of one optimizer step at a time, from where the epoch was left."""
         start = self.progress.step_in_epoch
-        stream = self.loader.epoch(self.progress.epoch, start * self.accumulation)
+        stream = self.feed.ahead(self.loader.epoch(self.progress.epoch, start * self.accumulation))
         for _ in range(start, self.steps_per_epoch):
             with self.timer.phase("data", host=True):
                 micro_batches = [next(stream) for _ in range(self.accumulation)]
@@ -240,7 +241,7 @@ class Trainer:
 
     def _view(self, batch: Batch) -> Tensor:
         """The images on the device, mixed up with draws keyed by seed and step."""
-        images, data = batch.images.to(self.world.device, non_blocking=True), self.config.data
+        images, data = self.feed.images(batch), self.config.data
         if not data.mixup:
             return images
         return mixup(

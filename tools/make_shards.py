@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
+from leap_dist.data.crops import decode
 from leap_dist.data.shards import complete_or_absent, write_shards
-from leap_dist.data.transforms import decode
 from leap_dist.errors import UserError
 
 SPLITS = ("train", "val")

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from leap_dist.data.colours import Crops
 from leap_dist.data.faults import BadSample
 
 
@@ -26,12 +27,13 @@ class Request(NamedTuple):
 class Batch(NamedTuple):
     """One rank's micro-batch, on the host.
 
-    images: (B, 3, S, S) float32, normalised; labels: (B,) int64, -1 where the shards have none;
-    ids: (B,) int64, index of the sample in the whole set; positions: (B,) int64, place in the global batch;
+    images: (B, 3, S, S) float32, normalised; on the way to a GPU `Crops`, whose colours it will do (`Feed`);
+    labels: (B,) int64, -1 where the shards have none; ids: (B,) int64, index of the sample in the whole set;
+    positions: (B,) int64, place in the global batch;
     bad: samples that could not be read. When training, others stand in for them under their ids.
     """
 
-    images: Tensor
+    images: Tensor | Crops
     labels: Tensor
     ids: Tensor
     positions: Tensor

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch, Request
 from leap_dist.data.order import Share, epoch_order
-from leap_dist.data.transforms import eval_transform, train_transform
+from leap_dist.data.transforms import Whole, eval_transform, train_transform
 from leap_dist.distributed import World
 from leap_dist.errors import UserError
 
@@ -167,7 +167,7 @@ def build_train_loader(
     """
     from leap_dist.data.streaming import open_dataset
 
-    transform = train_transform(config)
+    transform = train_transform(config, world.device)
     dataset = open_dataset(config.train, config, world=world, transform=transform, seed=seed, substitutes=True)
     share = Share(micro_batch, accumulation, world)
     _check_fit(dataset, config, share)
@@ -232,6 +232,6 @@ def build_eval_loader(
     """
     from leap_dist.data.streaming import open_dataset
 
-    transform = eval_transform(config)
+    transform = Whole(eval_transform(config))
     dataset = open_dataset(source, config, world=world, transform=transform, seed=0, substitutes=False)
     return EvalLoader(dataset, config, batch=batch, world=world, limit=limit)

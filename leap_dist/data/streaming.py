@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import numpy as np
 import torch
@@ -11,9 +11,10 @@ from torch.utils.data import Dataset, default_collate
 
 from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch, Request
+from leap_dist.data.colours import Crops
 from leap_dist.data.faults import BadSample
 from leap_dist.data.store import ShardStore, one_line, open_store
-from leap_dist.data.transforms import decode, seeded
+from leap_dist.data.transforms import Transform, sample_stream
 from leap_dist.distributed import World
 from leap_dist.errors import UserError
 
@@ -31,12 +32,12 @@ def stand_ins(sample_id: int, size: int) -> list[int]:
 
 
 class ImageDataset(Dataset):
-    """Shards of encoded images as batches of normalised tensors, each augmented by its (seed, epoch, id) stream.
+    """Shards of encoded images as batches of what `transform` makes of each with its (seed, epoch, id) stream.
 
     substitutes: let another sample stand in for one that cannot be read; else leave it out of its batch.
     """
 
-    def __init__(self, store: ShardStore, transform: Any, *, seed: int, substitutes: bool) -> None:
+    def __init__(self, store: ShardStore, transform: Transform, *, seed: int, substitutes: bool) -> None:
         self.store = store
         self.transform = transform
         self.seed = seed
@@ -59,7 +60,7 @@ class ImageDataset(Dataset):
         ids, positions = (torch.from_numpy(column[kept]) for column in (request.ids, request.positions))
         return Batch(images, labels, ids, positions, tuple(bad))
 
-    def get_item(self, sample_id: int, epoch: int, content_of: Optional[int] = None) -> tuple[Tensor, int]:
+    def get_item(self, sample_id: int, epoch: int, content_of: Optional[int] = None) -> tuple[Tensor | Crops, int]:
         """Image and label of a sample, or of `content_of` in its place and with its random stream.
 
         Unreadable if it cannot be read: a damaged shard or image can make the readers raise anything.
@@ -68,14 +69,14 @@ class ImageDataset(Dataset):
             sample = self.store.read(sample_id if content_of is None else content_of)
         except Exception as error:
             raise Unreadable(f"cannot be read: {one_line(error)}") from error
-        with seeded(self.seed, epoch, sample_id):
-            try:
-                image = decode(sample["image"])
-            except Exception as error:  # PIL: OSError, SyntaxError, struct.error, ...
-                raise Unreadable(f"does not decode: {one_line(error)}") from error
-            return self.transform(image), int(sample.get("label", -1))
+        random = sample_stream(self.seed, epoch, sample_id)
+        try:
+            pixels = self.transform.decode(sample["image"], random)
+        except Exception as error:  # PIL: OSError, SyntaxError, struct.error, ...
+            raise Unreadable(f"does not decode: {one_line(error)}") from error
+        return self.transform.finish(pixels, random), int(sample.get("label", -1))
 
-    def _stand_in(self, sample_id: int, epoch: int, fault: Unreadable) -> tuple[Tensor, int]:
+    def _stand_in(self, sample_id: int, epoch: int, fault: Unreadable) -> tuple[Tensor | Crops, int]:
         for other in stand_ins(sample_id, self.store.size):
             try:
                 return self.get_item(sample_id, epoch, content_of=other)
@@ -87,7 +88,7 @@ class ImageDataset(Dataset):
 
 
 def open_dataset(
-    source: str, config: DataConfig, *, world: World, transform: Any, seed: int, substitutes: bool
+    source: str, config: DataConfig, *, world: World, transform: Transform, seed: int, substitutes: bool
 ) -> ImageDataset:
     """Check `source` (a folder or a URI), then open it on all ranks together; UserError if it is not fit to be read."""
     return ImageDataset(open_store(source, config, world), transform, seed=seed, substitutes=substitutes)

@@ -269,20 +269,19 @@ def test_a_shard_damaged_before_the_start(
     assert str(victim) in outcome(build, config(tmp_path / "set", workers=workers, validate_hash="xxh64"))
 
 
-def hang(image: torch.Tensor) -> torch.Tensor:
+def hang(*_: object) -> None:
     time.sleep(60)
-    return image
 
 
-def die(image: torch.Tensor) -> torch.Tensor:
+def die(*_: object) -> None:
     os._exit(3)
 
 
-@pytest.mark.parametrize(("transform", "message"), [(hang, "timed out after 2 seconds"), (die, "exited unexpectedly")])
+@pytest.mark.parametrize(("decode", "message"), [(hang, "timed out after 2 seconds"), (die, "exited unexpectedly")])
 def test_a_worker_that_hangs_or_dies_ends_the_run(
-    build: Build, folder: Path, monkeypatch: pytest.MonkeyPatch, transform: object, message: str
+    build: Build, folder: Path, monkeypatch: pytest.MonkeyPatch, decode: object, message: str
 ) -> None:
-    monkeypatch.setattr("leap_dist.data.loader.train_transform", lambda config: transform)
+    monkeypatch.setattr("leap_dist.data.transforms.decode_crop", decode)
     loader = build(config(folder, workers=1, timeout_s=2))
     with pytest.raises(UserError, match=f"{folder}: .*{message}"):
         list(loader.epoch(0))
