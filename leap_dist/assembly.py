@@ -51,15 +51,17 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
         raise UserError(
             f"data.global_batch={config.data.global_batch}: more than the {loader.num_samples} images of {data.train}"
         )
+    checkpoints = Checkpoints(config, world, loader.num_samples)
+    convert = resume is not None and checkpoints.needs_conversion(resume)
     objective = build_objective(config, spec)
     optimizer = build_optimizer(config.optim, objective)
     parts = Parts(
         teacher=teacher,
         flops=teacher_flops(config.teacher, config.data.image_size),
-        engine=build_engine(config, objective, optimizer, batch),
+        engine=build_engine(config, objective, optimizer, batch, load_universal=convert),
         loader=loader,
         coordinator=Coordinator(curriculum, world),
-        checkpoints=Checkpoints(config, world, loader.num_samples),
+        checkpoints=checkpoints,
     )
     trainer = Trainer(config, world, parts)
     if resume is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import command, environment, launch, run_ok, scalars, write_config
+from runs import command, environment, run_ok, scalars, write_config
 
 STEPS_PER_EPOCH = 23
 LONG = {"epochs": 2, "data": {"workers": 1}, "checkpoint": {"every_steps": 5, "every_epochs": 1}}
@@ -97,12 +97,6 @@ def test_sigterm_to_the_launcher_saves_with_loader_workers_running(uncut: Path, 
 def test_a_finished_run_resumed_only_reports_again(uncut: Path) -> None:
     output = run_ok(uncut.parent / "config.yaml", "resume=auto")
     assert f"{2 * STEPS_PER_EPOCH} in" in output
-
-
-def test_another_world_size_is_refused_for_now(uncut: Path) -> None:
-    done = launch(uncut.parent / "config.yaml", "resume=auto", processes=1)
-    assert done.returncode == 2
-    assert "saved with world_size=2, this run has world_size=1" in done.stdout
 
 
 @pytest.mark.slow
