@@ -54,16 +54,18 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
         data, seed=config.seed, micro_batch=batch, accumulation=config.engine.accumulation, world=world
     )
     most_bad = int(config.data.max_bad_fraction * loader.num_samples)
+    checkpoints = Checkpoints(config, world, loader.num_samples)
+    convert = resume is not None and checkpoints.needs_conversion(resume)
     objective = build_objective(config, spec)
     optimizer = build_optimizer(config.optim, objective)
     parts = Parts(
         teacher=teacher,
         flops=teacher_flops(config.teacher, config.data.image_size),
-        engine=build_engine(config, objective, optimizer, batch),
+        engine=build_engine(config, objective, optimizer, batch, load_universal=convert),
         loader=loader,
         bad_samples=BadSamples(Path(config.output) / BAD_SAMPLES, most_bad, world),
         coordinator=Coordinator(curriculum, world),
-        checkpoints=Checkpoints(config, world, loader.num_samples),
+        checkpoints=checkpoints,
     )
     trainer = Trainer(config, world, parts)
     if resume is not None:

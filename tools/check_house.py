@@ -19,7 +19,7 @@ LAYERS = [
     {"assembly", "wrapup"},
     {"trainer", "pretraining"},
     {"checkpoint", "coordinator", "data", "engine", "evaluation", "export", "objective", "optim", "reset", "telemetry"},
-    {"curriculum", "evidence", "student", "teacher", "flops"},
+    {"curriculum", "evidence", "student", "teacher", "flops", "universal"},
     {"alignment", "backbone", "planning"},
     {"distributed", "features", "files"},
     {"config"},
