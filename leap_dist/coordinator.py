@@ -8,20 +8,12 @@ and that they agree where they are. It waits for the host only: the device still
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
 from leap_dist.curriculum import Curriculum
 from leap_dist.distributed import World, gather_objects, gather_rows
 from leap_dist.errors import UserError
-
-
-class Decision(NamedTuple):
-    """What holds for every rank from the next step on."""
-
-    advanced: bool
-    stop: bool
 
 
 class Coordinator:
@@ -31,8 +23,8 @@ class Coordinator:
         self.curriculum = curriculum
         self.world = world
 
-    def decide(self, *, step: int, loss: float, score: float, stop: bool) -> Decision:
-        """Close step `step` on every rank. Collective.
+    def decide(self, *, step: int, loss: float, score: float, stop: bool) -> bool:
+        """Close step `step` on every rank, the curriculum told of its score; returns whether the run ends. Collective.
 
         Args:
             loss: this rank's own loss. score: reduced over ranks; NaN when the step was not scored.
@@ -43,15 +35,15 @@ class Coordinator:
         """
         curriculum = self.curriculum
         block = curriculum.block
-        advanced = curriculum.observe(score) if self.world.is_main else False
-        decision = [float(curriculum.block), curriculum.ema, float(curriculum.epochs_on_block), float(advanced)]
+        if self.world.is_main:
+            curriculum.observe(score)
+        decision = [float(curriculum.block), curriculum.ema, float(curriculum.epochs_on_block)]
         row = torch.tensor([step, block, math.isfinite(loss), stop, *decision], dtype=torch.float64)
         rows = gather_rows(row, self.world)
         self._require_agreement(rows, step)
-        advanced = bool(rows[0, 7])
         if not self.world.is_main:
             curriculum.load_state_dict(self._decided(rows[0]))
-        return Decision(advanced, bool(rows[:, 3].any()))
+        return bool(rows[:, 3].any())
 
     def start_at(self, block: int) -> None:
         """Start every rank at rank 0's `block` (calibration). Collective."""
