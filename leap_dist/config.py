@@ -43,6 +43,9 @@ class TeacherConfig:
     microbatches: int = _option(1, "pipelined: parts in which a pipeline's images travel; must divide them")
     rebalance: bool = _option(True, "pipelined: spread the blocks up to the target anew over all stages at an advance")
     memory_budget: Optional[float] = _option(None, "auto: GiB of teacher weights that a rank may hold")
+    prefetch: Literal[0, 1] = _option(
+        0, "1: the teacher works on the next batch while the student trains; an advance comes one step later"
+    )
     compile: bool = _option(False, "torch.compile each block; once for all of them where they are alike")
     dtype: Literal["fp32", "bf16", "fp16"] = _option("fp32", "weights and arithmetic of the teacher")
 

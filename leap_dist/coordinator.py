@@ -19,9 +19,8 @@ from leap_dist.errors import UserError
 
 
 class Decision(NamedTuple):
-    """What holds for every rank from the next step on. bad: a rank has met unreadable samples, to be shared now."""
+    """What holds for every rank once a step is closed. bad: a rank has met unreadable samples, to be shared now."""
 
-    advanced: bool
     stop: bool
     bad: bool = False
 
@@ -34,7 +33,7 @@ class Coordinator:
         self.world = world
 
     def decide(self, *, step: int, loss: float, score: float, stop: bool, bad: int = 0) -> Decision:
-        """Close step `step` on every rank. Collective.
+        """Close step `step` on every rank, the curriculum told of its score. Collective.
 
         Args:
             loss: this rank's own loss. score: reduced over ranks; NaN when the step was not scored.
@@ -45,15 +44,15 @@ class Coordinator:
         """
         curriculum = self.curriculum
         block = curriculum.block
-        advanced = curriculum.observe(score) if self.world.is_main else False
-        decision = [float(curriculum.block), curriculum.ema, float(curriculum.epochs_on_block), float(advanced)]
+        if self.world.is_main:
+            curriculum.observe(score)
+        decision = [float(curriculum.block), curriculum.ema, float(curriculum.epochs_on_block)]
         row = torch.tensor([step, block, math.isfinite(loss), stop, *decision, bad], dtype=torch.float64)
         rows = gather_rows(row, self.world)
         self._require_agreement(rows, step)
-        advanced = bool(rows[0, 7])
         if not self.world.is_main:
             curriculum.load_state_dict(self._decided(rows[0]))
-        return Decision(advanced, bool(rows[:, 3].any()), bool(rows[:, 8].any()))
+        return Decision(bool(rows[:, 3].any()), bool(rows[:, 7].any()))
 
     def start_at(self, block: int) -> None:
         """Start every rank at rank 0's `block` (calibration). Collective."""

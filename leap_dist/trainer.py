@@ -2,16 +2,18 @@
 
 The score of a step travels to the host while the backward pass runs, and is read before the next step begins, which
 is the first that may see another target block. So nothing waits, and the order is LEAP's: the step's own block gives
-its features, loss and score; the decision holds from the next step on.
+its features, loss and score; the decision holds from the next step on (with `teacher.prefetch`, from the one after).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain, pairwise, repeat
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Optional
@@ -28,11 +30,14 @@ from leap_dist.distributed import World, sum_over_ranks
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features
 from leap_dist.flops import TeacherFlops
+from leap_dist.lookahead import Lookahead, MicroBatch, Work
 from leap_dist.objective import Match
 from leap_dist.optim import lr_factor, peak_lr
 from leap_dist.reset import reset_heads
 from leap_dist.teacher import Teacher
 from leap_dist.telemetry import PhaseTimer, Telemetry, memory_bytes
+
+log = logging.getLogger(__name__)
 
 MIXUP, DROPOUT, HEAD = range(3)  # streams of random numbers
 CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x 40 blocks are 2 GB in fp32
@@ -42,14 +47,16 @@ CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x
 class Progress:
     """Where the run is and what it has cost; saved in every checkpoint.
 
-    trajectory: (first step, block) of every target block so far. flops: teacher FLOPs spent, calibration included;
-    full_flops: had every step run the whole teacher. seconds: of training, over all sessions of the run.
+    trajectory: (first step, block) of every target block so far. next_block: the next step's, where its work has begun
+    (`leap_dist.lookahead`). flops: teacher FLOPs spent, calibration included; full_flops: had every step run the whole
+    teacher. seconds: of training, over all sessions of the run.
     """
 
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
     trajectory: list[tuple[int, int]] = field(default_factory=list)
+    next_block: Optional[int] = None
     flops: float = 0.0
     full_flops: float = 0.0
     seconds: float = 0.0
@@ -146,7 +153,9 @@ class Trainer:
         self.timer = PhaseTimer(world.device)
         for head in parts.engine.module.heads:
             self.timer.watch(head, "match")
+        self.lookahead = Lookahead(parts.teacher, self._work, world.device, ahead=config.teacher.prefetch > 0)
         self.progress = Progress()
+        self.coming: Optional[Work] = None
         self.pending: Optional[Pending] = None
         self.telemetry: Optional[Telemetry] = None
         self.stopping = False
@@ -162,7 +171,6 @@ class Trainer:
         self.curriculum.load_state_dict(state["curriculum"])
         # A checkpoint of another run is saved here at once: a kill before the first own one must not start afresh.
         self.saved_step = self.progress.step if path.parent == self.checkpoints.folder else -1
-        self.teacher.retarget(self.curriculum.block)
 
     def run(self) -> bool:
         """Train to the last epoch (True), or until a rank is told to stop (False). Saves in both cases."""
@@ -188,58 +196,87 @@ class Trainer:
 
     def _epoch(self, interrupt: Interrupt) -> None:
         """The rest of the current epoch, then the curriculum's end-of-epoch check."""
-        for micro_batches in self._batches():
+        for batches, following in self._batches():
             self._settle(interrupt)
             if self.stopping:
                 return
             if not self.progress.trajectory:
-                self._choose_start(micro_batches)
-            self._step(micro_batches)
+                self._choose_start(batches)
+            self._step(self._next_work(batches, following))
             if self._is_save_due(self.progress.step, self.config.checkpoint.every_steps):
                 self._settle(interrupt)
                 self._save()
         self._settle(interrupt)
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
-        if self.curriculum.end_epoch():
-            self._advance()
+        self.curriculum.end_epoch()
         if self._is_save_due(self.progress.epoch, self.config.checkpoint.every_epochs):
             self._save()
 
-    def _batches(self) -> Iterator[list[Batch]]:
-        """Micro-batches of one optimizer step at a time, from where the epoch was left."""
+    def _batches(self) -> Iterator[tuple[list[Batch], Optional[list[Batch]]]]:
+        """Micro-batches of one optimizer step at a time, from where the epoch was left; and of the step after it, if
+        the teacher works ahead and the epoch has one.
+        """
         start = self.progress.step_in_epoch
         stream = self.feed.ahead(self.loader.epoch(self.progress.epoch, start * self.accumulation))
-        for _ in range(start, self.steps_per_epoch):
-            with self.timer.phase("data", host=True):
-                micro_batches = [next(stream) for _ in range(self.accumulation)]
-            for batch in micro_batches:
-                self.bad_samples.note(batch.bad)
-            yield micro_batches
+        steps = (self._fetched(stream) for _ in range(start, self.steps_per_epoch))
+        return pairwise(chain(steps, [None])) if self.config.teacher.prefetch else zip(steps, repeat(None))
+
+    def _fetched(self, stream: Iterator[Batch]) -> list[Batch]:
+        with self.timer.phase("data", host=True):
+            micro_batches = [next(stream) for _ in range(self.accumulation)]
+        for batch in micro_batches:
+            self.bad_samples.note(batch.bad)
+        return micro_batches
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def _step(self, micro_batches: list[Batch]) -> None:
+    def _next_work(self, batches: list[Batch], following: Optional[list[Batch]]) -> Work:
+        """What the next step trains on; the work of the step after it begins, if its batches are there."""
+        step, block = self.progress.step, self.curriculum.block
+        work = self.coming or self.lookahead.begin(step, self.progress.next_block or block, batches)
+        self.coming = None if following is None else self.lookahead.begin(step + 1, block, following)
+        self.progress.next_block = None if self.coming is None else block
+        return work
+
+    def _step(self, work: Work) -> None:
         """One optimizer step; leaves its numbers in `pending`."""
+        self._enter(work.block)
         torch.manual_seed(self._seed(DROPOUT, self.world.rank))  # drop path and dropout: the same after a resume
         lr = self._set_lr()
         scored, evidence, losses = self._wants_score(), None, []
-        for index, batch in enumerate(micro_batches):
-            images = self._view(batch)
-            with self.timer.phase("teacher"):
-                targets = self._targets(images)
+        for index, (images, targets) in enumerate(work.micro_batches):
             with self.timer.phase("student"):
                 match: Match = self.engine(images, targets, scored)
                 losses.append(torch.stack([match.loss.detach(), match.patch_loss, match.cls_loss]))
                 evidence = self._gathered(evidence, match)
-                if index + 1 == len(micro_batches):
-                    self.pending = self._latched(torch.stack(losses).mean(0), evidence, lr)
+                if index + 1 == self.accumulation:
+                    means = self._latched(torch.stack(losses).mean(0), evidence)
+                    self.pending = Pending(self.progress.step, work.block, lr, means)
                 self.engine.backward(match.loss)
                 self.engine.step()
         self.progress.step += 1
         self.progress.step_in_epoch += 1
 
-    def _view(self, batch: Batch) -> Tensor:
+    def _enter(self, block: int) -> None:
+        """The student meets a target block: a new one is noted, and the head starts anew if that is asked for."""
+        trajectory = self.progress.trajectory
+        if trajectory and trajectory[-1][1] == block:
+            return
+        if trajectory and self.config.curriculum.reset_head:
+            reset_heads(self.engine, self._seed(HEAD))
+        trajectory.append((self.progress.step, block))
+        log.info("step %d: target block %d of %d", self.progress.step, block, self.teacher.spec.depth)
+
+    def _work(self, step: int, batches: list[Batch]) -> Iterator[MicroBatch]:
+        """Images and features of a step, micro-batch by micro-batch."""
+        for batch in batches:
+            images = self._view(batch, step)
+            with self.timer.phase("teacher"):
+                targets = self._targets(images)
+            yield MicroBatch(images, targets)
+
+    def _view(self, batch: Batch, step: int) -> Tensor:
         """The images on the device, mixed up with draws keyed by seed and step."""
         images, data = self.feed.images(batch), self.config.data
         if not data.mixup:
@@ -249,7 +286,7 @@ class Trainer:
             batch.positions,
             global_batch=data.global_batch,
             group_size=data.mixup_group,
-            generator=torch.Generator().manual_seed(self._seed(MIXUP)),
+            generator=torch.Generator().manual_seed(self._seed(MIXUP, step=step)),
         )
 
     def _targets(self, images: Tensor) -> list[Features]:
@@ -264,12 +301,11 @@ class Trainer:
             return None
         return match.evidence[-1] if evidence is None else evidence.merged(match.evidence[-1])
 
-    def _latched(self, losses: Tensor, evidence: Optional[Evidence], lr: float) -> Pending:
+    def _latched(self, losses: Tensor, evidence: Optional[Evidence]) -> Latch:
         """Send own loss, mean losses and score to the host. losses: (3,) of this rank. Collective."""
         means = sum_over_ranks(losses.clone()) / self.world.size
         score = losses.new_full((), math.nan) if evidence is None else self._score(evidence)
-        values = torch.cat([losses[:1], means, score[None].to(losses)])
-        return Pending(self.progress.step, self.curriculum.block, lr, Latch(values))
+        return Latch(torch.cat([losses[:1], means, score[None].to(losses)]))
 
     def _score(self, evidence: Evidence) -> Tensor:
         with torch.no_grad(), self.timer.phase("match"):
@@ -291,9 +327,11 @@ class Trainer:
             group["lr"] = self.peak_lr * factor
         return self.peak_lr * factor
 
-    def _seed(self, *stream: int) -> int:
-        """A seed for this step: every draw of the run is a function of (seed, step, stream), so a resume repeats it."""
-        mixed = np.random.SeedSequence([self.config.seed, self.progress.step, *stream])
+    def _seed(self, *stream: int, step: Optional[int] = None) -> int:
+        """A seed for a step (null = the current one): every draw of the run is a function of (seed, step, stream), so a
+        resume repeats it.
+        """
+        mixed = np.random.SeedSequence([self.config.seed, self.progress.step if step is None else step, *stream])
         return int(mixed.generate_state(1, np.uint64)[0] >> 1)
 
     # -- the decision -------------------------------------------------------------------------------------------------
@@ -304,8 +342,10 @@ class Trainer:
             return
         pending, self.pending = self.pending, None
         own_loss, loss, patch_loss, cls_loss, score = pending.values.read()
+        # Work that began before an advance says nothing about the new block.
+        judged = score if pending.block == self.curriculum.block else math.nan
         decision = self.coordinator.decide(
-            step=pending.step, loss=own_loss, score=score, stop=interrupt.requested, bad=len(self.bad_samples.fresh)
+            step=pending.step, loss=own_loss, score=judged, stop=interrupt.requested, bad=len(self.bad_samples.fresh)
         )
         self.checkpoints.confirm()  # the loss that the saved weights gave is finite
         if decision.bad:
@@ -313,33 +353,21 @@ class Trainer:
         self._account(pending.block)
         if self.telemetry is not None:
             self._report(pending, loss, patch_loss, cls_loss, score)
-        if decision.advanced:
-            self._advance()
         self.stopping = decision.stop
 
-    def _advance(self) -> None:
-        """Make the curriculum's new block the target of the next step."""
-        block = self.curriculum.block
-        self.progress.trajectory.append((self.progress.step, block))
-        self.teacher.retarget(block)
-        if self.config.curriculum.reset_head:
-            reset_heads(self.engine, self._seed(HEAD))
-
     @torch.no_grad()
-    def _choose_start(self, micro_batches: list[Batch]) -> None:
+    def _choose_start(self, batches: list[Batch]) -> None:
         """First step of the run: calibrate if asked to (LEAP: the block the untrained student scores highest on)."""
         if self.config.curriculum.mode == "leap" and self.config.curriculum.start is None:
-            self.coordinator.start_at(self._calibrated(micro_batches))
-        self.progress.trajectory.append((self.progress.step, self.curriculum.block))
-        self.teacher.retarget(self.curriculum.block)
+            self.coordinator.start_at(self._calibrated(batches))
 
-    def _calibrated(self, micro_batches: list[Batch]) -> int:
+    def _calibrated(self, batches: list[Batch]) -> int:
         """The 1-indexed block with the highest score on this batch; the shallowest of equals."""
         evidence: list[Evidence] = []
         self.engine.eval()
         with self.timer.phase("teacher"):
-            for batch in micro_batches:
-                for images in self._view(batch).split(CALIBRATION_CHUNK):
+            for batch in batches:
+                for images in self._view(batch, self.progress.step).split(CALIBRATION_CHUNK):
                     found = self.engine(images, list(self.teacher.sweep(images)), True).evidence
                     evidence = [a.merged(b) for a, b in zip(evidence, found, strict=True)] if evidence else found
         self.engine.train()

@@ -55,7 +55,7 @@ class AutoTeacher:
         self._makers = makers
         self._chosen = chosen
         chosen(self.spec.depth)  # a budget too small for the last block is said now, not after days
-        self.placement = chosen(1).placement
+        self.placement = self._placement_for(1)
         self._home = makers[self.placement]()
 
     @property
@@ -73,8 +73,7 @@ class AutoTeacher:
 
     def retarget(self, block: int) -> None:
         """Make 1-indexed `block` the target, wherever it fits. A move starts from empty memory."""
-        placement, reason = self._chosen(block)
-        log.info("teacher block %d of %d: %s (%s)", block, self.spec.depth, placement, reason)
+        placement = self._placement_for(block)
         if placement != self.placement:
             self._lazy.hold(())
             self.placement, self._home = placement, self._makers[placement]()
@@ -83,3 +82,8 @@ class AutoTeacher:
     def resident_bytes(self) -> int:
         """Bytes of parameters on this rank's device, between two calls."""
         return self._home.resident_bytes()
+
+    def _placement_for(self, block: int) -> str:
+        placement, reason = self._chosen(block)
+        log.info("teacher block %d of %d: %s (%s)", block, self.spec.depth, placement, reason)
+        return placement

@@ -54,11 +54,14 @@ class StubTeacher:
         self.block = block
 
 
+@dataclass
 class StubLoader:
-    """Three micro-batches an epoch, keyed by (epoch, index)."""
+    """Micro-batches keyed by (epoch, index)."""
+
+    length: int = 3
 
     def __len__(self) -> int:
-        return 3
+        return self.length
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         for index in range(start, len(self)):
@@ -110,8 +113,8 @@ def stub_config(output: Path, *overrides: str) -> Config:
     return load(None, [*defaults, *(f"student.kwargs.{item}" for item in shape), *overrides])
 
 
-def stub_trainer(config: Config, teacher: StubTeacher | None = None) -> Trainer:
-    """A trainer whose student, objective, curriculum and optimizer are real."""
+def stub_trainer(config: Config, teacher: StubTeacher | None = None, length: int = 3) -> Trainer:
+    """A trainer whose student, objective, curriculum and optimizer are real. length: micro-batches an epoch."""
     torch.manual_seed(config.seed)
     teacher = teacher or StubTeacher()
     student = build_student(config.student, config.data.image_size)
@@ -120,7 +123,7 @@ def stub_trainer(config: Config, teacher: StubTeacher | None = None) -> Trainer:
         teacher=teacher,
         flops=TeacherFlops(0, (10,) * DEPTH, 0),
         engine=StubEngine(objective, build_optimizer(config.optim, objective)),
-        loader=StubLoader(),
+        loader=StubLoader(length),
         bad_samples=BadSamples(Path(config.output) / "bad_samples.jsonl", 0, ONE),
         coordinator=Coordinator(build_curriculum(config.curriculum, DEPTH), ONE),
         checkpoints=Checkpoints(config, ONE, num_samples=12),

@@ -52,12 +52,11 @@ def on_ranks(size: int, curricula: list[Curriculum], monkeypatch: pytest.MonkeyP
 def test_one_rank_follows_its_curriculum() -> None:
     coordinator = Coordinator(curriculum(), ONE)
     scores = [0.79, 0.80, 0.81, 0.5, 0.9, 0.95]
-    used, advanced = [], []
+    used = []
     for step, score in enumerate(scores):
         used.append(coordinator.curriculum.block)
-        advanced.append(coordinator.decide(step=step, loss=1.0, score=score, stop=False).advanced)
+        assert not coordinator.decide(step=step, loss=1.0, score=score, stop=False).stop
     assert used == [1, 1, 2, 3, 3, 4]
-    assert [step for step, did in enumerate(advanced) if did] == [1, 2, 4]
 
 
 def test_all_ranks_take_rank_0s_decision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,11 +65,11 @@ def test_all_ranks_take_rank_0s_decision(monkeypatch: pytest.MonkeyPatch) -> Non
     results = on_ranks(
         3, curricula, monkeypatch, step=[7] * 3, loss=[1.0] * 3, score=[0.5, 0.99, 3.0], stop=[False, False, True]
     )
-    assert all(result == (False, True, False) for result in results)
+    assert all(result == (True, False) for result in results), "one rank was told to stop, and not all do"
     assert [c.state_dict() for c in curricula] == [curricula[0].state_dict()] * 3
     assert curricula[0].ema == 0.25
     results = on_ranks(3, curricula, monkeypatch, step=[8] * 3, loss=[1.0] * 3, score=[2.0, 0, 0], stop=[False] * 3)
-    assert all(result == (True, False, False) for result in results)
+    assert all(result == (False, False) for result in results)
     assert [c.block for c in curricula] == [2, 2, 2]
 
 
@@ -98,7 +97,7 @@ def test_a_drift_is_an_error_not_a_drift(steps: list[int], blocks: list[int], mo
 def test_an_unscored_step_changes_nothing() -> None:
     coordinator = Coordinator(curriculum(), ONE)
     before = coordinator.curriculum.state_dict()
-    assert coordinator.decide(step=0, loss=1.0, score=math.nan, stop=False) == (False, False, False)
+    assert coordinator.decide(step=0, loss=1.0, score=math.nan, stop=False) == (False, False)
     assert coordinator.curriculum.state_dict() == before
 
 
