@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Optional
@@ -23,7 +23,7 @@ from typing import Optional
 from tqdm import tqdm
 
 from leap_dist.data.sharding import JPEG_QUALITY, QUARANTINE, Plan, Recipe, plan, write_planned
-from leap_dist.data.sources import WHOLE, open_source
+from leap_dist.data.sources import WHOLE, Images, open_source
 from leap_dist.data.verifying import count_classes, stored_shards, verify
 from leap_dist.errors import UserError
 
@@ -72,9 +72,9 @@ def progress(total: int, description: str) -> tqdm:
     return tqdm(total=total, desc=description, unit="image", smoothing=0.05, disable=None)
 
 
-def describe(planned: Plan) -> Iterator[str]:
+def describe(planned: Plan, sources: Mapping[str, Images]) -> Iterator[str]:
     """What is going to be written, a line per split."""
-    for split, images in planned.sources.items():
+    for split, images in sources.items():
         sizes = [len(shard.images) for shard in planned.shards if shard.split == split]
         name = "all" if split == WHOLE else split
         yield f"{name}: {sum(sizes)} of {len(images.names)} images, {len(planned.classes)} classes, {len(sizes)} shards"
@@ -85,8 +85,10 @@ def make(options: argparse.Namespace) -> None:
     source, out = options.paths
     wanted = read_classes(options.classes) if options.classes else None
     recipe = Recipe(options.resize, options.quality or JPEG_QUALITY, options.shard_mib)
-    planned = plan(open_source(source, options.workers), recipe, wanted)
-    print(*describe(planned), sep="\n")
+    print(f"listing {source}", flush=True)
+    sources = open_source(source, options.workers)
+    planned = plan(sources, recipe, wanted)
+    print(*describe(planned, sources), sep="\n", flush=True)
     with progress(planned.size, out.name) as bar:
         for images in write_planned(planned, out, options.workers, options.max_bad):
             bar.update(images)
@@ -116,6 +118,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if options.verify else 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -276,14 +276,13 @@ def _sole_writer(out: Path) -> Iterator[None]:
 
 
 def _write_missing(plan: Plan, out: Path, workers: int, max_bad: float) -> Iterator[int]:
-    finished = {shard.record(out): _finished(shard, out) for shard in plan.shards}
-    missing = [shard for shard in plan.shards if finished[shard.record(out)] is None]
-    bad = []
-    for record in finished.values():
-        if record is not None:
-            bad += record["bad"]
+    missing, bad = [], []
+    for shard in plan.shards:
+        record = _finished(shard, out)
+        if record is None or record["bad"]:  # what could not be read may only have been out of reach
+            missing.append(shard)
+        else:
             yield record["images"]
-    _check_bad(plan, out, bad, max_bad)
     for record in parallel(ShardWriter(plan, out), missing, workers):
         bad += record["bad"]
         _check_bad(plan, out, bad, max_bad)
@@ -315,15 +314,14 @@ def _check_bad(plan: Plan, out: Path, bad: list[list[str]], max_bad: float) -> N
 
 def _finish(plan: Plan, out: Path) -> None:
     """Put the records together, and only then let index.json appear. Doing it again changes nothing."""
-    records = {shard.record(out): _finished(shard, out) for shard in plan.shards}
-    bad = [entry for record in records.values() for entry in record["bad"]]
+    records = [(shard.split, json.loads(shard.record(out).read_text())) for shard in plan.shards]
+    bad = [entry for _, record in records for entry in record["bad"]]
     (out / QUARANTINE).unlink(missing_ok=True)
     if bad:
         _publish_quarantine(out, bad)
     _publish(out, CLASSES, dict(plan.classes))
     for split in plan.sources:
-        chosen = [records[shard.record(out)] for shard in plan.shards if shard.split == split]
-        shards = [info for record in chosen for info in record["shards"]]
+        shards = [info for owner, record in records if owner == split for info in record["shards"]]
         _publish(out, f"{split}/{INDEX}", {"version": 2, "shards": shards})
     shutil.rmtree(out / WORK)
 

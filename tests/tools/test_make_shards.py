@@ -1,4 +1,4 @@
-"""tools/make_shards.py: every image becomes a sample with its very own bytes, whoever writes it and whatever is killed."""
+"""tools/make_shards.py: every image becomes a sample of the very same bytes, by any number of workers and kills."""
 
 from __future__ import annotations
 
@@ -63,7 +63,11 @@ def test_splits_keep_bytes_and_labels_and_mix_the_classes(tmp_path: Path, capfd:
     assert make_shards(tmp_path / "src", tmp_path / "out", "--workers", 2) == 0
     log = capfd.readouterr()
     assert log.err == ""  # no one watches: no bar
-    assert log.out == "train: 21 of 21 images, 3 classes, 1 shards\nval: 21 of 21 images, 3 classes, 1 shards\n"
+    assert log.out.splitlines() == [
+        f"listing {tmp_path}/src",
+        "train: 21 of 21 images, 3 classes, 1 shards",
+        "val: 21 of 21 images, 3 classes, 1 shards",
+    ]
     classes = json.loads((tmp_path / "out/class_to_idx.json").read_text())
     assert classes == {"ant": 0, "bee": 1, "cat": 2}
     for split, files in truth.items():
@@ -75,11 +79,11 @@ def test_splits_keep_bytes_and_labels_and_mix_the_classes(tmp_path: Path, capfd:
 
 def test_the_number_of_workers_changes_no_byte_and_a_second_call_does_nothing(tmp_path: Path) -> None:
     make_tree(tmp_path / "src", each=30)
-    for workers in (0, 1, 3):
+    for workers in (0, 1, 2):
         assert make_shards(tmp_path / "src", tmp_path / str(workers), "--workers", workers, "--shard-mib", 0.004) == 0
     written = tree_bytes(tmp_path / "0")
     assert len([name for name in written if name.endswith(".mds")]) > 5
-    assert written == tree_bytes(tmp_path / "1") == tree_bytes(tmp_path / "3")
+    assert written == tree_bytes(tmp_path / "1") == tree_bytes(tmp_path / "2")
     assert Counter(data for data, _ in contents(tmp_path / "0")) == Counter(
         path.read_bytes() for path in (tmp_path / "src").rglob("*.JPEG")
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,11 @@ class Rows(Images):
 
     def reader(self, numbers: Sequence[int]) -> Callable[[int], bytes]:
         """See Images. Every row group is read once, and only what is wanted of it is kept."""
-        from pyarrow.parquet import ParquetFile
-
         wanted = np.asarray(numbers)
         kept = {}
         for group in np.unique(self.groups[wanted]):
             path, place = self.places[group]
-            with ParquetFile(path) as file:
-                column = file.read_row_group(place, columns=[self.column], use_threads=False)[0].combine_chunks()
+            column = _opened(path, partial(_read_column, place, self.column))
             for number in wanted[self.groups[wanted] == group].tolist():
                 value = column[int(self.rows[number])].as_py()
                 kept[number] = value["bytes"] if isinstance(value, dict) else value
@@ -116,6 +114,10 @@ def _opened(path: Path, use: Callable[[Any], Any]) -> Any:
             return use(file)
     except (ArrowException, OSError, KeyError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _read_column(place: int, name: str, file: Any) -> Any:
+    return file.read_row_group(place, columns=[name], use_threads=False)[0].combine_chunks()
 
 
 def _windows(weights: np.ndarray) -> np.ndarray:
