@@ -318,13 +318,17 @@ def make_slow_tree(folder: Path, images: int) -> None:
 SLOW = ("--shard-mib", 0.8, "--max-bad", 1)  # a handful of images a shard
 
 
-def kill_at_work(process: subprocess.Popen, out: Path, delay: float, whole_session: bool) -> bool:
-    """SIGKILL `delay` seconds after work has begun; False if it was done by then."""
-    while not (out / ".sharding/lock").exists() and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(delay)
+def opened(out: Path) -> int:
+    """When a run last took the lock of `out`, in ns; 0 if none has."""
+    lock = out / ".sharding/lock"
+    return lock.stat().st_mtime_ns if lock.exists() else 0
+
+
+def kill_at_work(process: subprocess.Popen, whole_session: bool) -> bool:
+    """SIGKILL the tool, or it and its workers; False if it was done by then."""
     killed = process.poll() is None
-    (os.killpg if whole_session else os.kill)(process.pid, signal.SIGKILL) if killed else None
+    if killed:
+        (os.killpg if whole_session else os.kill)(process.pid, signal.SIGKILL)
     process.wait()
     return killed
 
@@ -337,7 +341,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path: Path) -> None:
     while len(list(out.glob(".sharding/*.json"))) < 2:
         assert process.poll() is None
         time.sleep(0.002)
-    assert kill_at_work(process, out, 0, whole_session=False)
+    assert kill_at_work(process, whole_session=False)
     assert not (out / "index.json").exists()
     finished = {path: path.stat().st_mtime_ns for path in (out / shard_of(r) for r in out.glob(".sharding/*.json"))}
     assert make_shards(tmp_path / "src", out, *SLOW, "--workers", 2) == 0
@@ -350,21 +354,28 @@ def shard_of(record: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_twenty_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     make_slow_tree(tmp_path / "src", 300)
     assert make_shards(tmp_path / "src", tmp_path / "whole", *SLOW, "--workers", 2) == 0
     expected = tree_bytes(tmp_path / "whole")
-    dice, kills, sets, out = random.Random(0), 0, 0, tmp_path / "out0"
+    dice, kills, sets, finished, out = random.Random(0), 0, 0, [], tmp_path / "out0"
     while kills < 20:
-        process = start(tmp_path / "src", out, *SLOW, "--workers", dice.choice([0, 1, 2, 3]))
-        if kill_at_work(process, out, dice.uniform(0, 1.5), whole_session=dice.random() < 0.5):
+        before = opened(out)
+        process = start(tmp_path / "src", out, *SLOW, "--workers", dice.choice([0, 1, 2]))
+        while opened(out) == before and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(dice.uniform(0, 0.5))
+        if kill_at_work(process, whole_session=dice.random() < 0.5):
             kills += 1
+            finished.append(len(list(out.glob(".sharding/*.json"))))
             continue
         assert process.returncode == 0 and tree_bytes(out) == expected
         sets += 1
         out = tmp_path / f"out{sets}"
     assert make_shards(tmp_path / "src", out, *SLOW, "--workers", 2) == 0
     assert tree_bytes(out) == expected
+    assert len(set(finished)) > 5, f"the kills did not find it at work: {finished}"
 
 
 @pytest.mark.slow
