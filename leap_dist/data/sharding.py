@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -119,7 +120,7 @@ def plan(sources: Mapping[str, Images], recipe: Recipe, wanted: Optional[list[st
     """Settle classes, order and shards; a function of its arguments alone. `wanted`: names of the classes to take.
 
     Classes keep the order of the source, also when they are a part of it. A split without a labelled image is dropped.
-    UserError if a split lacks a wanted class, or the splits' classes differ.
+    UserError if a split lacks a wanted class, the splits' classes differ, or two have one name.
     """
     names = _common_classes(sources, wanted)
     classes = {name: label for label, name in enumerate(names)}
@@ -138,6 +139,9 @@ def plan(sources: Mapping[str, Images], recipe: Recipe, wanted: Optional[list[st
 def _common_classes(sources: Mapping[str, Images], wanted: Optional[list[str]]) -> list[str]:
     first = next(iter(sources.values())).classes
     for split, images in sources.items():
+        twice = [name for name, count in Counter(images.classes).items() if count > 1]
+        if twice:
+            raise UserError(f"two classes are named {twice[0]!r}: a class index needs names that differ")
         if wanted is None:
             wrong, what = set(images.classes) ^ set(first), "not in all splits"
         else:

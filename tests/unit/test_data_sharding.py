@@ -107,6 +107,11 @@ def test_classes_of_splits_are_matched_by_name() -> None:
         plan({"train": greys(6), "val": replace(val, classes=["a", "b", "d"])}, Recipe())
 
 
+def test_two_classes_of_one_name_are_refused() -> None:
+    with pytest.raises(UserError, match="two classes are named 'crane'"):
+        plan({".": greys(6, classes=["crane", "boat", "crane"])}, Recipe())
+
+
 def test_no_images_at_all_is_an_error() -> None:
     with pytest.raises(UserError, match="no images to write"):
         plan({".": greys(3, labels=np.full(3, -1))}, Recipe())
