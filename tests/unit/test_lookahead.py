@@ -118,8 +118,8 @@ def test_accumulated_micro_batches_share_their_steps_block(tmp_path: Path) -> No
 
 
 LONG = [
-    "teacher.prefetch=1", "curriculum.threshold=0.2", "curriculum.ema_alpha=0.5", "data.mixup=true", "data.mixup_group=2",
-    "curriculum.reset_head=true", "epochs=3",
+    "teacher.prefetch=1", "curriculum.threshold=0.2", "curriculum.ema_alpha=0.5", "curriculum.reset_head=true",
+    "data.mixup=true", "data.mixup_group=2", "epochs=3",
 ]  # fmt: skip
 
 
