@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -44,8 +45,8 @@ class FetchError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Type and message of `error`."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    """Type and message of `error`, without the addresses of objects."""
+    return " ".join(re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}").split())
 
 
 class ShardStore:
