@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -36,12 +37,16 @@ ATTEMPTS = 4  # to download a file, with pauses of 1, 2 and 4 s
 DOWNLOAD_TIMEOUT_S = 60.0
 RETRY_AFTER_S = 300.0  # a shard that failed is left alone for so long; every process of the node would wait in turn
 FETCHERS = 4  # downloads at a time in each worker
-READ_ATTEMPTS = 3  # a shard may be evicted between its arrival and the read
+READ_ATTEMPTS = 8  # a shard may be evicted between its arrival and the read
+
+
+class FetchError(Exception):
+    """A shard that could not be brought into the folder, now or a short while ago."""
 
 
 def one_line(error: BaseException) -> str:
-    """Type and message of `error`."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    """Type and message of `error`, without the addresses of objects."""
+    return " ".join(re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}").split())
 
 
 class ShardStore:
@@ -73,7 +78,10 @@ class ShardStore:
         return self._raw(self._shard_of(sample_id)).basename
 
     def read(self, sample_id: int) -> dict[str, Any]:
-        """The columns of a sample; blocks while its shard is fetched, and raises anything if it cannot be read."""
+        """The columns of a sample; blocks while its shard is fetched, and raises anything if it cannot be read.
+
+        UserError if the cache is too small for it to stay until then.
+        """
         shard_id = self._shard_of(sample_id)
         shard, path = self.shards[shard_id], self._path(shard_id)
         for _ in range(READ_ATTEMPTS):
@@ -84,7 +92,7 @@ class ShardStore:
                 return sample
             except FileNotFoundError:
                 self._fetch(shard_id)
-        raise OSError(f"{path} is evicted as soon as it is fetched: data.cache_limit is too small")
+        raise UserError(f"data.cache_limit: too small, {path} is evicted again before it can be read")
 
     def fetch_ahead(self, shard_ids: Iterable[int]) -> None:
         """Fetch shards in the background. What fails here fails again, and is heard of, when it is read."""
@@ -113,7 +121,7 @@ class ShardStore:
         return self.folder / self._raw(shard_id).basename
 
     def _fetch(self, shard_id: int) -> None:
-        """Bring a shard into the folder, unless another process has just done so; raises what the download raises."""
+        """Bring a shard into the folder, unless another process has just done so; FetchError if it fails."""
         raw, packed = self.shards[shard_id].file_pairs[0]
         target = self.folder / raw.basename
         if self._in_place and packed is None:
@@ -126,9 +134,8 @@ class ShardStore:
                 self._make_room(raw.bytes + (packed.bytes if packed else 0))
                 self._download(shard_id, target)
             except Exception as error:
-                os.ftruncate(note, 0)
                 os.pwrite(note, one_line(error).encode(), 0)
-                raise
+                raise FetchError(one_line(error)) from error
 
     def _download(self, shard_id: int, target: Path) -> None:
         """Download, check and unpack in the staging folder, then move to `target`. Call it under the shard's lock."""
@@ -259,5 +266,5 @@ def _raise_recent(note: int) -> None:
     """Raise what a shard failed of a short while ago, in whichever process; forget what is older."""
     reason = os.pread(note, 4096, 0).decode(errors="replace")
     if reason and time.time() - os.fstat(note).st_mtime < RETRY_AFTER_S:
-        raise OSError(reason)
+        raise FetchError(reason)
     os.ftruncate(note, 0)

@@ -67,6 +67,8 @@ class ImageDataset(Dataset):
         """
         try:
             sample = self.store.read(sample_id if content_of is None else content_of)
+        except UserError:
+            raise
         except Exception as error:
             raise Unreadable(f"cannot be read: {one_line(error)}") from error
         random = sample_stream(self.seed, epoch, sample_id)
