@@ -74,13 +74,15 @@ def draw_colours(random: np.random.Generator) -> np.ndarray:
 
 def recolour(crops: Crops, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Change colours and normalise: (B, 3, S, S) float32 on the device of the pixels."""
-    pixels, colours = crops
-    x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-    row = _on(x.device, colours)[:, :, None, None, None]
+    x = crops.pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    parameters, table = _on(x.device, crops.colours)[:, :, None, None, None], crops.colours.tolist()
     for i in range(ROUNDS):
-        _shift_rows(x, row[:, 2 * ROUNDS], (colours[:, -1] == i).nonzero()[:, 0])
-        if (colours[:, i] != 1).any():
-            _blend(x, row[:, i], row[:, ROUNDS + i])
+        rows = [number for number, row in enumerate(table) if row[-1] == i]
+        if rows:
+            _shift_rows(x, parameters[:, 2 * ROUNDS], rows)
+        kinds = {row[ROUNDS + i] for row in table if row[i] != 1}
+        if kinds:
+            _blend(x, parameters[:, i], parameters[:, ROUNDS + i], kinds)
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
         x[:, channel].mul_(1 / (255 * s)).sub_(m / s)
     return x
@@ -91,25 +93,32 @@ def _on(device: torch.device, host: Tensor) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def _blend(x: Tensor, factor: Tensor, kind: Tensor) -> None:
-    """One round on x (B, 3, S, S), in place; factor, kind: (B, 1, 1, 1)."""
-    luma = (x[:, :1] * LUMA[0]).add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:], alpha=LUMA[2]).floor_()
-    # In float64 a sum of whole numbers is exact, and so the same in a batch of any size.
-    flat = luma.mean((2, 3), keepdim=True, dtype=torch.float64).float()
+def _blend(x: Tensor, factor: Tensor, kind: Tensor, kinds: set[float]) -> None:
+    """One round on x (B, 3, S, S), in place; factor, kind: (B, 1, 1, 1); kinds: which occur, on the host."""
     rest = 1 - factor
-    other = luma.mul_(rest * (kind == SATURATION)).add_(flat * (rest * (kind == CONTRAST)))
-    x.mul_(factor).add_(other).clamp_(0, 255).floor_()
+    other: list[Tensor] = []
+    if kinds != {BRIGHTNESS}:
+        luma = (x[:, :1] * LUMA[0]).add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:], alpha=LUMA[2]).floor_()
+        if CONTRAST in kinds:
+            # In float64 a sum of whole numbers is exact, and so the same in a batch of any size.
+            flat = luma.mean((2, 3), keepdim=True, dtype=torch.float64).float()
+            other.append(flat.mul_(rest * (kind == CONTRAST)))
+        if SATURATION in kinds:
+            other.append(luma.mul_(rest * (kind == SATURATION)))
+    x.mul_(factor)
+    for part in other:
+        x.add_(part)
+    x.clamp_(0, 255).floor_()
 
 
-def _shift_rows(x: Tensor, shift: Tensor, rows: Tensor) -> None:
-    """Shift the hues of some rows of the batch (their numbers on the host), in place."""
+def _shift_rows(x: Tensor, shift: Tensor, rows: list[int]) -> None:
+    """Shift the hues of some rows of the batch, in place."""
     if len(rows) == len(x):
-        _shift_hue(x, shift)
-    elif len(rows):
-        rows = _on(x.device, rows)
-        part = x.index_select(0, rows)
-        _shift_hue(part, shift.index_select(0, rows))
-        x.index_copy_(0, rows, part)
+        return _shift_hue(x, shift)
+    chosen = _on(x.device, torch.tensor(rows))
+    part = x.index_select(0, chosen)
+    _shift_hue(part, shift.index_select(0, chosen))
+    x.index_copy_(0, chosen, part)
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> None:
