@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-from leap_dist.distributed import Pipeline, gather_on_first, scatter_from_last
+from leap_dist.distributed import Pipeline, World, gather_on_first, scatter_from_last
 from leap_dist.features import Features
 from leap_dist.planning import TeacherCosts
 from leap_dist.teacher.home import Home
@@ -27,9 +27,16 @@ class PipelinedTeacher(Home):
     """
 
     def __init__(
-        self, lazy: LazyBackbone, costs: TeacherCosts, pipeline: Pipeline, *, microbatches: int, rebalance: bool
+        self,
+        lazy: LazyBackbone,
+        world: World,
+        costs: TeacherCosts,
+        pipeline: Pipeline,
+        *,
+        microbatches: int,
+        rebalance: bool,
     ) -> None:
-        super().__init__(lazy)
+        super().__init__(lazy, world)
         self._costs = costs
         self._pipeline = pipeline
         self._microbatches = microbatches
@@ -43,6 +50,7 @@ class PipelinedTeacher(Home):
 
         B x stages must be a multiple of the micro-batches.
         """
+        self._agree(f"{len(images)} images to block {self.block}")
         images = self._lazy.to_teacher(images)
         schedule = self._schedule(images)
         parts = gather_on_first(images, self._pipeline)
