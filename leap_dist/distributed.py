@@ -10,7 +10,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -103,10 +103,14 @@ class Pipeline:
     handle: Any
 
 
-def build_pipeline(world: World, size: int) -> Pipeline:
-    """Cut the ranks into pipelines of `size` neighbours and return this rank's. Collective over all ranks."""
-    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)]
-    return Pipeline(world.rank % size, size, groups[world.rank // size])
+def build_pipeline(world: World, size: int, active: Optional[int] = None) -> Pipeline:
+    """Cut the ranks into pipelines of `size` neighbours and return this rank's. Collective over all ranks.
+
+    active: only so many ranks of each, from its first on, form a group; the others' handle is not to be used.
+    """
+    length = active or size
+    groups = [dist.new_group(list(range(first, first + length))) for first in range(0, world.size, size)]
+    return Pipeline(world.rank % size, length, groups[world.rank // size])
 
 
 def gather_on_first(tensor: Tensor, pipeline: Pipeline) -> list[Tensor]:
@@ -116,10 +120,10 @@ def gather_on_first(tensor: Tensor, pipeline: Pipeline) -> list[Tensor]:
     return parts
 
 
-def scatter_from_last(parts: list[Tensor], like: Tensor, pipeline: Pipeline) -> Tensor:
-    """Part i of the pipeline's last rank, on rank i; shaped as `like`, whose values do not matter."""
+def scatter_from(source: int, parts: list[Tensor], like: Tensor, pipeline: Pipeline) -> Tensor:
+    """Part i of the pipeline's rank `source`, on rank i; shaped as `like`, whose values do not matter."""
     mine = torch.empty_like(like)
-    dist.scatter(mine, parts or None, group=pipeline.handle, group_src=pipeline.size - 1)
+    dist.scatter(mine, parts or None, group=pipeline.handle, group_src=source)
     return mine
 
 
@@ -192,14 +196,11 @@ def call_roll(row: list[int], roll: Roll, world: World) -> list[list[int]]:
     table = torch.full((world.size, len(row)), -1)
     table[world.rank] = torch.tensor(row)
     if world.is_main:
-        try:
-            for rank in range(1, world.size):
-                dist.recv(table[rank], rank, group=roll.collect)
-        except RuntimeError:
-            table[rank:] = -1
+        absent = _collect(table, roll)
         for rank in range(1, world.size):
-            with contextlib.suppress(RuntimeError):  # the lost rank itself; another is found at the next call
-                dist.send(table, rank, group=roll.tell)
+            if rank != absent:  # a send waits for its receiver
+                with contextlib.suppress(RuntimeError):  # another one lost is found at the next call
+                    dist.send(table, rank, group=roll.tell)
     else:
         with contextlib.suppress(RuntimeError):  # rank 0 has missed another rank already, and is about to tell
             dist.send(table[world.rank], 0, group=roll.collect)
@@ -207,10 +208,21 @@ def call_roll(row: list[int], roll: Roll, world: World) -> list[list[int]]:
             dist.recv(table, 0, group=roll.tell)
         except RuntimeError as error:
             raise LostRank(0) from error
-    absent = (table[:, 0] < 0).nonzero().flatten().tolist()
-    if absent:
-        raise LostRank(absent[0])
+    for rank, answered in enumerate((table[:, 0] >= 0).tolist()):
+        if not answered:
+            raise LostRank(rank)
     return table.tolist()
+
+
+def _collect(table: Tensor, roll: Roll) -> Optional[int]:
+    """Fill in the rows of all ranks; returns the first that does not send its own, at which this stops."""
+    for rank in range(1, len(table)):
+        try:
+            dist.recv(table[rank], rank, group=roll.collect)
+        except RuntimeError:
+            table[rank:] = -1
+            return rank
+    return None
 
 
 def gather_objects(item: Any, world: World) -> list[Any]:
