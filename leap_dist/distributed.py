@@ -202,8 +202,9 @@ def call_roll(row: list[int], roll: Roll, world: World) -> list[list[int]]:
                 with contextlib.suppress(RuntimeError):  # another one lost is found at the next call
                     dist.send(table, rank, group=roll.tell)
     else:
+        own = table[world.rank].clone()
         with contextlib.suppress(RuntimeError):  # rank 0 has missed another rank already, and is about to tell
-            dist.send(table[world.rank], 0, group=roll.collect)
+            sending = dist.isend(own, 0, group=roll.collect)  # noqa: F841  kept until rank 0 has answered
         try:
             dist.recv(table, 0, group=roll.tell)
         except RuntimeError as error:

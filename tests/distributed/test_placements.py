@@ -93,6 +93,5 @@ def test_the_teacher_is_evaluated_on_unequal_shares(placement: str, tmp_path: Pa
 @SLOW
 @pytest.mark.parametrize("placement", ["sharded", "pipelined"])
 @pytest.mark.parametrize("what", ["flat", "share"])
-def test_memory(what: str, placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # glibc gives back what is freed, instead of keeping it
+def test_memory(what: str, placement: str) -> None:
     assert on_ranks(2, "memory_worker.py", what, placement).count("MiB") == 2
