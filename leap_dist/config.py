@@ -142,6 +142,7 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = _option(0, "ZeRO stage of the student")
     precision: Literal["fp32", "bf16", "fp16"] = _option("fp32", "autocast dtype of the student; weights stay fp32")
     accumulation: int = _option(1, "micro-batches per optimizer step")
+    silence_s: int = _option(20, "a rank that gives no sign of life for this long ends the run by name; 0 = no watch")
     clip: float = _option(1.0, "global gradient-norm clip; 0 = off")
     deepspeed: dict[str, Any] = field(
         default_factory=dict, metadata={"doc": "merged over the generated config, in DeepSpeed's own schema"}
@@ -382,6 +383,7 @@ def _range_problems(config: Config) -> list[str]:
         "optim.weight_decay": optim.weight_decay,
         "optim.warmup_epochs": optim.warmup_epochs,
         "engine.clip": config.engine.clip,
+        "engine.silence_s": config.engine.silence_s,
         "checkpoint.every_epochs": config.checkpoint.every_epochs,
         "checkpoint.every_steps": config.checkpoint.every_steps,
     }
@@ -495,6 +497,7 @@ OPERATIONAL = (
     "data.cache_limit", "data.predownload", "data.workers", "data.timeout_s", "data.validate_hash",
     "data.max_bad_fraction", "teacher.weights",
     "teacher.placement", "teacher.stages", "teacher.microbatches", "teacher.rebalance", "teacher.memory_budget",
+    "engine.silence_s",
 )  # fmt: skip
 
 

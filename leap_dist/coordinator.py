@@ -11,10 +11,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
-
 from leap_dist.curriculum import Curriculum
-from leap_dist.distributed import World, gather_objects, gather_rows
+from leap_dist.distributed import World, gather_objects, meet
 from leap_dist.errors import UserError
 
 
@@ -43,34 +41,20 @@ class Coordinator:
             UserError: a rank's loss is not finite (named), or ranks disagree on step or block.
         """
         curriculum = self.curriculum
-        block = curriculum.block
+        here = f"step {step} on block {curriculum.block}"
         if self.world.is_main:
             curriculum.observe(score)
-        decision = [float(curriculum.block), curriculum.ema, float(curriculum.epochs_on_block)]
-        row = torch.tensor([step, block, math.isfinite(loss), stop, *decision, bad], dtype=torch.float64)
-        rows = gather_rows(row, self.world)
-        self._require_agreement(rows, step)
+        row = [curriculum.block, curriculum.ema, curriculum.epochs_on_block, math.isfinite(loss), stop, bad]
+        rows = meet(here, [float(value) for value in row], self.world)
+        for rank, finite in enumerate(rows[:, 3].tolist()):
+            if not finite:
+                raise UserError(f"non-finite loss on rank {rank} at step {step}")
         if not self.world.is_main:
-            curriculum.load_state_dict(self._decided(rows[0]))
-        return Decision(bool(rows[:, 3].any()), bool(rows[:, 7].any()))
+            block, ema, epochs = rows[0, :3].tolist()
+            decided = {"block": int(block), "ema": ema, "epochs_on_block": int(epochs)}
+            curriculum.load_state_dict(curriculum.state_dict() | decided)
+        return Decision(bool(rows[:, 4].any()), bool(rows[:, 5].any()))
 
     def start_at(self, block: int) -> None:
         """Start every rank at rank 0's `block` (calibration). Collective."""
         self.curriculum.restart_at(gather_objects(block, self.world)[0])
-
-    def _decided(self, row: torch.Tensor) -> dict:
-        block, ema, epochs = row[4:7].tolist()
-        state = self.curriculum.state_dict()
-        return state | {"block": int(block), "ema": ema, "epochs_on_block": int(epochs)}
-
-    @staticmethod
-    def _require_agreement(rows: torch.Tensor, step: int) -> None:
-        """A drift between ranks ends the run at once, on every rank, in the same words."""
-        for rank, (its_step, its_block, finite) in enumerate(rows[:, :3].tolist()):
-            if [its_step, its_block] != rows[0, :2].tolist():
-                raise UserError(
-                    f"ranks drifted apart: rank {rank} is at step {int(its_step)} on block {int(its_block)}, "
-                    f"rank 0 at step {int(rows[0, 0])} on block {int(rows[0, 1])}"
-                )
-            if not finite:
-                raise UserError(f"non-finite loss on rank {rank} at step {step}")

@@ -28,6 +28,7 @@ LAYERS = [
         "lookahead",
         "objective",
         "optim",
+        "pulse",
         "reset",
         "telemetry",
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -108,6 +109,17 @@ class LazyBackbone:
         if self.device.type == "cuda":
             return {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return tensors
+
+
+def trim() -> None:
+    """Hand freed host memory back to the system, where the C library can.
+
+    glibc keeps what was freed between blocks that stay: of a 300 M-parameter teacher split over two ranks (579 MiB
+    each) it held 959 MiB after loading, 592 after this.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def _inside(name: str) -> str:

@@ -27,12 +27,12 @@ def build_home(config: TeacherConfig, image_size: int, lazy: LazyBackbone, world
     stages = pipeline_size(config, world.local_size)
     makers: dict[str, Callable[[], Home]] = {
         "replicated": lambda: ReplicatedTeacher(lazy),
-        "sharded": lambda: ShardedTeacher(lazy),
+        "sharded": lambda: ShardedTeacher(lazy, world),
     }
     if config.placement != "sharded" and stages > 1:
         pipeline = build_pipeline(world, stages)
         makers["pipelined"] = lambda: PipelinedTeacher(
-            lazy, costs, pipeline, microbatches=config.microbatches, rebalance=config.rebalance
+            lazy, world, costs, pipeline, microbatches=config.microbatches, rebalance=config.rebalance
         )
     if config.placement != "auto":
         return makers[config.placement]()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from leap_dist import coordinator as module
+from leap_dist import distributed
 from leap_dist.coordinator import Coordinator
 from leap_dist.curriculum import Curriculum
 from leap_dist.distributed import World
@@ -32,12 +32,14 @@ def on_ranks(size: int, curricula: list[Curriculum], monkeypatch: pytest.MonkeyP
         meet.wait(timeout=10)
         return torch.stack(rows)
 
-    monkeypatch.setattr(module, "gather_rows", gather)
+    monkeypatch.setattr(distributed, "gather_rows", gather)
 
     def work(rank: int) -> None:
         own = {name: values[rank] for name, values in calls.items()}
         try:
-            results[rank] = Coordinator(curricula[rank], replace(ONE, rank=rank, size=size)).decide(**own)
+            results[rank] = Coordinator(curricula[rank], replace(ONE, rank=rank, size=size, control="threads")).decide(
+                **own
+            )
         except UserError as error:
             results[rank] = str(error)
 
