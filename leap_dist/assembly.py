@@ -17,12 +17,15 @@ from leap_dist.data import build_train_loader, check_sources, resolve
 from leap_dist.distributed import World, barrier
 from leap_dist.engine import build_engine, micro_batch
 from leap_dist.errors import UserError
-from leap_dist.flops import teacher_flops
+from leap_dist.flops import step_flops
+from leap_dist.ledger import replayed_schedule
 from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer
 from leap_dist.planning import check_pipelines
+from leap_dist.profiling import check_window
 from leap_dist.student import Student, build_student
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
+from leap_dist.timing import PhaseTimer
 from leap_dist.trainer import Parts, Trainer
 
 log = logging.getLogger(__name__)
@@ -51,15 +54,20 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
         raise UserError(
             f"data.global_batch={config.data.global_batch}: more than the {loader.num_samples} images of {data.train}"
         )
+    total_steps = len(loader) // config.engine.accumulation * config.epochs
+    check_window(config, total_steps)
+    schedule = replayed_schedule(config.curriculum.replay, spec.depth, total_steps, world)
+    timer = PhaseTimer(world.device)
     objective = build_objective(config, spec)
     optimizer = build_optimizer(config.optim, objective)
     parts = Parts(
         teacher=teacher,
-        flops=teacher_flops(config.teacher, config.data.image_size),
+        flops=step_flops(config),
         engine=build_engine(config, objective, optimizer, batch),
         loader=loader,
-        coordinator=Coordinator(curriculum, world),
+        coordinator=Coordinator(curriculum, world, schedule, timer),
         checkpoints=Checkpoints(config, world, loader.num_samples),
+        timer=timer,
     )
     trainer = Trainer(config, world, parts)
     if resume is not None:

@@ -8,13 +8,15 @@ and that they agree where they are. It waits for the host only: the device still
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 
 from leap_dist.curriculum import Curriculum
 from leap_dist.distributed import World, gather_objects, gather_rows
 from leap_dist.errors import UserError
+from leap_dist.ledger import Schedule
+from leap_dist.timing import PhaseTimer
 
 
 class Decision(NamedTuple):
@@ -25,11 +27,22 @@ class Decision(NamedTuple):
 
 
 class Coordinator:
-    """Keeps the curriculum of all ranks equal to rank 0's."""
+    """Keeps the curriculum of all ranks equal to rank 0's.
 
-    def __init__(self, curriculum: Curriculum, world: World) -> None:
+    schedule: blocks to take whatever the scores say (`curriculum.replay`). timer: of the run's phases.
+    """
+
+    def __init__(
+        self,
+        curriculum: Curriculum,
+        world: World,
+        schedule: Optional[Schedule] = None,
+        timer: Optional[PhaseTimer] = None,
+    ) -> None:
         self.curriculum = curriculum
         self.world = world
+        self.schedule = schedule
+        self.timer = timer or PhaseTimer(world.device)
 
     def decide(self, *, step: int, loss: float, score: float, stop: bool) -> Decision:
         """Close step `step` on every rank. Collective.
@@ -43,10 +56,11 @@ class Coordinator:
         """
         curriculum = self.curriculum
         block = curriculum.block
-        advanced = curriculum.observe(score) if self.world.is_main else False
+        advanced = self._judge(step, score) if self.world.is_main else False
         decision = [float(curriculum.block), curriculum.ema, float(curriculum.epochs_on_block), float(advanced)]
         row = torch.tensor([step, block, math.isfinite(loss), stop, *decision], dtype=torch.float64)
-        rows = gather_rows(row, self.world)
+        with self.timer.phase("broadcast", host=True):
+            rows = gather_rows(row, self.world)
         self._require_agreement(rows, step)
         advanced = bool(rows[0, 7])
         if not self.world.is_main:
@@ -56,6 +70,11 @@ class Coordinator:
     def start_at(self, block: int) -> None:
         """Start every rank at rank 0's `block` (calibration). Collective."""
         self.curriculum.restart_at(gather_objects(block, self.world)[0])
+
+    def _judge(self, step: int, score: float) -> bool:
+        """Whether the steps after `step` have another block; the score is taken note of in any case."""
+        advanced = self.curriculum.observe(score)
+        return advanced if self.schedule is None else self.curriculum.follow(self.schedule.at(step + 1))
 
     def _decided(self, row: torch.Tensor) -> dict:
         block, ema, epochs = row[4:7].tolist()

@@ -19,9 +19,11 @@ LAYERS = [
     {"assembly", "wrapup"},
     {"trainer", "pretraining"},
     {"checkpoint", "coordinator", "data", "engine", "evaluation", "export", "objective", "optim", "reset", "telemetry"},
-    {"curriculum", "evidence", "student", "teacher", "flops"},
+    {"accounting", "curriculum", "dashboard", "evidence", "ledger", "profiling", "teacher"},
+    {"flops"},
+    {"student"},
     {"alignment", "backbone", "planning"},
-    {"distributed", "features", "files"},
+    {"distributed", "features", "files", "timing"},
     {"config"},
     {"errors"},
 ]

@@ -18,6 +18,7 @@ class Home:
     def __init__(self, lazy: LazyBackbone) -> None:
         self.spec = lazy.spec
         self.block = 0
+        self.blocks = lazy.backbone.blocks
         self._lazy = lazy
 
     def features(self, images: Tensor) -> Features:
