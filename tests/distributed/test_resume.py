@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -52,6 +54,13 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def assert_same_numbers(run: Path, uncut: Path) -> None:
     for tag in ("loss/total", "curriculum/block", "curriculum/cka"):
         assert scalars(run, tag) == scalars(uncut, tag), tag
+    assert decisions(run) == decisions(uncut)
+
+
+def decisions(run: Path) -> list[dict[str, Any]]:
+    """Every line of the ledger, without the seconds, which differ."""
+    lines = [json.loads(text) for text in (run / "curriculum.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def test_killed_at_any_moment_it_continues_bitwise(uncut: Path, tmp_path: Path) -> None:

@@ -109,6 +109,6 @@ def test_every_chart_of_the_layout_shows_a_tag_that_is_written(tmp_path: Path) -
     trainers |= {"curriculum/block", "curriculum/cka", "curriculum/cosine", "curriculum/ema"}
     patterns = [tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags]
     for pattern in patterns:
-        assert any(re.search(pattern, tag) for tag in written | trainers), pattern
+        assert any(re.match(pattern, tag) for tag in written | trainers), pattern
     for tag in written:
-        assert any(re.search(pattern, tag) for pattern in patterns), tag
+        assert any(re.match(pattern, tag) for pattern in patterns), tag
