@@ -14,25 +14,25 @@ from leap_dist.dashboard import LAYOUT
 from leap_dist.flops import StepFlops, StudentFlops, TeacherFlops
 from leap_dist.timing import PHASES
 
-# Per image: teacher 10 a block and 2 around them, student 4 + 8, match 3; a score 2 an image and 1 a step. Batch 4.
-FLOPS = StepFlops(TeacherFlops(2, (10,) * 4, 0), StudentFlops(4, 8), match=3, evidence=2, cka=1)
+# Per image: teacher 10, 10, 15, 10 and 2 around them, student 4 + 8, match 3; a score 2 an image and 1 a step. Batch 4.
+FLOPS = StepFlops(TeacherFlops(2, (10, 10, 15, 10), 0), StudentFlops(4, 8), match=3, evidence=2, cka=1)
 
 
 def test_steps_are_charged_for_the_blocks_that_ran(tmp_path: Path) -> None:
     accountant, costs = Accountant(stub_config(tmp_path), FLOPS, 1, None), Costs()
     accountant.charge(costs, block=1, scored=True)
     accountant.charge(costs, block=3, scored=False)
-    assert costs.flops == {"teacher": 4 * (12 + 32), "student": 4 * 24, "match": 4 * (3 + 2) + 1 + 4 * 3}
-    assert costs.full_flops == 4 * 2 * 42
-    assert costs.teacher_saved == pytest.approx(1 - 44 / 84)
-    assert costs.flops_saved == pytest.approx(160 / (160 + 176 + 96 + 33))
+    assert costs.flops == {"teacher": 4 * (12 + 37), "student": 4 * 24, "match": 4 * (3 + 2) + 1 + 4 * 3}
+    assert costs.full_flops == 4 * 2 * 47
+    assert costs.teacher_saved == pytest.approx(1 - 49 / 94)
+    assert costs.flops_saved == pytest.approx(180 / (180 + 196 + 96 + 33))
 
 
 def test_every_layer_saves_nothing(tmp_path: Path) -> None:
     config = stub_config(tmp_path, "curriculum.mode=all_layers", "curriculum.start=null")
     accountant, costs = Accountant(config, FLOPS, 1, None), Costs()
     accountant.charge(costs, block=2, scored=True)
-    assert costs.teacher_saved == 0.0 and costs.flops["teacher"] == 4 * 42
+    assert costs.teacher_saved == 0.0 and costs.flops["teacher"] == 4 * 47
 
 
 def test_points_are_per_step_since_the_last_point_and_savings_of_the_whole_run(tmp_path: Path) -> None:
@@ -51,11 +51,11 @@ def test_points_are_per_step_since_the_last_point_and_savings_of_the_whole_run(t
     assert points["total_seconds/teacher"] == 33.0 and points["total_seconds/all"] == 54.0
     spent = 1000 + 2 * 4 * 22
     assert points["total_pflops/teacher"] == pytest.approx(spent * 1e-15)
-    per_flop, spared = 33.0 / spent, 3000 + 2 * 4 * 42 - spent
+    per_flop, spared = 33.0 / spent, 3000 + 2 * 4 * 47 - spent
     assert points["savings/time_estimate"] == pytest.approx(spared * per_flop / (spared * per_flop + 54.0))
     assert points["savings/flops"] == pytest.approx(spared / (spared + spent + 2 * 4 * (12 + 3)))
     assert points["savings/efficiency_estimate"] == points["savings/time_estimate"] / points["savings/flops"]
-    assert points["time/next_block_adds"] == pytest.approx(4 * 10 * per_flop)
+    assert points["time/next_block_adds"] == pytest.approx(4 * 15 * per_flop)  # block 3
     # Two ranks, 100 FLOP/s each: 8 images of 22 + 12 + 3 FLOPs in 4 seconds.
     assert points["speed/mfu"] == pytest.approx(8 * 37 / 4.0 / 200)
 

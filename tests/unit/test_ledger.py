@@ -101,14 +101,19 @@ def test_a_run_that_was_killed_has_the_ledger_of_one_that_was_not(every: str, tm
     assert without_seconds(halves) == without_seconds(whole)
 
 
-def test_a_run_that_continues_another_begins_with_its_lines(tmp_path: Path) -> None:
+def test_a_run_that_continues_another_begins_with_its_lines_and_costs(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    run(first, "curriculum.threshold=0.3", "epochs=2")
+    earlier = stub_trainer(stub_config(first, "curriculum.threshold=0.3", "epochs=2"))
+    earlier.timer.carry_on({"teacher": 1000.0})
+    earlier.run()
+    earlier.close()
     continued = stub_trainer(stub_config(second, "curriculum.threshold=0.3", "epochs=2"))
     continued.restore(first / "checkpoints" / "step00000003")
     continued.run()
     continued.close()
     assert without_seconds(second) == without_seconds(first)
+    assert continued.costs.flops == earlier.costs.flops and continued.costs.full_flops == earlier.costs.full_flops
+    assert continued.costs.phases["teacher"] > 1000.0
 
 
 def test_a_replay_takes_the_same_blocks_and_still_scores(tmp_path: Path) -> None:
