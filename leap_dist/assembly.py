@@ -17,12 +17,15 @@ from leap_dist.data import BadSamples, build_train_loader, check_groups, check_s
 from leap_dist.distributed import World, barrier
 from leap_dist.engine import build_engine, micro_batch
 from leap_dist.errors import UserError
-from leap_dist.flops import teacher_flops
+from leap_dist.flops import step_flops
+from leap_dist.ledger import replayed_schedule
 from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer
 from leap_dist.planning import check_pipelines
+from leap_dist.profiling import check_window
 from leap_dist.student import Student, build_student
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
+from leap_dist.timing import PhaseTimer
 from leap_dist.trainer import Parts, Trainer
 
 BAD_SAMPLES = "bad_samples.jsonl"  # in the run folder
@@ -54,18 +57,23 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
         data, seed=config.seed, micro_batch=batch, accumulation=config.engine.accumulation, world=world
     )
     most_bad = int(config.data.max_bad_fraction * loader.num_samples)
+    total_steps = len(loader) // config.engine.accumulation * config.epochs
+    check_window(config, total_steps)
+    schedule = replayed_schedule(config.curriculum.replay, spec.depth, total_steps, world)
+    timer = PhaseTimer(world.device)
     checkpoints = Checkpoints(config, world, loader.num_samples)
     convert = resume is not None and checkpoints.needs_conversion(resume)
     objective = build_objective(config, spec)
     optimizer = build_optimizer(config.optim, objective)
     parts = Parts(
         teacher=teacher,
-        flops=teacher_flops(config.teacher, config.data.image_size),
+        flops=step_flops(config),
         engine=build_engine(config, objective, optimizer, batch, load_universal=convert),
         loader=loader,
         bad_samples=BadSamples(Path(config.output) / BAD_SAMPLES, most_bad, world),
-        coordinator=Coordinator(curriculum, world),
+        coordinator=Coordinator(curriculum, world, schedule, timer),
         checkpoints=checkpoints,
+        timer=timer,
     )
     trainer = Trainer(config, world, parts)
     if resume is not None:

@@ -87,6 +87,7 @@ class CurriculumConfig:
         "exact", "exact: CKA of the global batch; mean: mean of per-rank CKAs (LEAP; biased upward at few tokens)"
     )
     reset_head: bool = _option(False, "re-initialise the linear head at each advance")
+    replay: Optional[str] = _option(None, "curriculum.jsonl of another run, whose blocks to take step by step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +165,10 @@ class TelemetryConfig:
 
     every: int = _option(10, "steps between TensorBoard points")
     progress: bool = _option(True, "progress bar on rank 0")
+    profile_steps: Optional[tuple[int, int]] = _option(
+        None, "first and last step of a torch.profiler trace, e.g. [20,30]"
+    )
+    peak_tflops: Optional[float] = _option(None, "one device's dense peak, for MFU; null = that of a GPU we know")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +322,7 @@ def _nearest(key: str, known: list[str]) -> str:
 def _expected(key: str) -> str:
     """What a value of this option must be, in words, from its annotation."""
     words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+    words["tuple[int, int]"] = "two whole numbers"
     annotation = str(option_fields()[key].type)
     optional = annotation.startswith("Optional[")
     annotation = annotation.removeprefix("Optional[").removesuffix("]") if optional else annotation
@@ -351,6 +357,7 @@ def _problems(config: Config) -> list[str]:
         *_curriculum_problems(config.curriculum),
         *_placement_problems(config),
         *_engine_problems(config),
+        *_telemetry_problems(config.telemetry),
         *_path_problems(config),
     ]
 
@@ -414,10 +421,23 @@ def _curriculum_problems(curriculum: CurriculumConfig) -> list[str]:
         problems.append(f"curriculum.start={curriculum.start}: only used with curriculum.mode=leap")
     if curriculum.snap_to_last_at is not None and curriculum.mode != "leap":
         problems.append(f"curriculum.snap_to_last_at={curriculum.snap_to_last_at}: only used with curriculum.mode=leap")
+    if curriculum.replay is not None and curriculum.mode != "leap":
+        problems.append(f"curriculum.replay={curriculum.replay}: only used with curriculum.mode=leap")
     if not 0 < curriculum.ema_alpha <= 1:
         problems.append(f"curriculum.ema_alpha={curriculum.ema_alpha}: must be in (0, 1]")
     if not math.isfinite(curriculum.threshold):
         problems.append(f"curriculum.threshold={curriculum.threshold}: must be a finite number")
+    return problems
+
+
+def _telemetry_problems(telemetry: TelemetryConfig) -> list[str]:
+    problems = []
+    if telemetry.profile_steps is not None:
+        first, last = telemetry.profile_steps
+        if not 0 <= first <= last:
+            problems.append(f"telemetry.profile_steps=[{first}, {last}]: must satisfy 0 <= first <= last")
+    if telemetry.peak_tflops is not None and not 0 < telemetry.peak_tflops < math.inf:
+        problems.append(f"telemetry.peak_tflops={telemetry.peak_tflops}: must be above 0")
     return problems
 
 
@@ -483,6 +503,9 @@ def _path_problems(config: Config) -> list[str]:
         problems.append(
             f"teacher.weights={config.teacher.weights}: no such file (nor {HUB}, {RANDOM} or {DEMO_TEACHER})"
         )
+    replay = config.curriculum.replay
+    if replay is not None and not Path(replay).is_file():
+        problems.append(f"curriculum.replay={replay}: no such file")
     if config.resume not in ("auto", "none") and not Path(config.resume).is_dir():
         problems.append(f"resume={config.resume}: no such checkpoint folder (nor auto or none)")
     return problems

@@ -9,11 +9,13 @@ backward pass queued.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from leap_dist.curriculum import Curriculum
 from leap_dist.distributed import World, gather_objects, meet
 from leap_dist.errors import UserError
+from leap_dist.ledger import Schedule
+from leap_dist.timing import PhaseTimer
 
 
 class Decision(NamedTuple):
@@ -24,11 +26,22 @@ class Decision(NamedTuple):
 
 
 class Coordinator:
-    """Keeps the curriculum of all ranks equal to rank 0's."""
+    """Keeps the curriculum of all ranks equal to rank 0's.
 
-    def __init__(self, curriculum: Curriculum, world: World) -> None:
+    schedule: blocks to take whatever the scores say (`curriculum.replay`). timer: of the run's phases.
+    """
+
+    def __init__(
+        self,
+        curriculum: Curriculum,
+        world: World,
+        schedule: Optional[Schedule] = None,
+        timer: Optional[PhaseTimer] = None,
+    ) -> None:
         self.curriculum = curriculum
         self.world = world
+        self.schedule = schedule
+        self.timer = timer or PhaseTimer(world.device)
 
     def decide(self, *, step: int, loss: float, score: float, stop: bool, bad: int = 0) -> Decision:
         """Close step `step` on every rank, the curriculum told of its score. Collective.
@@ -43,9 +56,10 @@ class Coordinator:
         curriculum = self.curriculum
         here = f"step {step} on block {curriculum.block}"
         if self.world.is_main:
-            curriculum.observe(score)
+            self._judge(step, score)
         row = [curriculum.block, curriculum.ema, curriculum.epochs_on_block, math.isfinite(loss), stop, bad]
-        rows = meet(here, [float(value) for value in row], self.world)
+        with self.timer.phase("broadcast", host=True):
+            rows = meet(here, [float(value) for value in row], self.world)
         for rank, finite in enumerate(rows[:, 3].tolist()):
             if not finite:
                 raise UserError(f"non-finite loss on rank {rank} at step {step}")
@@ -58,3 +72,9 @@ class Coordinator:
     def start_at(self, block: int) -> None:
         """Start every rank at rank 0's `block` (calibration). Collective."""
         self.curriculum.restart_at(gather_objects(block, self.world)[0])
+
+    def _judge(self, step: int, score: float) -> None:
+        """Choose the block of the steps after `step`; the score is taken note of in any case."""
+        self.curriculum.observe(score)
+        if self.schedule is not None:
+            self.curriculum.follow(self.schedule.at(step + 1))

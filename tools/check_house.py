@@ -32,9 +32,11 @@ LAYERS = [
         "reset",
         "telemetry",
     },
-    {"curriculum", "evidence", "student", "teacher", "flops", "universal"},
+    {"accounting", "curriculum", "dashboard", "evidence", "ledger", "profiling", "teacher", "universal"},
+    {"flops"},
+    {"student"},
     {"alignment", "backbone", "planning"},
-    {"distributed", "features", "files"},
+    {"distributed", "features", "files", "timing"},
     {"config"},
     {"errors"},
 ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Optional, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leap_dist.backbone import TeacherSpec, split
 from leap_dist.config import TeacherConfig
@@ -28,6 +28,7 @@ class Teacher(Protocol):
 
     spec: TeacherSpec
     block: int  # current target, 1-indexed
+    blocks: nn.ModuleList  # all of them, whether loaded or not
 
     def features(self, images: Tensor) -> Features:
         """Images (B, 3, H, W) to final-normed tokens of block `self.block`; no grad; deeper blocks are not run."""

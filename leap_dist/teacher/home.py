@@ -23,6 +23,7 @@ class Home:
     def __init__(self, lazy: LazyBackbone, world: Optional[World] = None) -> None:
         self.spec = lazy.spec
         self.block = 0
+        self.blocks = lazy.backbone.blocks
         self._lazy = lazy
         self._world = world
         self._calls = 0

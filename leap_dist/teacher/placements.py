@@ -51,6 +51,7 @@ class AutoTeacher:
         self, lazy: LazyBackbone, makers: Mapping[str, Callable[[], Home]], chosen: Callable[[int], Choice]
     ) -> None:
         self.spec = lazy.spec
+        self.blocks = lazy.backbone.blocks
         self._lazy = lazy
         self._makers = makers
         self._chosen = chosen

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -79,6 +81,13 @@ def assert_continues(config: Path, uncut: Path, *overrides: str) -> None:
     run_ok(config, *overrides, "resume=auto")
     for tag in ("loss/total", "curriculum/block", "curriculum/cka"):
         assert scalars(config.parent / "run", tag) == scalars(uncut, tag), tag
+    assert decisions(config.parent / "run") == decisions(uncut)
+
+
+def decisions(run: Path) -> list[dict[str, Any]]:
+    """Every line of the ledger, without the seconds, which differ."""
+    lines = [json.loads(text) for text in (run / "curriculum.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def test_killed_at_any_moment_it_continues_bitwise(uncut: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_blocks_and_losses_are_those_of_a_plain_loop(curriculum: str, prefetch: 
     assert scalars(tmp_path, "loss/total") == pytest.approx(losses, rel=1e-6)
     firsts = [step for step in range(len(blocks)) if step == 0 or blocks[step] != blocks[step - 1]]
     assert trainer.progress.trajectory == [(step, blocks[step]) for step in firsts]
-    assert trainer.progress.flops == sum(4 * 10 * block for block in blocks)
+    assert trainer.costs.flops["teacher"] == sum(4 * 10 * block for block in blocks)
 
 
 def test_an_advance_comes_a_step_later_and_is_counted_once(tmp_path: Path) -> None:
@@ -115,6 +115,16 @@ def test_accumulated_micro_batches_share_their_steps_block(tmp_path: Path) -> No
     overrides = ["teacher.prefetch=1", "engine.accumulation=2", "curriculum.threshold=-1", "epochs=1"]
     run(stub_config(tmp_path, *overrides), teacher, length=8)
     assert teacher.asked == [1, 1, 1, 1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_a_ledger_written_ahead_is_replayed_with_and_without_looking_ahead(prefetch: int, tmp_path: Path) -> None:
+    first = run(stub_config(tmp_path / "first", "teacher.prefetch=1", "epochs=3", *CURRICULA["when learned"]))
+    ledger = tmp_path / "first" / "curriculum.jsonl"
+    again = [f"teacher.prefetch={prefetch}", "epochs=3", f"curriculum.replay={ledger}", "optim.lr=0.02"]
+    second = run(stub_config(tmp_path / "second", *again))
+    assert len(first.progress.trajectory) >= 3
+    assert second.progress.trajectory == first.progress.trajectory
 
 
 LONG = [
@@ -151,7 +161,7 @@ def test_a_run_that_was_cut_continues_to_the_same_end(where: str, uncut: Trainer
     assert resumed.run()
     resumed.close()
     assert resumed.progress.trajectory == uncut.progress.trajectory
-    assert resumed.progress.flops == uncut.progress.flops
+    assert resumed.costs.flops == uncut.costs.flops
     assert scalars(tmp_path, "loss/total") == scalars(Path(uncut.config.output), "loss/total")
     for name, tensor in uncut.engine.module.state_dict().items():
         assert torch.equal(tensor, resumed.engine.module.state_dict()[name]), name
