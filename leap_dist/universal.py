@@ -6,6 +6,7 @@ then reads its share of the whole.
 
 from __future__ import annotations
 
+import errno
 import io
 import multiprocessing
 import shutil
@@ -52,7 +53,9 @@ def _finished(conversion: Optional[_Conversion], source: Path, world: World) -> 
     if not all(seen):
         fault = f"rank {seen.index(False)} does not see {copy}; all ranks must share the folder"
     if fault:
-        raise UserError(f"checkpoint {source}: cannot be converted for {world.size} ranks ({fault})")
+        raise UserError(
+            f"checkpoint {source}: cannot be converted for {world.size} ranks in {copy.parents[1]} ({fault})"
+        )
     return copy
 
 
@@ -90,8 +93,10 @@ def _convert(source: Path, saved_ranks: int, copy: Path) -> None:
     if parts != saved_ranks:
         raise FileNotFoundError(f"{parts} of {saved_ranks} ranks' parts are there")
     copy.mkdir(parents=True)
-    from deepspeed.checkpoint import ds_to_universal
-
+    # The parameters' parts and their wholes lie there together for a while; torch calls a full disk an iostream error.
+    needed, free = 2 * sum(file.stat().st_size for file in source.iterdir()), shutil.disk_usage(copy).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"it takes {needed / 2**20:.1f} MiB for a while, {free / 2**20:.1f} MiB are free")
     options = Namespace(
         input_folder=str(source),
         output_folder=str(copy),
@@ -102,6 +107,8 @@ def _convert(source: Path, saved_ranks: int, copy: Path) -> None:
         inject_missing_state=True,
     )
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        from deepspeed.checkpoint import ds_to_universal  # speaks as well
+
         ds_to_universal.main(options)
 
 

@@ -184,7 +184,7 @@ def test_a_failed_conversion_is_one_line_and_leaves_nothing(tmp_path: Path) -> N
     (path / "run.json").write_text(json.dumps(saved | {"world_size": 2}))
     checkpoints = Checkpoints(config(tmp_path, stage), ONE, 12)
     with pytest.raises(
-        UserError, match=r"step00000007: cannot be converted for 1 ranks .*1 of 2 ranks' parts"
+        UserError, match=r"step00000007: cannot be converted for 1 ranks in .*1 of 2 ranks' parts"
     ) as caught:
         checkpoints.load(PlainEngine(), path)
     assert "\n" not in str(caught.value)
