@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from leap_dist.distributed import World, gather_objects
+from leap_dist.distributed import World, gather_objects, on_first
 from leap_dist.errors import UserError
 from leap_dist.files import write_text
 
@@ -40,13 +40,20 @@ class BadSamples:
 
     def reopen(self, resumed: bool) -> None:
         """Take up the list of the run that is continued, or drop one that an abandoned run left. Collective."""
-        known: dict[int, BadSample] = {}
-        if self.world.is_main and resumed and self.path.exists():
-            lines = self.path.read_text().splitlines()
-            known = {bad.id: bad for bad in (BadSample(**json.loads(line)) for line in lines)}
-        elif self.world.is_main:
-            self.path.unlink(missing_ok=True)
-        self._known = gather_objects(known, self.world)[0]
+        self._known = on_first(lambda: self._listed() if resumed else self._dropped(), self.world)
+
+    def _listed(self) -> dict[int, BadSample]:
+        if not self.path.exists():
+            return {}
+        try:
+            bad = [BadSample(**json.loads(line)) for line in self.path.read_text().splitlines()]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.path} is not a list of bad samples: {error}; delete it") from None
+        return {sample.id: sample for sample in bad}
+
+    def _dropped(self) -> dict[int, BadSample]:
+        self.path.unlink(missing_ok=True)
+        return {}
 
     def note(self, found: Iterable[BadSample]) -> None:
         """Remember what this rank has met, unless all know of it."""

@@ -198,7 +198,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """UserError if this rank meets more than `data.max_bad_fraction` of all samples that cannot be read."""
-        source, bad = self._dataset.store.source, []
+        source, bad, read = self._dataset.store.source, [], 0
         self._requests.pending = self._pass()
         for batch in _guarded(self._loader, source):
             bad += batch.bad
@@ -207,8 +207,11 @@ class EvalLoader:
                     f"data.max_bad_fraction: {len(bad)} of {self.num_samples} samples of {source} cannot be read, at "
                     f"most {self._most_bad} may be; the last is {bad[-1].id}, which {bad[-1].reason}"
                 )
+            read += len(batch.ids)
             if len(batch.ids):
                 yield batch
+        if not read:
+            raise UserError(f"{source}: none of this rank's {len(bad)} samples can be read")
         if bad:
             log.warning("%s: %d samples cannot be read and are left out: %s", source, len(bad), [b.id for b in bad])
 

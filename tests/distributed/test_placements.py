@@ -40,7 +40,7 @@ def test_features_are_the_replicated_ones_at_every_block(ranks: int, families: s
 
 @pytest.fixture(scope="module")
 def replicated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """By number of ranks (mixup draws differ from rank to rank), the run that every placement must repeat."""
+    """By number of ranks (sums over ranks round differently), the run that every placement must repeat."""
 
     @functools.cache
     def run(ranks: int) -> Path:

@@ -201,6 +201,13 @@ def test_evaluation_stops_when_too_much_is_missing(tmp_path: Path) -> None:
         list(build_eval_loader(str(tmp_path / "set"), data, batch=5, world=ALONE))
 
 
+def test_a_rank_that_can_read_nothing_at_all_says_so(tmp_path: Path) -> None:
+    """It would have no batch to keep in step with ranks whose model is collective."""
+    data = config(write(tmp_path / "set", bad=0), max_bad_fraction=1.0)
+    with pytest.raises(UserError, match="none of this rank's 1 samples can be read"):
+        list(build_eval_loader(str(tmp_path / "set"), data, batch=5, world=ALONE, limit=1))
+
+
 def bad(*ids: int) -> list[BadSample]:
     return [BadSample(i, "shard.00000.mds", "does not decode") for i in ids]
 
@@ -230,6 +237,12 @@ def test_the_ledger_outlives_a_resume_and_not_a_fresh_start(tmp_path: Path) -> N
     assert len(resumed) == 3
     fresh.reopen(resumed=False)
     assert len(fresh) == 0 and not path.exists()
+
+
+def test_a_list_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"id": 5, "sha')
+    with pytest.raises(UserError, match=r"bad\.jsonl is not a list of bad samples: .*; delete it"):
+        BadSamples(tmp_path / "bad.jsonl", most=3, world=ALONE).reopen(resumed=True)
 
 
 def test_beyond_the_limit_the_run_stops_with_the_list(tmp_path: Path) -> None:

@@ -81,10 +81,15 @@ def wait_for_growth(path: Path) -> None:
 
 
 def left_in_shared_memory(before: set[str], folder: Path) -> list[str]:
-    """New names, but for those of StreamingDatasets elsewhere on the machine: theirs say which folder they are of."""
+    """New names, but for those of StreamingDatasets elsewhere on the machine: theirs say which folder they are of.
+
+    What other processes hold while this one looks goes again in a while.
+    """
     left = []
     for name in set(os.listdir("/dev/shm")) - before:
         prefix = re.match(r"\d{6}_", name)
+        if re.fullmatch(r"sem\.\w{6}", name):  # a kill inside sem_open, of whichever process: the C library's to mend
+            continue
         if prefix is None:
             left.append(name)
         else:
@@ -117,6 +122,9 @@ def test_twenty_kills_lose_nothing_and_leave_nothing(tmp_path: Path) -> None:
         assert sorted(i for step in steps for i, _ in step) == list(range(SAMPLES))
     (cached,) = (tmp_path / "cache").iterdir()
     assert not list((cached / STAGING).iterdir())
+    deadline = time.monotonic() + 60
+    while left_in_shared_memory(before, tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.5)
     assert not left_in_shared_memory(before, tmp_path)
 
 
