@@ -100,7 +100,7 @@ def read_images(source: Path) -> Iterator[tuple[str, bytes]]:
                 if member.isfile() and member.name.lower().endswith(SUFFIXES):
                     yield Path(member.name).parent.name or "all", archive.extractfile(member).read()
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{source}: neither a folder nor a tar: {error}") from None
+        raise UserError(f"{source}: neither a folder nor a tar ({type(error).__name__})") from None
 
 
 def write_sets(source: Path, out: Path, copies: int, limit: Optional[int]) -> int:
