@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leap_dist.distributed import World, meet
 from leap_dist.features import Features
-from leap_dist.teacher.lazy import LazyBackbone, trim
+from leap_dist.teacher.lazy import LazyBackbone
 
 
 class Home:
@@ -53,7 +53,6 @@ class Home:
             raise ValueError(f"target block {block} is outside 1..{self.spec.depth} of {self.spec.model}")
         self._agree(f"its move to block {block}")
         self._settle(block)
-        trim()
         growing = self.block < block < self.spec.depth
         self._lazy.expect(self._share(block + 1) if growing else ())
         self.block = block

@@ -13,7 +13,7 @@ from leap_dist.features import Features
 from leap_dist.flops import teacher_costs
 from leap_dist.planning import GIB, Choice, choose, pipeline_size
 from leap_dist.teacher.home import Home
-from leap_dist.teacher.lazy import LazyBackbone
+from leap_dist.teacher.lazy import LazyBackbone, return_freed_memory
 from leap_dist.teacher.pipelined import PipelinedTeacher
 from leap_dist.teacher.replicated import ReplicatedTeacher
 from leap_dist.teacher.sharded import ShardedTeacher
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 def build_home(config: TeacherConfig, image_size: int, lazy: LazyBackbone, world: World) -> Home | AutoTeacher:
     """The configured home, its target block 1. Collective over all ranks."""
+    return_freed_memory()
     costs = teacher_costs(config, image_size)
     stages = pipeline_size(config, world.local_size)
     makers: dict[str, Callable[[], Home]] = {
