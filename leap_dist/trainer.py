@@ -395,6 +395,8 @@ class Trainer:
             how, chosen = "calibrated", self._calibrated(batches)
             self.coordinator.start_at(chosen)
             how = how if self.curriculum.block == chosen else "snap"
+        self._read_clocks()
+        self.accountant.begin(self.progress.step, self.costs)  # rates are of steps, not of the calibration
         self._record_start(how)
 
     def _calibrated(self, batches: list[Batch]) -> int:
@@ -418,9 +420,7 @@ class Trainer:
     def _record_start(self, reason: str) -> None:
         """The ledger's first line."""
         if self.ledger is not None:
-            self._read_clocks()
-            block, depth = self.curriculum.block, self.teacher.spec.depth
-            self._write_line(0, block, decision="start", reason=reason, depth=depth)
+            self._write_line(0, self.curriculum.block, decision="start", reason=reason, depth=self.teacher.spec.depth)
 
     def _record(self, step: int, block: int, score: float, advanced: bool) -> None:
         """The ledger's line of a decision: on the score of `step`, which had `block`, or (NaN) on an epoch's end."""

@@ -67,6 +67,7 @@ def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
         "flops": costs.flops,
         "teacher_flops_saved": costs.teacher_saved,
         "flops_saved": costs.flops_saved,
+        "time_saved_estimate": costs.time_saved_estimate,
     }
 
 
