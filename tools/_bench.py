@@ -7,7 +7,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -39,37 +41,45 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def versions() -> str:
-    """Versions of what runs the kernels."""
-    try:
-        import triton
-    except ImportError:
-        return f"torch {torch.__version__}"
-    return f"torch {torch.__version__}, triton {triton.__version__}"
+def versions(*more: str) -> str:
+    """Versions of torch, triton and `more` packages, of those that are installed."""
+    found = [f"torch {torch.__version__}"]
+    for name in ("triton", *more):
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Callable[[], object]]], device: torch.device, repeats: int
+    calls: Mapping[str, Callable[[], Callable[[], object]]],
+    device: torch.device,
+    repeats: int,
+    *,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, `repeats` times in turn, so that a busy moment of the machine hits all alike.
 
-    Each call is a set-up that returns what is timed; the first two rounds warm up.
+    Each call is a set-up that returns what is timed; the first `warmup` rounds are not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(repeats + 2):
+    for i in range(repeats + warmup):
         for name, prepare in calls.items():
-            timed = prepare()
-            elapsed = _time(timed, device)
-            if i >= 2:
+            elapsed = milliseconds(prepare(), device, clock)
+            if i >= warmup:
                 times[name].append(elapsed)
     return times
 
 
-def _time(call: Callable[[], object], device: torch.device) -> float:
+def milliseconds(
+    call: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Of one call, to the end of its work on the device. clock: seconds, used on CPU (wall, or the process' own)."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        start = clock()
         call()
-        return (time.perf_counter() - start) * 1e3
+        return (clock() - start) * 1e3
+    torch.cuda.synchronize(device)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()
