@@ -51,41 +51,41 @@ def versions(*more: str) -> str:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Callable[[], object]]],
-    device: torch.device,
-    repeats: int,
-    *,
-    warmup: int = 2,
-    clock: Callable[[], float] = time.perf_counter,
+    calls: Mapping[str, Callable[[], Callable[[], object]]], device: torch.device, repeats: int
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, `repeats` times in turn, so that a busy moment of the machine hits all alike.
 
-    Each call is a set-up that returns what is timed; the first `warmup` rounds are not counted.
+    Each call is a set-up that returns what is timed; the first two rounds warm up.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(repeats + warmup):
+    for i in range(repeats + 2):
         for name, prepare in calls.items():
-            elapsed = milliseconds(prepare(), device, clock)
-            if i >= warmup:
+            timed = prepare()
+            stop = stopwatch(device)
+            timed()
+            elapsed = stop()
+            if i >= 2:
                 times[name].append(elapsed)
     return times
 
 
-def milliseconds(
-    call: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Of one call, to the end of its work on the device. clock: seconds, used on CPU (wall, or the process' own)."""
+def stopwatch(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """Starts now; what it returns gives the milliseconds to the end of the device's work up to that call.
+
+    clock: seconds; used on CPU (wall time, or the process' own).
+    """
     if device.type != "cuda":
-        start = clock()
-        call()
-        return (clock() - start) * 1e3
-    torch.cuda.synchronize(device)
+        begin = clock()
+        return lambda: (clock() - begin) * 1e3
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def stop() -> float:
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
     start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    return stop
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
@@ -96,20 +96,31 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float:
     """MiB allocated at the peak of `call` beyond what was there before."""
+    stop = peak_watch(device)
+    call()
+    return stop()
+
+
+def peak_watch(device: torch.device) -> Callable[[], float]:
+    """Starts now; what it returns gives the MiB allocated at the peak since then beyond what was there."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        call()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    level = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak / 2**20
+        return lambda: (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    recorder.__enter__()
+
+    def stop() -> float:
+        recorder.__exit__(None, None, None)
+        events = [e for e in recorder.profiler.kineto_results.events() if e.name() == "[memory]"]
+        level = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            level += event.nbytes()
+            peak = max(peak, level)
+        return peak / 2**20
+
+    return stop
 
 
 def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:

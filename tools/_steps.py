@@ -8,7 +8,6 @@ differs from the next.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +29,7 @@ from leap_dist.optim import build_optimizer
 from leap_dist.teacher import describe_teacher
 from leap_dist.teacher.lazy import LazyBackbone
 from leap_dist.teacher.replicated import ReplicatedTeacher
-from leap_dist.telemetry import Telemetry
-from leap_dist.trainer import Interrupt, Parts, Trainer
+from leap_dist.trainer import Parts, Trainer
 
 STEPS_PER_EPOCH = 10**6
 # Instead of the run's own; overrides on the tool's command line come later and win.
@@ -79,10 +77,19 @@ class HeldTeacher(ReplicatedTeacher):
         return range(self.spec.depth)
 
 
-class OneBatch:
-    """A loader that gives the same micro-batch for ever."""
+class Finished(Exception):
+    """The script of a run has ended."""
+
+
+class Conducted:
+    """A loader through which a script conducts a run: it gives the same batch for every item of the script.
+
+    The script goes on when the run asks for the next batch, so between two items of it lies one whole step: the
+    decision on the step before, teacher, student, optimizer. Raises Finished at the end of the script.
+    """
 
     def __init__(self, images: Tensor) -> None:
+        self.script: Iterator[None] = iter(())
         count = len(images)
         self._batch = Batch(images, torch.zeros(count, dtype=torch.long), torch.arange(count))
 
@@ -90,51 +97,47 @@ class OneBatch:
         return STEPS_PER_EPOCH
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batch, again and again."""
-        return itertools.repeat(self._batch)
+        """The batch, as long as the script goes on."""
+        for _ in self.script:
+            yield self._batch
+        raise Finished
 
     def close(self) -> None:
         """Nothing to release."""
 
 
-class Steps:
-    """The steps of `leap_dist.trainer`, at any target block.
+def build_conducted(config: Config, world: World, teacher: ReplicatedTeacher, images: Tensor) -> Trainer:
+    """A trainer whose run `conduct` conducts; everything but loader and teacher is a run's own."""
+    spec = describe_teacher(config.teacher, config.data.image_size)
+    check_pair(config, spec)
+    objective = build_objective(config, spec)
+    parts = Parts(
+        teacher=teacher,
+        flops=teacher_flops(config.teacher, config.data.image_size),
+        engine=build_engine(config, objective, build_optimizer(config.optim, objective), len(images)),
+        loader=Conducted(images),
+        coordinator=Coordinator(build_curriculum(config.curriculum, spec.depth), world),
+        checkpoints=Checkpoints(config, world, num_samples=len(images)),
+    )
+    return Trainer(config, world, parts)
 
-    teacher: built by the caller from `lazy`, which holds the blocks. Telemetry is on, and writes into config.output.
-    """
 
-    def __init__(self, config: Config, world: World, teacher: ReplicatedTeacher, images: Tensor) -> None:
-        spec = describe_teacher(config.teacher, config.data.image_size)
-        check_pair(config, spec)
-        objective = build_objective(config, spec)
-        parts = Parts(
-            teacher=teacher,
-            flops=teacher_flops(config.teacher, config.data.image_size),
-            engine=build_engine(config, objective, build_optimizer(config.optim, objective), len(images)),
-            loader=OneBatch(images),
-            coordinator=Coordinator(build_curriculum(config.curriculum, spec.depth), world),
-            checkpoints=Checkpoints(config, world, num_samples=len(images)),
-        )
-        self.trainer = Trainer(config, world, parts)
-        self.trainer.telemetry = Telemetry(config, self.trainer.total_steps, 0)
-        self._interrupt = Interrupt()
-        self._batches = self.trainer._batches()
+def conduct(trainer: Trainer, script: Iterator[None]) -> None:
+    """Run the trainer, a step for each item of the script."""
+    trainer.loader.script = script
+    try:
+        trainer.run()
+    except Finished:
+        pass
+    finally:
+        trainer.close()
 
-    def aim(self, block: int) -> None:
-        """Make 1-indexed `block` the target of the steps that follow."""
-        self.trainer.teacher.retarget(block)
-        self.trainer.curriculum.restart_at(block)
 
-    def run(self, count: int = 1) -> None:
-        """`count` steps as a run takes them: the decision on the last one, data, teacher, student, optimizer."""
-        for _ in range(count):
-            micro_batches = next(self._batches)
-            self.trainer._settle(self._interrupt)
-            self.trainer._step(micro_batches)
-
-    def close(self) -> None:
-        """Release telemetry."""
-        self.trainer.close()
+def aim(trainer: Trainer, teacher: ReplicatedTeacher, block: int) -> None:
+    """Make 1-indexed `block` of `teacher` the target of the next steps."""
+    teacher.retarget(block)
+    trainer.teacher = teacher
+    trainer.curriculum.restart_at(block)
 
 
 def held_teacher(config: Config, device: torch.device) -> tuple[LazyBackbone, HeldTeacher]:

@@ -25,15 +25,26 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _bench import device_name, interleaved, versions
-from _steps import HeldTeacher, Steps, held_teacher, in_dtype, load_for_steps, random_images, require_deepspeed
+from _bench import device_name, stopwatch, versions
+from _steps import (
+    HeldTeacher,
+    aim,
+    build_conducted,
+    conduct,
+    held_teacher,
+    in_dtype,
+    load_for_steps,
+    random_images,
+    require_deepspeed,
+)
 from torch import Tensor, nn
 
 from leap_dist.backbone import DTYPES, build_model
@@ -190,44 +201,43 @@ def measure(config: Config, world: World, *, rounds: int, steps: int) -> tuple[l
     """Rows by block, the last once more with a bf16 teacher where the CPU has units for it; and what that costs."""
     images = random_images(config, world.device)
     lazy, teacher = held_teacher(config, world.device)
-    ours = Steps(config, world, teacher, images)
-    objective: Objective = ours.trainer.engine.module
+    trainer = build_conducted(config, world, teacher, images)
+    objective: Objective = trainer.engine.module
     cut = CutTeacher(config, lazy)
     ideal = Ideal(config, cut, copy.deepcopy(objective.student.backbone), images)
     plain = Plain(config, cut, copy.deepcopy(objective.student.backbone), _linear(objective), images)
     _require_agreement(config, teacher, objective, plain, images)
     depth = teacher.spec.depth
-
-    def aimed(who: Steps, block: int, call: Callable[[], None]) -> Callable[[], Callable[[], object]]:
-        def prepare() -> Callable[[], object]:
-            who.aim(block)
-            cut.cut(block)
-            return lambda: [call() for _ in range(steps)]
-
-        return prepare
-
-    parts = {"ours": ours.run, "ideal": ideal.step, "optimizer": ideal.update, "plain": plain.step}
-    blocks = sorted({1, max(1, depth // 4), max(1, depth // 2), depth})
-    calls = {f"{name} {block}": aimed(ours, block, call) for block in blocks for name, call in parts.items()}
-    low, note = None, ""
+    teachers, note = {"ours": teacher}, ""
     if config.teacher.dtype == "fp32" and has_amx(world.device):
-        low, note = _low(config, world, teacher, images)
-        calls[f"low {depth}"] = aimed(low, depth, low.run)
-    times = interleaved(calls, world.device, rounds, warmup=1, clock=time.process_time)
-    times = {name: [value / steps for value in values] for name, values in times.items()}
-    rows = [row(block, depth, config.teacher.dtype, _of(times, block, "ours")) for block in blocks]
-    if low is not None:
-        rows.append(row(depth, depth, "bf16", _of(times, depth, "low")))
-        low.close()
-    ours.close()
+        teachers["low"] = held_teacher(in_dtype(config, "bf16"), world.device)[1]
+        note = f"bf16 teacher, block {depth}: features off by {feature_error(teacher, teachers['low'], images[:1])}"
+    others = {"ideal": ideal.step, "optimizer": ideal.update, "plain": plain.step}
+    times: dict[tuple[str, int], list[float]] = defaultdict(list)
+
+    def script() -> Iterator[None]:
+        for _ in range(rounds + 1):
+            for block in sorted({1, max(1, depth // 4), max(1, depth // 2), depth}):
+                for name in teachers if block == depth else ("ours",):
+                    aim(trainer, teachers[name], block)
+                    stop = stopwatch(world.device, time.process_time)
+                    yield from [None] * steps
+                    times[name, block].append(stop() / steps)
+                cut.cut(block)
+                for name, call in others.items():
+                    stop = stopwatch(world.device, time.process_time)
+                    for _ in range(steps):
+                        call()
+                    times[name, block].append(stop() / steps)
+
+    conduct(trainer, script())
+    counted = {key: values[1:] for key, values in times.items()}  # the first round warmed up
+    rows = []
+    for name, block in counted:
+        if name in teachers:
+            parts = {"ours": counted[name, block]} | {other: counted[other, block] for other in others}
+            rows.append(row(block, depth, "bf16" if name == "low" else config.teacher.dtype, parts))
     return rows, note
-
-
-def _of(times: Mapping[str, list[float]], block: int, ours: str) -> dict[str, list[float]]:
-    """The times of one block, with `ours` as ours."""
-    return {"ours": times[f"{ours} {block}"]} | {
-        name: times[f"{name} {block}"] for name in ("ideal", "optimizer", "plain")
-    }
 
 
 def row(block: int, depth: int, teacher: str, times: Mapping[str, list[float]]) -> Row:
@@ -271,16 +281,13 @@ def has_amx(device: torch.device) -> bool:
     return device.type == "cpu" and flags.is_file() and "amx_bf16" in flags.read_text()
 
 
-def _low(config: Config, world: World, teacher: HeldTeacher, images: Tensor) -> tuple[Steps, str]:
-    """Our steps with the teacher in bf16, and the error of its last block in words."""
-    low = in_dtype(config, "bf16")
-    low_teacher = held_teacher(low, world.device)[1]
-    for home in (teacher, low_teacher):
-        home.retarget(teacher.spec.depth)
-    exact, rounded = (home.features(images[:1]).patch.float() for home in (teacher, low_teacher))
-    error = (rounded - exact).abs().max().item(), ((rounded - exact).norm() / exact.norm()).item()
-    note = f"bf16 teacher, block {teacher.spec.depth}: features off by {error[0]:.3f} at most, {error[1]:.2%} in norm"
-    return Steps(low, world, low_teacher, images), note
+def feature_error(exact: HeldTeacher, rounded: HeldTeacher, images: Tensor) -> str:
+    """How far the patch tokens of `rounded` lie from those of `exact` at the last block, in words."""
+    for teacher in (exact, rounded):
+        teacher.retarget(teacher.spec.depth)
+    right, wrong = (teacher.features(images).patch.float() for teacher in (exact, rounded))
+    error = wrong - right
+    return f"{error.abs().max().item():.3f} at most, {(error.norm() / right.norm()).item():.2%} in norm"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

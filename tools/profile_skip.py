@@ -22,31 +22,37 @@ import csv
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from _bench import device_name, milliseconds, peak_memory, versions
-from _steps import Steps, held_teacher, load_for_steps, random_images, require_deepspeed
+from _bench import device_name, peak_watch, stopwatch, versions
+from _steps import (
+    aim,
+    build_conducted,
+    conduct,
+    held_teacher,
+    load_for_steps,
+    random_images,
+    require_deepspeed,
+)
 
 from leap_dist.config import Config, flat
 from leap_dist.distributed import World, initialise, shutdown
 from leap_dist.errors import UserError
 from leap_dist.flops import student_flops, teacher_flops
-from leap_dist.teacher import describe_teacher
-from leap_dist.teacher.replicated import ReplicatedTeacher
+from leap_dist.teacher import build_teacher, describe_teacher
 
 TRAIN_PASSES = 3  # a training step of the student costs that many of its forward passes
 WARMUP = 2
 
 
 class Sample(NamedTuple):
-    """Milliseconds of one step, and of the teacher and the student (forward, loss, backward, optimizer) within it."""
+    """Milliseconds of one step, and of the teacher within it."""
 
     step: float
     teacher: float
-    student: float
 
 
 class Memory(NamedTuple):
@@ -58,14 +64,13 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One target block. flops: of a step, per image, teacher and student; shares are of the last block's."""
+    """One target block. student_ms: all of the step but the teacher; FLOPs are per image; shares are of a full step."""
 
     block: int
     images_per_s: float
     step_ms: float
     teacher_ms: float
     student_ms: float
-    rest_ms: float
     teacher_weights_mib: float
     step_peak_mib: float
     teacher_flops: int
@@ -80,47 +85,39 @@ class Row:
 # The measurement
 
 
-def sweep(config: Config, world: World, blocks: Sequence[int], *, rounds: int, steps: int) -> dict[int, list[Sample]]:
-    """Samples of each 1-indexed block, by round."""
-    found: dict[int, list[Sample]] = {block: [] for block in blocks}
-    teacher = held_teacher(config, world.device)[1]
-    stepper = Steps(config, world, teacher, random_images(config, world.device))
-    for index in range(rounds + WARMUP):
+def measure(
+    config: Config, world: World, blocks: Sequence[int], *, rounds: int, steps: int
+) -> tuple[dict[int, Memory], dict[int, list[Sample]]]:
+    """Memory of each 1-indexed block, with none deeper than it loaded; then its samples by round, with all loaded."""
+    growing = build_teacher(config.teacher, config.data.image_size, world.device)
+    trainer = build_conducted(config, world, growing, random_images(config, world.device))
+    memory: dict[int, Memory] = {}
+    samples: dict[int, list[Sample]] = {block: [] for block in blocks}
+
+    def script() -> Iterator[None]:
         for block in blocks:
-            stepper.aim(block)
-            sample = timed(stepper, world, steps)
-            if index >= WARMUP:
-                found[block].append(sample)
-    stepper.close()
-    return found
+            aim(trainer, growing, block)
+            yield  # optimizer states, and the allocator's first pages
+            peak = peak_watch(world.device)
+            yield
+            memory[block] = Memory(growing.resident_bytes() / 2**20, peak())
+        teacher = held_teacher(config, world.device)[1]
+        for index in range(rounds + WARMUP):
+            for block in blocks:
+                aim(trainer, teacher, block)
+                seconds, stop = trainer.timer.totals().get("teacher", 0.0), stopwatch(world.device)
+                yield from [None] * steps
+                milliseconds = stop(), 1e3 * (trainer.timer.totals()["teacher"] - seconds)
+                if index >= WARMUP:
+                    samples[block].append(Sample(*(value / steps for value in milliseconds)))
+
+    conduct(trainer, script())
+    return memory, samples
 
 
-def timed(stepper: Steps, world: World, steps: int) -> Sample:
-    """Means over `steps` steps in a row."""
-    before = stepper.trainer.timer.totals()
-    total = milliseconds(lambda: stepper.run(steps), world.device)
-    after = stepper.trainer.timer.totals()
-    teacher, student = (1e3 * (after[name] - before.get(name, 0.0)) for name in ("teacher", "student"))
-    return Sample(total / steps, teacher / steps, student / steps)
-
-
-def memory(config: Config, world: World, blocks: Sequence[int]) -> dict[int, Memory]:
-    """Of each block, with no deeper one loaded: as in a run."""
-    from leap_dist.teacher import build_teacher
-
-    teacher = build_teacher(config.teacher, config.data.image_size, world.device)
-    assert isinstance(teacher, ReplicatedTeacher)
-    stepper = Steps(config, world, teacher, random_images(config, world.device))
-    found = {}
-    for block in sorted(blocks):
-        stepper.aim(block)
-        stepper.run()  # optimizer states and the allocator's first pages
-        found[block] = Memory(teacher.resident_bytes() / 2**20, peak_memory(stepper.run, world.device))
-    stepper.close()
-    return found
-
-
-def rows(config: Config, samples: Mapping[int, Sequence[Sample]], used: Mapping[int, Memory], batch: int) -> list[Row]:
+def rows(
+    config: Config, samples: Mapping[int, Sequence[Sample]], memory: Mapping[int, Memory], batch: int
+) -> list[Row]:
     """Medians and what follows from them. The last of the blocks is the whole teacher."""
     teacher = teacher_flops(config.teacher, config.data.image_size)
     student = TRAIN_PASSES * student_flops(config.student, config.data.image_size)
@@ -131,7 +128,7 @@ def rows(config: Config, samples: Mapping[int, Sequence[Sample]], used: Mapping[
     last = max(medians)
     full_time, full_flops = medians[last].step, teacher.upto(last) + student
     table = []
-    for block, (step, teacher_ms, student_ms) in sorted(medians.items()):
+    for block, (step, teacher_ms) in sorted(medians.items()):
         flops = teacher.upto(block) + student
         flops_saved, time_saved = 1 - flops / full_flops, 1 - step / full_time
         table.append(
@@ -140,10 +137,9 @@ def rows(config: Config, samples: Mapping[int, Sequence[Sample]], used: Mapping[
                 images_per_s=1e3 * batch / step,
                 step_ms=step,
                 teacher_ms=teacher_ms,
-                student_ms=student_ms,
-                rest_ms=step - teacher_ms - student_ms,
-                teacher_weights_mib=used[block].weights,
-                step_peak_mib=used[block].peak,
+                student_ms=step - teacher_ms,
+                teacher_weights_mib=memory[block].weights,
+                step_peak_mib=memory[block].peak,
                 teacher_flops=teacher.upto(block),
                 step_flops=flops,
                 flops_saved=flops_saved,
@@ -213,7 +209,7 @@ def draw(table: Sequence[Row], about: str) -> Any:
     speed.plot(blocks, [row.ideal_images_per_s for row in table], ":", color="grey", label="ideal")
     speed.plot(blocks, [row.images_per_s for row in table], "o-", label="measured")
     speed.set(xlabel="target block", ylabel="images/s", ylim=(0, None))
-    parts = {name: [getattr(row, f"{name}_ms") for row in table] for name in ("teacher", "student", "rest")}
+    parts = {name: [getattr(row, f"{name}_ms") for row in table] for name in ("teacher", "student")}
     time.stackplot(blocks, *parts.values(), labels=parts, alpha=0.8)
     time.set(xlabel="target block", ylabel="ms per step")
     space.plot(blocks, [row.teacher_weights_mib for row in table], "o-", label="teacher weights")
@@ -288,9 +284,8 @@ def main(argv: list[str] | None = None) -> int:
             config = load_for_steps(args.config, args.overrides, batch=args.batch, output=Path(scratch))
             blocks = chosen_blocks(args.blocks, describe_teacher(config.teacher, config.data.image_size).depth)
             world = initialise()
-            used = memory(config, world, blocks)
-            samples = sweep(config, world, blocks, rounds=args.rounds, steps=args.steps)
-        table = rows(config, samples, used, args.batch)
+            memory, samples = measure(config, world, blocks, rounds=args.rounds, steps=args.steps)
+        table = rows(config, samples, memory, args.batch)
         models = f"{config.teacher.model} {config.teacher.dtype} -> {config.student.model} {config.engine.precision}"
         about = f"{device_name(world.device)}; {versions('deepspeed', 'timm')}"
         about += f"; {models}, {args.batch} x {config.data.image_size} px"
