@@ -1,6 +1,7 @@
 """One training step of ours at target blocks 1, L/4, L/2 and L, against the ideal and against a plain PyTorch loop.
 
 python tools/bench_step.py                                     a teacher of ViT-g's width on CPU, minutes
+python tools/bench_step.py --pair small                        ViT-S/14 -> ViT-T/14 at 112 px on CPU
 python tools/bench_step.py --config launch_configs/leap_vitg14_vits14_imagenet1k.yaml --batch 64 --steps 10 \\
     optim.name=adamw engine.precision=bf16                     ViT-g/14 -> ViT-S/14 at 224 px in bf16, on a GPU
 
@@ -56,11 +57,24 @@ from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer
 from leap_dist.teacher.lazy import LazyBackbone
 
-# Without --config: ViT-g's width and tokens in as many blocks as a CPU can run in minutes.
-ON_CPU = [
-    "teacher.model=vit_giant_patch14_dinov2", "teacher.kwargs.depth=8", "student.model=vit_small_patch14_dinov2",
-    "data.image_size=224",
-]  # fmt: skip
+
+@dataclass(frozen=True)
+class Pair:
+    """Models that a CPU can step in seconds, and images per step."""
+
+    overrides: tuple[str, ...]
+    batch: int
+
+
+TINY_STUDENT = ("student.model=vit_small_patch14_dinov2", "student.kwargs={embed_dim: 192, num_heads: 3}")
+PAIRS = {
+    # ViT-g's width and tokens in eight blocks -> ViT-T/14: matching is as wide as it gets.
+    "wide": Pair(
+        ("teacher.model=vit_giant_patch14_dinov2", "teacher.kwargs.depth=8", *TINY_STUDENT, "data.image_size=224"), 8
+    ),
+    # ViT-S/14 -> ViT-T/14 on small images: the pair with the least work per parameter.
+    "small": Pair(("teacher.model=vit_small_patch14_dinov2", *TINY_STUDENT, "data.image_size=112"), 64),
+}
 MIN_DENOMINATOR = 1e-12
 AGREEMENT = 1e-3  # relative difference of the losses above which the two loops do not do the same
 
@@ -297,8 +311,10 @@ def feature_error(exact: HeldTeacher, rounded: HeldTeacher, images: Tensor) -> s
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="a run's YAML; without it a pair of models for a CPU")
-    parser.add_argument("--batch", type=int, default=8, help="images per step")
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--pair", choices=PAIRS, default="wide", help="models for a CPU")
+    models.add_argument("--config", type=Path, help="a run's YAML instead")
+    parser.add_argument("--batch", type=int, help="images per step; default: the pair's, or 64")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=1, help="in a row at each turn; on a GPU 10, so that they overlap")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
@@ -333,8 +349,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         require_deepspeed()
         with tempfile.TemporaryDirectory() as scratch:
-            overrides = args.overrides if args.config else [*ON_CPU, *args.overrides]
-            config = load_for_steps(args.config, overrides, batch=args.batch, output=Path(scratch))
+            pair = Pair((), 64) if args.config else PAIRS[args.pair]
+            batch, overrides = args.batch or pair.batch, [*pair.overrides, *args.overrides]
+            config = load_for_steps(args.config, overrides, batch=batch, output=Path(scratch))
             if config.engine.precision == "fp16":
                 raise UserError("engine.precision=fp16: the plain loop has no loss scaler; use bf16 or fp32")
             torch.set_num_threads(1)
@@ -347,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {
         "device": device_name(world.device),
         "versions": versions("deepspeed", "timm"),
-        "run": f"{config.teacher.model} -> {config.student.model}, {args.batch} x {config.data.image_size} px, "
+        "run": f"{config.teacher.model} -> {config.student.model}, {batch} x {config.data.image_size} px, "
         f"student {config.engine.precision}, {config.optim.name}, points every {config.telemetry.every} steps",
     }
     print("; ".join(about.values()), table(rows), *([note] if note else []), sep="\n")
