@@ -32,6 +32,8 @@ lint: setup
 bench: setup  ## speed and memory, as ratios measured in one run
 	$(BIN)/python tools/bench_feature_match.py
 	$(BIN)/python tools/bench_teacher.py --tolerance 0.08
+	$(BIN)/python tools/bench_step.py
+	$(BIN)/python tools/bench_step.py --pair small
 
 tensorboard: setup
 	$(BIN)/tensorboard --logdir runs

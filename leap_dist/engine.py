@@ -76,8 +76,12 @@ def build_engine(
 
     settings = deepspeed_config(config.engine, micro_batch_size, load_universal)
     try:
-        return deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)[0]
+        engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)[0]
     except (ValueError, AssertionError, TypeError) as error:  # pydantic's ValidationError is a ValueError
         if not config.engine.deepspeed:
             raise
         raise UserError(f"engine.deepspeed={config.engine.deepspeed}: {' '.join(str(error).split())}") from None
+    if config.engine.zero_stage == 0 and engine.dp_world_size == 1:
+        # It would copy all gradients into one buffer and back, to add up one rank's (measured: 3 % of a step on CPU).
+        engine.enable_backward_allreduce = False
+    return engine
