@@ -9,6 +9,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from leap_dist.analysis import sep
 from leap_dist.analysis.results import Analysis, Band, Cka, Model
@@ -27,7 +29,6 @@ STYLE = {
     "lines.linewidth": 1.6,
     "savefig.dpi": 110,
 }
-NULL = {"color": "0.5", "linestyle": ":", "linewidth": 1.2}
 SHOWN_LEVEL = 1  # of LEVELS: 90 %
 
 
@@ -85,15 +86,15 @@ def _dimensions(axes: Axes, models: Coloured, centring: str) -> None:
     for model, colour in models:
         views = [block.views[centring] for block in model.blocks]
         mean, p99 = (np.array([getattr(v.dims, part)[SHOWN_LEVEL] for v in views]) for part in ("mean", "p99"))
-        axes.plot(_depth(model), mean, color=colour, label=f"{model.name}: an image")
+        axes.plot(_depth(model), mean, color=colour)
         axes.fill_between(_depth(model), mean, p99, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(
-            _depth(model), [v.dataset_dims[SHOWN_LEVEL] for v in views], "--", color=colour, label="the whole set"
-        )
+        axes.plot(_depth(model), [v.dataset_dims[SHOWN_LEVEL] for v in views], "--", color=colour)
     level = f"{LEVELS[SHOWN_LEVEL] * 100:.0f} %"
     axes.set(title=f"Dimensions with {level} of the energy, {centring}", ylabel="dimensions", yscale="log")
-    _depth_axis(axes, models)
-    axes.legend()
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    _depth_axis(axes)
+    _legend(axes, models, {"an image (mean to 99th percentile)": "-", "the whole set": "--"})
 
 
 def _captured(axes: Axes, models: Coloured) -> None:
@@ -102,44 +103,44 @@ def _captured(axes: Axes, models: Coloured) -> None:
         block = model.blocks[-1]
         view = block.views["uncentred"]
         own = np.arange(1, len(view.energy) + 1) / block.width
-        axes.plot(own, view.energy, color=colour, label=f"{model.name}: its own directions")
+        axes.plot(own, view.energy, color=colour)
         shared = np.arange(1, block.width + 1) / block.width
-        axes.plot(shared, view.captured.mean, "--", color=colour, label="shared directions")
+        axes.plot(shared, view.captured.mean, "--", color=colour)
         axes.fill_between(shared, view.captured.p10, view.captured.p90, color=colour, alpha=0.15, linewidth=0)
     axes.set(
         title="Energy of an image in the first directions, last block", xlabel="directions / width",
         ylabel="share of energy", xlim=(0, 1), ylim=(0, 1.02),
     )  # fmt: skip
-    axes.legend(loc="lower right")
+    _legend(axes, models, {"its own directions": "-", "shared directions": "--"}, "lower right")
 
 
 def _overlap(axes: Axes, models: Coloured, k: int) -> None:
     """Against depth: how much of a top-k subspace is in another image's, and in the shared one."""
     for model, colour in models:
         views = [block.views["centred"] for block in model.blocks]
-        axes.plot(_depth(model), [v.pair_overlap for v in views], color=colour, label=f"{model.name}: two images")
-        axes.plot(_depth(model), [v.shared_overlap for v in views], "--", color=colour, label="image and whole set")
-        random = [k / block.width for block in model.blocks]
-        axes.plot(_depth(model), random, **NULL | {"color": colour}, label="random subspaces")
+        axes.plot(_depth(model), [v.pair_overlap for v in views], color=colour)
+        axes.plot(_depth(model), [v.shared_overlap for v in views], "--", color=colour)
+        axes.plot(_depth(model), [k / block.width for block in model.blocks], ":", color=colour, linewidth=1.2)
     axes.set(title=f"Overlap of top-{k} subspaces, centred", ylabel="mean squared cosine", ylim=(0, 1))
-    _depth_axis(axes, models)
-    axes.legend()
+    _depth_axis(axes)
+    _legend(axes, models, {"two images": "-", "an image and the whole set": "--", "random subspaces": ":"})
 
 
 def _angles(axes: Axes, models: Coloured) -> None:
     """Last block: principal angles, sorted, with the middle 80 % of pairs or images."""
     for model, colour in models:
         view = model.blocks[-1].views["centred"]
-        _band(axes, view.pair_angles, "-", colour, f"{model.name}: two images")
-        _band(axes, view.shared_angles, "--", colour, "image and whole set")
+        _band(axes, view.pair_angles, "-", colour)
+        _band(axes, view.shared_angles, "--", colour)
     axes.set(title="Principal angles, last block, centred", xlabel="angle number", ylabel="degrees", ylim=(0, 92))
     axes.set_yticks([0, 30, 60, 90])
-    axes.legend(loc="lower right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(axes, models, {"two images": "-", "an image and the whole set": "--"}, "lower right")
 
 
-def _band(axes: Axes, band: Band, line: str, colour: str, label: str) -> None:
+def _band(axes: Axes, band: Band, line: str, colour: str) -> None:
     numbers = np.arange(1, len(band.mean) + 1)
-    axes.plot(numbers, band.mean, line, color=colour, label=label)
+    axes.plot(numbers, band.mean, line, color=colour)
     axes.fill_between(numbers, band.p10, band.p90, color=colour, alpha=0.12, linewidth=0)
 
 
@@ -148,15 +149,14 @@ def _sep(axes: Axes, models: Coloured) -> None:
     for model, colour in models:
         view = model.blocks[-1].views["uncentred"]
         share = np.arange(1, len(view.sep_curve) + 1) / len(view.sep_curve)
-        axes.plot(share, view.sep_curve, color=colour, label=model.name)
-        permuted = view.sep_permuted.mean(0)
-        axes.plot(permuted, sep.LEVELS, "x", color=colour, label="channels permuted")
-    axes.plot([0, 1], [0, 1], **NULL, label="white noise")
+        axes.plot(share, view.sep_curve, color=colour)
+        axes.plot(view.sep_permuted.mean(0), sep.LEVELS, "x", color=colour)
+    axes.plot([0, 1], [0, 1], ":", color="0.3", linewidth=1.2)
     axes.set(
         title="Spectral energy pattern of tokens, last block", xlabel="d/D, bins in frequency order",
         ylabel="share of energy", xlim=(0, 1), ylim=(0, 1),
     )  # fmt: skip
-    axes.legend(loc="lower right")
+    _legend(axes, models, {"tokens": "-", "channels permuted": "x", "white noise": ":"}, "lower right")
 
 
 def _cka(axes: Axes, found: Cka) -> None:
@@ -177,5 +177,15 @@ def _depth(model: Model) -> np.ndarray:
     return np.arange(1, len(model.blocks) + 1) / len(model.blocks)
 
 
-def _depth_axis(axes: Axes, models: Coloured) -> None:
+def _depth_axis(axes: Axes) -> None:
     axes.set(xlabel="depth (block / number of blocks)", xlim=(0, 1.02))
+
+
+def _legend(axes: Axes, models: Coloured, styles: dict[str, str], place: str = "best") -> None:
+    """A colour for each model, then in grey what each kind of line stands for."""
+    colours = [Line2D([], [], color=colour, linewidth=3, label=model.name) for model, colour in models]
+    kinds = [
+        Line2D([], [], color="0.4", label=label, **({"marker": "x", "linestyle": ""} if kind == "x" else {"ls": kind}))
+        for label, kind in styles.items()
+    ]
+    axes.legend(handles=[*colours, *kinds], loc=place)
