@@ -65,31 +65,28 @@ class ImageTotals:
 
 
 class BlockTotals:
-    """What the first pass keeps of one block: `ImageTotals` by centring, and the moments of all its tokens."""
+    """What the first pass keeps of one block, by centring: `ImageTotals`, and the moments of all tokens."""
 
     def __init__(self, tokens: Tensor) -> None:
         _, self.tokens, self.width = tokens.shape
         self.images = {c: ImageTotals.zeros(self.tokens, self.width, tokens.device) for c in CENTRINGS}
-        self.moments = CrossMoments(self.width, self.width, tokens.device)
+        self.moments = {c: CrossMoments(self.width, self.width, tokens.device) for c in CENTRINGS}
 
     def update(self, tokens: Tensor) -> None:
         """Add tokens (B, N, D)."""
         for centring, rows in spectra.views(tokens).items():
             self.images[centring].update(rows)
-        self.moments.update(tokens.flatten(0, 1), tokens.flatten(0, 1))
+            flat = rows.flatten(0, 1).float()
+            self.moments[centring].update(flat, flat)
 
     def merge_over_ranks(self) -> None:
         """Cover all ranks' images. Collective."""
-        for totals in self.images.values():
+        for totals in (*self.images.values(), *self.moments.values()):
             totals.merge_over_ranks()
-        self.moments.merge_over_ranks()
 
     def axes(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Eigenvalues and eigenvectors of all tokens' second moment: about zero, and about their common mean."""
-        return {
-            "uncentred": principal_axes(self.moments.uncentred()),
-            "centred": principal_axes(self.moments.scatter),
-        }
+        """By centring, eigenvalues and eigenvectors of the second moment of all images' tokens."""
+        return {centring: principal_axes(moments.uncentred()) for centring, moments in self.moments.items()}
 
 
 class FirstPass:
@@ -188,7 +185,6 @@ class SecondPass:
 
     def __init__(self, subject: Subject, blocks: list[BlockTotals], k: int, shuffles: int, world: World) -> None:
         self._subject, self._k, self._world = subject, k, world
-        self._means = [totals.moments.mean_x.float() for totals in blocks]
         self.axes = [totals.axes() for totals in blocks]
         self._orders = [sep.permutations(totals.width, shuffles).to(world.device) for totals in blocks]
 
@@ -197,19 +193,17 @@ class SecondPass:
         """Views of images (2 m, 3, H, W), pairs of neighbours, by block and centring."""
         return [
             {
-                centring: self._compare(index, centring, rows, tokens - self._means[index] * (centring == "centred"))
+                centring: self._compare(rows, self.axes[index][centring][1], self._orders[index])
                 for centring, rows in spectra.views(tokens).items()
             }
             for index, tokens in enumerate(self._subject.layers(images.to(self._world.device)))
         ]
 
-    def _compare(self, index: int, centring: str, rows: Tensor, shifted: Tensor) -> SampleViews:
-        """rows: about the image's own mean if centred; shifted: about the mean of all tokens if centred."""
-        axes = self.axes[index][centring][1]
+    def _compare(self, rows: Tensor, axes: Tensor, orders: Tensor) -> SampleViews:
         bases = spectra.top_basis(rows, self._k)
-        powers, counts = zip(*(sep.power(rows.float()[..., order]) for order in self._orders[index]), strict=True)
+        powers, counts = zip(*(sep.power(rows.float()[..., order]) for order in orders), strict=True)
         found = (
-            spectra.captured(shifted, axes),
+            spectra.captured(rows, axes),
             spectra.principal_angles(bases[0::2], bases[1::2]),
             spectra.principal_angles(bases, axes[:, : self._k].expand_as(bases)),
             torch.stack(powers),

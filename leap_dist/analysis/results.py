@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from leap_dist.analysis import sep, spectra
+from leap_dist.analysis.moments import principal_axes
 from leap_dist.analysis.passes import BlockTotals, ImageTotals, SampleViews
 from leap_dist.analysis.spectra import LEVELS
 
@@ -41,14 +42,14 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One block of one model at one centring ("centred": image by image about the image's mean token; in what is said
-    of the whole set, and of images in the shared basis, about the mean of all tokens).
+    """One block of one model at one centring ("centred": every image's tokens about the image's mean token).
 
-    Image by image: energy (R,) mean cumulated share of an image's own singular directions; dims, and effective_rank
-    (mean, standard deviation). Whole set: dataset_energy (D,), dataset_dims (L,). Sample, in the shared basis: captured
-    (D,) per image, captured_dims. Sample, rotation: angles (k,) in degrees and overlaps (mean squared cosine) of
-    neighbouring images' top-k subspaces (pair) and of each with the shared top-k basis (shared). SEP: sep_curve (D,),
-    sep as d/D at `sep.LEVELS`, the same of the sample under permutations of the channels (P, levels), of white noise.
+    Image by image: energy (R,), mean cumulated share of an image's own singular directions; dims, and effective_rank
+    (mean, standard deviation). Whole set, the PCA of all images' tokens: dataset_energy (D,), dataset_dims (L,).
+    Sample, in that shared basis: captured (D,) per image, captured_dims. Sample, rotation: angles (k,) in degrees and
+    overlaps (mean squared cosine) of neighbouring images' top-k subspaces (pair) and of each with the shared top-k
+    basis (shared). SEP: sep_curve (D,), sep as d/D at `sep.LEVELS`, the same of the sample under permutations of the
+    channels (P, levels), and of white noise.
     """
 
     energy: np.ndarray
@@ -70,10 +71,14 @@ class View:
 
 @dataclass(frozen=True)
 class Block:
-    """One block: tokens N, width D, and its views by centring."""
+    """One block: tokens N, width D, and its views by centring.
+
+    covariance_dims (L,): of the PCA of all tokens about their common mean, which tells images apart as well.
+    """
 
     tokens: int
     width: int
+    covariance_dims: np.ndarray
     views: dict[str, View]
 
 
@@ -112,7 +117,9 @@ def build_block(totals: BlockTotals, axes: dict[str, tuple[torch.Tensor, torch.T
         centring: _view(images, axes[centring][0], [batch[centring] for batch in sample], null)
         for centring, images in totals.images.items()
     }
-    return Block(totals.tokens, totals.width, views)
+    spectrum, _ = principal_axes(totals.moments["uncentred"].scatter)
+    covariance_dims = spectra.dims_at(spectra.cumulative(spectrum)).cpu().numpy()
+    return Block(totals.tokens, totals.width, covariance_dims, views)
 
 
 def _view(images: ImageTotals, spectrum: torch.Tensor, batches: list[SampleViews], null: np.ndarray) -> View:
@@ -170,7 +177,8 @@ def rows(analysis: Analysis) -> Iterator[dict[str, Any]]:
         for index, block in enumerate(model.blocks, 1):
             for centring, view in block.views.items():
                 where = {"model": model.name, "block": index, "centring": centring}
-                yield where | {"tokens": block.tokens, "width": block.width} | _numbers(view)
+                where |= {"tokens": block.tokens, "width": block.width}
+                yield where | _numbers(view) | _levelled("covariance_dims", block.covariance_dims)
 
 
 def _numbers(view: View) -> dict[str, Any]:
@@ -178,7 +186,7 @@ def _numbers(view: View) -> dict[str, Any]:
     for i, level in enumerate(LEVELS):
         for name, spread in (("image", view.dims), ("image_shared", view.captured_dims)):
             numbers |= {f"{name}_dims_{level * 100:.0f}_{part}": value[i] for part, value in spread._asdict().items()}
-        numbers[f"dataset_dims_{level * 100:.0f}"] = view.dataset_dims[i]
+    numbers |= _levelled("dataset_dims", view.dataset_dims)
     numbers |= {"effective_rank_mean": view.effective_rank[0], "effective_rank_std": view.effective_rank[1]}
     for name, angles in (("pair", view.pair_angles), ("shared", view.shared_angles)):
         numbers |= {f"{name}_angle_{part}": value.mean() for part, value in angles._asdict().items()}
@@ -189,6 +197,10 @@ def _numbers(view: View) -> dict[str, Any]:
         found |= {"_null": view.sep_null[i], "_minus_null": view.sep[i] - view.sep_null[i]}
         numbers |= {f"sep_{level * 100:.0f}{part}": value for part, value in found.items()}
     return numbers
+
+
+def _levelled(name: str, values: np.ndarray) -> dict[str, Any]:
+    return {f"{name}_{level * 100:.0f}": value for level, value in zip(LEVELS, values, strict=True)}
 
 
 def arrays(analysis: Analysis) -> Iterator[tuple[str, np.ndarray]]:
@@ -234,16 +246,15 @@ def _short(value: Any) -> Any:
 
 def last_block_table(analysis: Analysis) -> str:
     """The last block of every model side by side, as text."""
+    lasts = [model.blocks[-1] for model in analysis.models]
+    names = [
+        f"{model.name} ({block.tokens} x {block.width})" for model, block in zip(analysis.models, lasts, strict=True)
+    ]
     texts = []
     for centring in spectra.CENTRINGS:
-        lasts = [model.blocks[-1] for model in analysis.models]
-        columns = [[name for name, _ in _lines(lasts[0].views[centring])]]
-        columns += [[text for _, text in _lines(block.views[centring])] for block in lasts]
-        heads = [
-            f"last block, {centring}",
-            *(f"{m.name} ({b.tokens} x {b.width})" for m, b in zip(analysis.models, lasts, strict=True)),
-        ]
-        texts.append(_align([heads, *zip(*columns, strict=True)]))
+        columns = [_lines(block, centring) for block in lasts]
+        body = [(name, *(column[name] for column in columns)) for name in columns[0]]
+        texts.append(_align([(f"last block, {centring}", *names), *body]))
     for found in analysis.cka:
         best = found.matrix[-1].argmax()
         texts.append(
@@ -253,32 +264,36 @@ def last_block_table(analysis: Analysis) -> str:
     return "\n\n".join(texts)
 
 
-def _lines(view: View) -> list[tuple[str, str]]:
+def _lines(block: Block, centring: str) -> dict[str, str]:
     """Name and value of what is worth a line."""
-    levels = "/".join(f"{level * 100:.0f}" for level in LEVELS)
-    sep_levels = "/".join(f"{level * 100:.0f}" for level in (0.5, 0.9))
-    ends = [0, len(sep.LEVELS) - 1]
+    view = block.views[centring]
+    levels, k = "/".join(f"{level * 100:.0f}" for level in LEVELS), len(view.pair_angles.mean)
 
     def joined(values: Iterable[float], form: str = ".0f") -> str:
         return "/".join(format(value, form) for value in values)
 
-    return [
-        (f"dimensions of an image, {levels} %, mean", joined(view.dims.mean)),
-        (f"dimensions of an image, {levels} %, 99th percentile", joined(view.dims.p99)),
-        ("effective rank of an image, mean", f"{view.effective_rank[0]:.1f}"),
-        (f"dimensions of the data set, {levels} %", joined(view.dataset_dims)),
-        (f"dimensions of an image in the shared basis, {levels} %", joined(view.captured_dims.mean)),
-        (f"angle of two images' top-{len(view.pair_angles.mean)}, mean", f"{view.pair_angles.mean.mean():.1f} deg"),
-        ("overlap of two images' subspaces", f"{view.pair_overlap:.3f}"),
-        ("angle with the shared basis, mean", f"{view.shared_angles.mean.mean():.1f} deg"),
-        ("overlap with the shared basis", f"{view.shared_overlap:.3f}"),
-        (f"SEP d/D at {sep_levels} %", joined(view.sep[ends], ".3f")),
-        ("  channels permuted", joined(view.sep_permuted.mean(0)[ends], ".3f")),
-        ("  minus white noise", joined((view.sep - view.sep_null)[ends], "+.3f")),
-    ]
+    ends = [0, -1]  # 50 and 90 %
+    lines = {
+        f"dimensions of an image, {levels} %, mean": joined(view.dims.mean),
+        "  99th percentile": joined(view.dims.p99),
+        "  in the shared basis, mean": joined(view.captured_dims.mean),
+        "  effective rank, mean": f"{view.effective_rank[0]:.1f}",
+        "dimensions of the whole set": joined(view.dataset_dims),
+        f"angles of two images' top-{k}, mean": f"{view.pair_angles.mean.mean():.1f} deg",
+        "  overlap": f"{view.pair_overlap:.3f}",
+        f"angles of an image's and the shared top-{k}": f"{view.shared_angles.mean.mean():.1f} deg",
+        "  overlap ": f"{view.shared_overlap:.3f}",
+        "SEP, d/D at 50/90 %": joined(view.sep[ends], ".3f"),
+        "  channels permuted": joined(view.sep_permuted.mean(0)[ends], ".3f"),
+        "  minus white noise": joined((view.sep - view.sep_null)[ends], "+.3f"),
+    }
+    if centring == "centred":
+        lines["dimensions of the whole set about its mean token"] = joined(block.covariance_dims)
+    return lines
 
 
 def _align(lines: list[tuple[str, ...]]) -> str:
+    """Left-aligned columns under a rule."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])

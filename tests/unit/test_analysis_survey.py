@@ -80,10 +80,11 @@ def test_every_number_is_numpys(found: Analysis, model: int, centring: str) -> N
     for block, layer in zip(found.models[model].blocks, dump, strict=True):
         x = layer.double().numpy()
         own = x - x.mean(1, keepdims=True) if centring == "centred" else x
-        shifted = x - x.mean((0, 1)) if centring == "centred" else x
         view = block.views[centring]
         check_spectra(view, own)
-        axes = check_data_set(view, shifted)
+        axes = check_data_set(view, own)
+        rows = (x - x.mean((0, 1))).reshape(-1, block.width)
+        assert block.covariance_dims.tolist() == dims(cumulated(np.linalg.svd(rows, compute_uv=False) ** 2)).tolist()
         check_pairs(view, own, axes)
         check_sep(view, own)
 
@@ -101,13 +102,13 @@ def check_spectra(view: View, own: np.ndarray) -> None:
     np.testing.assert_allclose(view.effective_rank, (ranks.mean(), ranks.std()), rtol=1e-4)
 
 
-def check_data_set(view: View, shifted: np.ndarray) -> np.ndarray:
-    rows = shifted.reshape(-1, shifted.shape[-1])
+def check_data_set(view: View, own: np.ndarray) -> np.ndarray:
+    rows = own.reshape(-1, own.shape[-1])
     _, sigma, axes = np.linalg.svd(rows, full_matrices=False)
     share = cumulated(sigma**2)
     np.testing.assert_allclose(view.dataset_energy, share, atol=1e-6)
     np.testing.assert_array_equal(view.dataset_dims, dims(share))
-    sample = shifted[np.arange(2 * PAIRS) * IMAGES // (2 * PAIRS)]
+    sample = own[np.arange(2 * PAIRS) * IMAGES // (2 * PAIRS)]
     captured = cumulated(((sample @ axes.T) ** 2).sum(1))
     np.testing.assert_allclose(view.captured.mean, captured.mean(0), atol=1e-5)
     np.testing.assert_allclose(view.captured.p90, np.quantile(captured, 0.9, axis=0), atol=1e-5)
@@ -165,7 +166,7 @@ def test_what_is_kept_does_not_grow_with_the_images() -> None:
             for batch in Loader():
                 first.update(batch)
         sums = [t for blocks in first.blocks for b in blocks for v in b.images.values() for t in vars(v).values()]
-        moments = [m for blocks in first.blocks for b in blocks for m in vars(b.moments).values()]
+        moments = [m for blocks in first.blocks for b in blocks for c in b.moments.values() for m in vars(c).values()]
         assert len(first.finish()) == 4
         return sum(t.numel() for t in sums + moments)
 
