@@ -27,9 +27,9 @@ class CrossMoments:
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add rows x (M, Dx), y (M, Dy)."""
-        m = len(x)
+        m, itself = len(x), y is x
         x, mean_x = _centred(x)
-        y, mean_y = _centred(y)
+        y, mean_y = (x, mean_x) if itself else _centred(y)
         delta_x, delta_y = mean_x - self.mean_x, mean_y - self.mean_y
         share = m / (self.n + m)
         self.scatter += y.T @ x

@@ -54,7 +54,7 @@ class ImageTotals:
         self.histogram.scatter_add_(1, dims.T, torch.ones_like(dims.T, dtype=torch.float64))
         self.effective += torch.stack([effective.sum(), effective.square().sum()])
         self.energy += share.sum(0)
-        power, count = sep.power(rows.float())
+        power, count = sep.power(rows)
         self.power += power
         self.sep_tokens += count
 
@@ -76,7 +76,7 @@ class BlockTotals:
         """Add tokens (B, N, D)."""
         for centring, rows in spectra.views(tokens).items():
             self.images[centring].update(rows)
-            flat = rows.flatten(0, 1).float()
+            flat = rows.flatten(0, 1)
             self.moments[centring].update(flat, flat)
 
     def merge_over_ranks(self) -> None:
@@ -201,7 +201,7 @@ class SecondPass:
 
     def _compare(self, rows: Tensor, axes: Tensor, orders: Tensor) -> SampleViews:
         bases = spectra.top_basis(rows, self._k)
-        powers, counts = zip(*(sep.power(rows.float()[..., order]) for order in orders), strict=True)
+        powers, counts = zip(*(sep.power(rows[..., order]) for order in orders), strict=True)
         found = (
             spectra.captured(rows, axes),
             spectra.principal_angles(bases[0::2], bases[1::2]),

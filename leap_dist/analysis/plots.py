@@ -14,7 +14,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from leap_dist.analysis import sep
 from leap_dist.analysis.results import Analysis, Band, Cka, Model
-from leap_dist.analysis.spectra import LEVELS
+from leap_dist.analysis.spectra import CENTRINGS, LEVELS
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # Okabe and Ito: told apart by every eye
 STYLE = {
@@ -63,11 +63,11 @@ def _panels(analysis: Analysis) -> dict[str, Callable[[Axes], None]]:
     """Every panel by name, as a function that draws it on given axes."""
     models = list(zip(analysis.models, COLOURS, strict=False))
     panels: dict[str, Callable[[Axes], None]] = {
-        f"dimensions_{centring}": lambda axes, c=centring: _dimensions(axes, models, c)
-        for centring in ("uncentred", "centred")
+        f"{name}_{centring}": lambda axes, draw=draw, c=centring: draw(axes, models, c)
+        for centring in CENTRINGS
+        for name, draw in (("dimensions", _dimensions), ("captured", _captured))
     }
     panels |= {
-        "captured": lambda axes: _captured(axes, models),
         "overlap": lambda axes: _overlap(axes, models, analysis.k),
         "angles": lambda axes: _angles(axes, models),
         "sep": lambda axes: _sep(axes, models),
@@ -97,18 +97,18 @@ def _dimensions(axes: Axes, models: Coloured, centring: str) -> None:
     _legend(axes, models, {"an image (mean to 99th percentile)": "-", "the whole set": "--"})
 
 
-def _captured(axes: Axes, models: Coloured) -> None:
+def _captured(axes: Axes, models: Coloured, centring: str) -> None:
     """Last block: energy in an image's own first directions, and in the directions all images share."""
     for model, colour in models:
         block = model.blocks[-1]
-        view = block.views["uncentred"]
+        view = block.views[centring]
         own = np.arange(1, len(view.energy) + 1) / block.width
         axes.plot(own, view.energy, color=colour)
         shared = np.arange(1, block.width + 1) / block.width
         axes.plot(shared, view.captured.mean, "--", color=colour)
         axes.fill_between(shared, view.captured.p10, view.captured.p90, color=colour, alpha=0.15, linewidth=0)
     axes.set(
-        title="Energy of an image in the first directions, last block", xlabel="directions / width",
+        title=f"Energy of an image in the first directions, last block, {centring}", xlabel="directions / width",
         ylabel="share of energy", xlim=(0, 1), ylim=(0, 1.02),
     )  # fmt: skip
     _legend(axes, models, {"its own directions": "-", "shared directions": "--"}, "lower right")
@@ -135,7 +135,7 @@ def _angles(axes: Axes, models: Coloured) -> None:
     axes.set(title="Principal angles, last block, centred", xlabel="angle number", ylabel="degrees", ylim=(0, 92))
     axes.set_yticks([0, 30, 60, 90])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(axes, models, {"two images": "-", "an image and the whole set": "--"}, "lower right")
+    _legend(axes, models, {"two images": "-", "an image and the whole set": "--"}, "upper left")
 
 
 def _band(axes: Axes, band: Band, line: str, colour: str) -> None:

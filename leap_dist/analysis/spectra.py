@@ -23,8 +23,7 @@ CENTRINGS = ("uncentred", "centred")
 
 
 def views(tokens: Tensor) -> dict[str, Tensor]:
-    """tokens (B, N, D) as they are, and about each image's mean token; both float64, keys `CENTRINGS`."""
-    tokens = tokens.double()
+    """tokens (B, N, D) as they are, and about each image's mean token; keys `CENTRINGS`."""
     return {"uncentred": tokens, "centred": tokens - tokens.mean(1, keepdim=True)}
 
 

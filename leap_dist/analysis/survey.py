@@ -27,7 +27,7 @@ class SurveyOptions:
     pairs: int = 64
     k: int = 16
     batch: int = 16
-    shuffles: int = 8
+    shuffles: int = 4
 
 
 def survey(
