@@ -108,7 +108,7 @@ def _captured(axes: Axes, models: Coloured, centring: str) -> None:
         axes.plot(shared, view.captured.mean, "--", color=colour)
         axes.fill_between(shared, view.captured.p10, view.captured.p90, color=colour, alpha=0.15, linewidth=0)
     axes.set(
-        title=f"Energy of an image in the first directions, last block, {centring}", xlabel="directions / width",
+        title=f"Energy in the first directions, last block, {centring}", xlabel="directions / width",
         ylabel="share of energy", xlim=(0, 1), ylim=(0, 1.02),
     )  # fmt: skip
     _legend(axes, models, {"its own directions": "-", "shared directions": "--"}, "lower right")
