@@ -19,6 +19,7 @@ LAYERS = [
     {"assembly", "wrapup"},
     {"trainer", "pretraining"},
     {
+        "analysis",
         "checkpoint",
         "coordinator",
         "data",

@@ -1,0 +1,76 @@
+"""The models under analysis: any timm vision transformer, or an exported student, as a map from images to tokens.
+
+Patch tokens of every block, each through the model's final norm. That is what LEAP matches at every target block, and
+at the last block what arXiv 2511.15572 analyses; class and register tokens are cut off, as there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor
+
+from leap_dist.config import TeacherConfig
+from leap_dist.errors import UserError
+from leap_dist.export import load_student
+from leap_dist.teacher import build_teacher
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model, ready to be looked at.
+
+    name: for tables and figures; image_size: side of the square images it takes, pixels; normalisation: (mean, std) of
+    RGB in [0, 1] that it expects; grid: (rows, columns) of patch tokens; layers: images (B, 3, S, S) to the tokens
+    (B, N, D) of every block, shallowest first, float32, no grad.
+    """
+
+    name: str
+    image_size: int
+    normalisation: Normalisation
+    grid: tuple[int, int]
+    layers: Callable[[Tensor], list[Tensor]]
+
+
+def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
+    """A student that a run exported: `student.safetensors` with its .json beside it. UserError if they do not load."""
+    record = path.with_suffix(".json")
+    try:
+        about = json.loads(record.read_text())
+        size, normalisation = int(about["image_size"]), (tuple(about["mean"]), tuple(about["std"]))
+        student = load_student(path, device).requires_grad_(False)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} and {record.name} are no exported student ({error!r:.160})") from error
+    if "return_prefix_tokens" not in inspect.signature(student.backbone.forward_intermediates).parameters:
+        raise UserError(f"{path}: {about['model']} cannot give the tokens of every block")
+
+    @torch.no_grad()
+    def layers(images: Tensor) -> list[Tensor]:
+        return [features.patch.float() for features in student.every_layer(images)]
+
+    return Subject(name, size, normalisation, student.grid, layers)
+
+
+def timm_subject(config: TeacherConfig, name: str, image_size: int, device: torch.device) -> Subject:
+    """A timm model by name and weights, at square images of `image_size` pixels. Errors as of `build_teacher`."""
+    teacher = build_teacher(config, image_size, device)
+    teacher.retarget(teacher.spec.depth)
+
+    def layers(images: Tensor) -> list[Tensor]:
+        return [features.patch.float() for features in teacher.sweep(images)]
+
+    return Subject(name, image_size, (teacher.spec.mean, teacher.spec.std), teacher.spec.grid, layers)
+
+
+def native_image_size(model: str) -> int:
+    """Side of the images that timm's `model` was trained on, pixels; 224 for a model that timm does not know."""
+    known = timm.models.get_pretrained_cfg(model, allow_unregistered=True) if timm.is_model(model) else None
+    return 224 if known is None else known.input_size[-1]

@@ -1,0 +1,115 @@
+"""tools/analyze.py: an exported student and a timm teacher on the digits, on one and on two ranks, and its mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import analyze
+
+from leap_dist.config import StudentConfig
+from leap_dist.student import build_student
+
+TOOL = Path(analyze.__file__)
+TEACHER = "vit_tiny_patch16_224=random"
+SMALL = ["--data", "digits", "--images", "21", "--pairs", "3", "--subspace", "2", "--batch", "8", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `export_student` leaves: a student of two blocks, 16 tokens of 24 channels at 32 pixels."""
+    path = tmp_path_factory.mktemp("my-run") / "student.safetensors"
+    kwargs = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    built = build_student(StudentConfig(model="vit_tiny_patch16_224", kwargs=kwargs), 32)
+    save_file(built.backbone.state_dict(), path)
+    about = {"model": "vit_tiny_patch16_224", "kwargs": {"num_classes": 0, "img_size": 32, **kwargs}}
+    about |= {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    path.with_suffix(".json").write_text(json.dumps(about))
+    return path
+
+
+def on_two_ranks(*arguments: str) -> str:
+    """What it printed on stdout."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(TOOL), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=250, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_ranks_find_what_one_finds(student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", str(student), str(student), "--teacher", TEACHER, *SMALL, "--out"]
+    assert analyze.main([*command, str(tmp_path / "one")]) == 0
+    printed, log = capfd.readouterr()
+    assert "21 images, 3 pairs of them\n\nlast block, uncentred" in printed
+    assert "expects another normalisation" not in log  # this teacher's is 0.5 too
+    assert on_two_ranks(*command, str(tmp_path / "two")).count("21 images, 3 pairs of them") == 1
+    one, two = (np.load(tmp_path / name / "curves.npz") for name in ("one", "two"))
+    assert set(one) == set(two)
+    names = [path.parent.name for path in (student, student)]
+    assert {key.split("/")[0] for key in one} == {f"{names[0]} #1", f"{names[1]} #2", "vit_tiny_patch16_224", "cka"}
+    for key in one:
+        np.testing.assert_allclose(two[key], one[key], rtol=1e-4, atol=2e-3 if "angles" in key else 1e-5, err_msg=key)
+    assert one["vit_tiny_patch16_224/12/centred/dims/mean"].tolist()[3] > 1
+    files = {path.name for path in (tmp_path / "two").iterdir()}
+    assert files >= {
+        "blocks.csv",
+        "cka.csv",
+        "curves.npz",
+        "analysis.json",
+        "overview.png",
+        "overview.pdf",
+        "cka_2.png",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere/student.safetensors"], "nowhere/student.safetensors: no such file"),
+        (["run", "nowhere/config.yaml"], "nowhere/config.yaml: no such file"),
+        (["run", TEACHER, "--pairs", "0"], "--pairs 0: at least 1"),
+        (["run", TEACHER, "--data", "s3://bucket/val"], "--data s3://bucket/val: a URI needs --cache"),
+        (["run", TEACHER, "--out", "{used}"], "exists and is not empty"),
+        (["run", "vit_tinny_patch16_224=random"], "unknown to timm"),
+        (["run", "vit_tiny_patch16_224=nowhere.pth"], "nowhere.pth: no such file"),
+        (["run", "{student}", "--image-size", "64"], "takes images of 32 pixels, not 64"),
+        (["run", "{plain}"], "are no exported student"),
+        (["run", "{student}", "--subspace", "16"], "has room for 1 to 15"),
+        (["run", TEACHER, "--data", "nowhere"], "nowhere/index.json does not exist"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_leave_nothing(
+    student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/mine.txt").touch()
+    plain = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(1)}, plain)
+    places = {"student": student, "plain": plain, "used": tmp_path / "used"}
+    arguments = [text.format(**places) for text in arguments]
+    defaults = {"--data": "digits", "--out": str(tmp_path / "out"), "--subspace": "2", "--workers": "0"}
+    for option, value in defaults.items():
+        arguments += [] if option in arguments else [option, value]
+    assert analyze.main(arguments) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("analyze")]
+    assert len(lines) == 1 and message in lines[0] and lines[0].startswith("analyze [rank 0]: error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_launchers_add_and_names() -> None:
+    args = analyze.parse(["--local_rank=1", "run", "m", "--data", "digits", "--out", "o"])
+    assert args.models == ["m"]
+    assert analyze.request("vit_x").teacher.weights == "hub"
+    assert analyze.request("vit_x=/w/file.safetensors").teacher.weights == "/w/file.safetensors"

@@ -1,0 +1,216 @@
+"""Look at the tokens of vision transformers: dimensions, subspace rotation, spectral energy, CKA between layers.
+
+    python tools/analyze.py run runs/leap/student.safetensors --teacher runs/leap/config.yaml \\
+        --data /data/imagenet-mds/val --out runs/leap/analysis
+    python tools/analyze.py run vit_small_patch14_dinov2 --data /data/imagenet-mds/val --out runs/dinov2-small
+    python tools/analyze.py compare A.safetensors B.safetensors --teacher T --data ... --out runs/a-and-b
+
+MODEL is one of
+
+    PATH/student.safetensors          a student that a run exported, with its .json beside it
+    PATH/config.yaml                  the teacher of a run, as its config names it
+    NAME, NAME=random, NAME=FILE      a timm model with its pretrained, with random or with a file's weights
+
+Also under torchrun or deepspeed, on several processes. OUT appears when everything is in it: blocks.csv, cka.csv,
+curves.npz, analysis.json, figures as PNG and PDF, and tensorboard/. docs/analysis.md explains what they show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from leap_dist.config import HUB, Config, DataConfig, TeacherConfig, is_remote, load
+from leap_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from leap_dist.analysis import Analysis, Subject
+    from leap_dist.data import EvalLoader
+    from leap_dist.distributed import World
+
+EXPORTED, RECORD = ".safetensors", (".yaml", ".yml")
+
+
+def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="analyze.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher inserts it
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="one model, and how it relates to a teacher if one is named")
+    run.add_argument("models", nargs=1, metavar="MODEL")
+    compare = commands.add_parser("compare", help="two students on the same images, in one table and one picture")
+    compare.add_argument("models", nargs=2, metavar=("A", "B"))
+    for command in (run, compare):
+        _add_options(command)
+    return parser.parse_args(argv)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", required=True, help="folder or URI of MDS shards, or 'digits': its 297 held-out images")
+    add("--out", required=True, type=Path, help="new folder for tables and figures")
+    add("--teacher", metavar="MODEL", help="for the CKA of every pair of blocks, and beside the others in every figure")
+    add("--images", type=int, default=1000, help="evenly strided over the set (default: 1000)")
+    add("--pairs", type=int, default=64, help="pairs of images whose subspaces are compared (default: 64)")
+    add("--subspace", type=int, default=16, help="dimensions of those subspaces (default: 16)")
+    add("--batch", type=int, default=16, help="images per process at a time (default: 16)")
+    add("--image-size", type=int, help="pixels, for timm models; default: a student's or a run's own, else the model's")
+    add("--workers", type=int, default=2, help="loader processes per rank (default: 2)")
+    add("--cache", help="local folder for the shards of a URI")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A MODEL as named: an exported student's file, or a timm model and, where it was one's teacher, that run."""
+
+    name: str
+    student: Optional[Path] = None
+    teacher: Optional[TeacherConfig] = None
+    run: Optional[Config] = None
+
+
+def request(text: str) -> Request:
+    """Understand a MODEL without loading it. UserError where it is none of the three kinds."""
+    path = Path(text)
+    if text.endswith(RECORD):
+        run = load(path, [], check=False)
+        return Request(run.teacher.model, teacher=replace(run.teacher, placement="replicated"), run=run)
+    if text.endswith(EXPORTED) and "=" not in text:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        return Request(path.absolute().parent.name if path.stem == "student" else path.stem, student=path)
+    name, _, weights = text.partition("=")
+    return Request(name, teacher=TeacherConfig(model=name, weights=weights or HUB))
+
+
+def check(args: argparse.Namespace) -> list[Request]:
+    """Everything that can be wrong before anything is loaded. UserError in one line."""
+    for option in ("images", "pairs", "subspace", "batch"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option} {getattr(args, option)}: at least 1")
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: at least 0")
+    if is_remote(args.data) and not args.cache:
+        raise UserError(f"--data {args.data}: a URI needs --cache, a local folder for its shards")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UserError(f"--out {args.out}: exists and is not empty; name a new folder")
+    return [request(text) for text in (*args.models, *([args.teacher] if args.teacher else []))]
+
+
+def open_subjects(requests: list[Request], image_size: Optional[int], world: World) -> list[Subject]:
+    """Load the models. A timm model takes images of the size asked for, else a student's or a run's, else its own."""
+    from leap_dist.analysis import exported_subject, native_image_size
+
+    exported = {r.name: exported_subject(r.student, r.name, world.device) for r in requests if r.student}
+    sizes = [subject.image_size for subject in exported.values()]
+    sizes += [r.run.data.image_size for r in requests if r.run]
+    sizes += [native_image_size(r.teacher.model) for r in requests if r.teacher]
+    size = image_size or sizes[0]
+    for subject in exported.values():
+        if subject.image_size != size:
+            raise UserError(f"{subject.name} takes images of {subject.image_size} pixels, not {size}")
+    return [exported.get(r.name) or _open_timm(r, size, world) for r in requests]
+
+
+def _open_timm(asked: Request, size: int, world: World) -> Subject:
+    from leap_dist.analysis import timm_subject
+
+    if asked.run is None:
+        return timm_subject(asked.teacher, asked.name, size, world.device)
+    from leap_dist.assembly import with_demo_teacher
+
+    teacher = with_demo_teacher(replace(asked.run, teacher=asked.teacher), world).teacher
+    subject = timm_subject(teacher, asked.name, size, world.device)
+    return replace(subject, normalisation=(tuple(asked.run.data.mean), tuple(asked.run.data.std)))
+
+
+def open_images(args: argparse.Namespace, subject: Subject, world: World) -> EvalLoader:
+    """The images, of the size and normalisation that `subject` takes."""
+    from leap_dist.data import build_eval_loader, resolve
+
+    mean, std = subject.normalisation
+    config = DataConfig(
+        train=args.data, val=args.data, cache=args.cache, image_size=subject.image_size, workers=args.workers,
+        augment="none", mean=mean, std=std,
+    )  # fmt: skip
+    config = resolve(config, args.out.absolute().parent, world)
+    return build_eval_loader(config.val, config, batch=args.batch, world=world, limit=args.images)
+
+
+def analyse(args: argparse.Namespace) -> None:
+    """From the command line to the folder of results."""
+    requests = _named_apart(check(args))
+    from leap_dist.analysis import SurveyOptions, survey
+    from leap_dist.distributed import initialise, shutdown
+
+    world = initialise()
+    subjects = open_subjects(requests, args.image_size, world)
+    for subject in subjects[1:]:
+        if subject.normalisation != subjects[0].normalisation and world.is_main:
+            say(f"{subject.name} expects another normalisation than {subjects[0].name}, whose images it gets")
+    students, teacher = (subjects[:-1], subjects[-1]) if args.teacher else (subjects, None)
+    options = SurveyOptions(pairs=args.pairs, k=args.subspace, batch=args.batch)
+    found = survey(students, teacher, open_images(args, subjects[0], world), world, options)
+    if found is not None:
+        write(found, args)
+    shutdown()
+
+
+def _named_apart(requests: list[Request]) -> list[Request]:
+    """Requests of one name get numbers: names are keys of the results."""
+    names = [r.name for r in requests]
+    return [
+        replace(r, name=f"{r.name} #{names[: i + 1].count(r.name)}") if names.count(r.name) > 1 else r
+        for i, r in enumerate(requests)
+    ]
+
+
+def write(found: Analysis, args: argparse.Namespace) -> None:
+    """Write the folder, whole or not at all, and print the table of the last blocks."""
+    from leap_dist.analysis import last_block_table, write_tables
+    from leap_dist.analysis.plots import write_figures
+    from leap_dist.data.shards import complete_or_absent
+    from leap_dist.files import write_json, write_text
+
+    if args.out.is_dir():
+        args.out.rmdir()  # empty, as `check` saw
+    text = last_block_table(found)
+    asked: dict[str, Any] = {key: str(value) for key, value in vars(args).items() if value is not None}
+    with complete_or_absent(args.out) as folder:
+        write_tables(found, folder)
+        write_figures(found, folder)
+        write_json(folder / "analysis.json", {"images": found.images, "sample": found.sample, "arguments": asked})
+        write_text(folder / "table.txt", text + "\n")
+    print(f"{found.images} images, {found.sample // 2} pairs of them\n\n{text}\n\n{args.out}")
+
+
+def say(message: str) -> None:
+    """One line on stderr that says which rank speaks."""
+    print(f"analyze [rank {os.environ.get('RANK', '0')}]: {message}", file=sys.stderr, flush=True)
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Exit status: 0 done; 2 a user's mistake, one line; 1 a bug."""
+    try:
+        analyse(parse(argv))
+    except UserError as error:
+        say(f"error: {error}")
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    if status:  # at once: the other ranks may be waiting in a collective, and their launcher for this one
+        sys.stdout.flush()
+        os._exit(status)
