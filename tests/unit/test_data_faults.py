@@ -115,7 +115,10 @@ def test_a_damaged_remote_shard_without_a_hash_is_seen_by_its_size(
     folder = write(tmp_path / "set", compression=compression)
     loader = build(config(folder, cache=str(tmp_path / "cache"), augment="none"))
     shards = damage(folder, "cut")
-    check_stand_ins(*epoch_of(loader), raw, shards)
+    pixels, bad = epoch_of(loader)
+    check_stand_ins(pixels, bad, raw, shards)
+    (cached,) = (tmp_path / "cache").iterdir()
+    assert not set(shards) & {path.name for path in cached.iterdir()}, "a damaged shard was kept"
 
 
 def test_a_stand_in_is_augmented_as_the_sample_it_stands_for(build: Build, tmp_path: Path) -> None:

@@ -178,6 +178,13 @@ def test_two_ranks_see_what_one_sees(pair: tuple[Path, list[dict[str, Any]]]) ->
         assert together([rank["train"][workers] for rank in ranks]) == alone
 
 
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_steps_see_what_one_batch_sees(pair: tuple[Path, Any], accumulation: int) -> None:
+    folder, _ = pair
+    parts = read(mixed(folder), ALONE, accumulation=accumulation, starts=STARTS)
+    assert together([parts]) == together([read(mixed(folder), ALONE, starts=STARTS)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "nodes"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
 def test_any_world_continues_any_step_exactly(tmp_path: Path, size: int, nodes: int) -> None:
