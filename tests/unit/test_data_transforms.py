@@ -93,11 +93,11 @@ def test_leap_flips_left_right_half_the_time_and_never_upside_down() -> None:
 
 def test_a_stream_depends_on_every_part_of_the_key_and_on_nothing_else() -> None:
     def draw(*key: int) -> list[float]:
-        return sample_stream(*key).random(4).tolist()
+        return sample_stream(*key).random(16).tolist()
 
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2**40), (2**32 - 1, 0, 0)]
     values = {value for key in keys for value in draw(*key)}
-    assert len(values) == 4 * len(keys)
+    assert len(values) == 16 * len(keys)
     assert draw(3, 2, 1) == draw(3, 2, 1)
     assert torch.equal(torch.get_rng_state(), torch_state) and (np.random.get_state()[1] == numpy_state).all()
