@@ -44,7 +44,8 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
     if world.is_main:
         warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
-    teacher = build_teacher(config.teacher, config.data.image_size, world.device, world)
+    flops = teacher_flops(config.teacher, config.data.image_size)
+    teacher = build_teacher(config.teacher, config.data.image_size, world.device, world, flops)
     data = resolve(config.data, Path(config.output), world)
     loader = build_train_loader(data, seed=config.seed, micro_batch=batch, world=world)
     if loader.num_samples < config.data.global_batch:
@@ -55,7 +56,7 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
     optimizer = build_optimizer(config.optim, objective)
     parts = Parts(
         teacher=teacher,
-        flops=teacher_flops(config.teacher, config.data.image_size),
+        flops=flops,
         engine=build_engine(config, objective, optimizer, batch),
         loader=loader,
         coordinator=Coordinator(curriculum, world),

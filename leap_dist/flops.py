@@ -43,11 +43,11 @@ def teacher_flops(config: TeacherConfig, image_size: int) -> TeacherFlops:
     return _count(config, image_size, "teacher")
 
 
-def teacher_costs(config: TeacherConfig, image_size: int) -> TeacherCosts:
-    """What planning knows of a teacher: FLOPs, and bytes in its dtype. Loads no weights."""
+def teacher_costs(config: TeacherConfig, image_size: int, flops: TeacherFlops) -> TeacherCosts:
+    """What planning knows of a teacher: its FLOPs, as counted, and bytes in its dtype. Loads no weights."""
     backbone = split(build_model(config.model, config.kwargs, image_size, device="meta"))
     images = torch.empty(1, 3, image_size, image_size, device="meta")
-    flops, size = teacher_flops(config, image_size), DTYPES[config.dtype].itemsize
+    size = DTYPES[config.dtype].itemsize
     return TeacherCosts(
         embed_flops=flops.embed,
         block_flops=flops.blocks,
