@@ -3,8 +3,8 @@
 python tools/plan_cluster.py --cluster 4x8-h100 --teacher vit-7b --batch 32
 python tools/plan_cluster.py --cluster 8x-l40s --config launch_configs/leap_vit7b_vitb16_imagenet1k.yaml
 
-Bandwidths and peaks are the vendors'; the share of the peak that a ViT reaches (--mfu) is yours to measure. No table
-here has been compared with a run on such a cluster.
+Bandwidths and peaks are the vendors'; the share of the peak that a ViT reaches (--mfu) is yours to measure. Bytes
+are tested against small runs; no table has been compared with a run on such a cluster.
 """
 
 from __future__ import annotations
