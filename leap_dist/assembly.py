@@ -51,7 +51,8 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
     if world.is_main:
         warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
-    teacher = build_teacher(config.teacher, config.data.image_size, world.device, world)
+    flops = step_flops(config)
+    teacher = build_teacher(config.teacher, config.data.image_size, world.device, world, flops.teacher)
     data = resolve(config.data, Path(config.output), world)
     loader = build_train_loader(
         data, seed=config.seed, micro_batch=batch, accumulation=config.engine.accumulation, world=world
@@ -67,7 +68,7 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
     optimizer = build_optimizer(config.optim, objective)
     parts = Parts(
         teacher=teacher,
-        flops=step_flops(config),
+        flops=flops,
         engine=build_engine(config, objective, optimizer, batch, load_universal=convert),
         loader=loader,
         bad_samples=BadSamples(Path(config.output) / BAD_SAMPLES, most_bad, world),

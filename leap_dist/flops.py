@@ -121,10 +121,10 @@ def student_flops(config: StudentConfig, image_size: int, every_layer: bool = Fa
     return StudentFlops(forward, _counted(total.backward)[0])
 
 
-def teacher_costs(config: TeacherConfig, image_size: int) -> TeacherCosts:
-    """What planning knows of a teacher: FLOPs, and bytes in its dtype. Loads no weights."""
+def teacher_costs(config: TeacherConfig, image_size: int, flops: TeacherFlops) -> TeacherCosts:
+    """What planning knows of a teacher: its FLOPs, as counted, and bytes in its dtype. Loads no weights."""
     backbone, images = _backbone(config, image_size), _images(image_size)
-    flops, size = _count(backbone, image_size), DTYPES[config.dtype].itemsize
+    size = DTYPES[config.dtype].itemsize
     return TeacherCosts(
         embed_flops=flops.embed,
         block_flops=flops.blocks,

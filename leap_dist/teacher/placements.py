@@ -10,7 +10,7 @@ from torch import Tensor
 from leap_dist.config import TeacherConfig
 from leap_dist.distributed import World, build_pipeline
 from leap_dist.features import Features
-from leap_dist.flops import teacher_costs
+from leap_dist.flops import TeacherFlops, teacher_costs
 from leap_dist.planning import GIB, Choice, choose, pipeline_size
 from leap_dist.teacher.home import Home
 from leap_dist.teacher.lazy import LazyBackbone, return_freed_memory
@@ -21,10 +21,12 @@ from leap_dist.teacher.sharded import ShardedTeacher
 log = logging.getLogger(__name__)
 
 
-def build_home(config: TeacherConfig, image_size: int, lazy: LazyBackbone, world: World) -> Home | AutoTeacher:
+def build_home(
+    config: TeacherConfig, image_size: int, lazy: LazyBackbone, world: World, flops: TeacherFlops
+) -> Home | AutoTeacher:
     """The configured home, its target block 1. Collective over all ranks."""
     return_freed_memory()
-    costs = teacher_costs(config, image_size)
+    costs = teacher_costs(config, image_size, flops)
     stages = pipeline_size(config, world.local_size)
     makers: dict[str, Callable[[], Home]] = {
         "replicated": lambda: ReplicatedTeacher(lazy),
