@@ -125,7 +125,6 @@ class Trainer:
         self.config = config
         self.world = world
         self.teacher = parts.teacher
-        self.flops = parts.flops
         self.engine = parts.engine
         self.loader = parts.loader
         self.coordinator = parts.coordinator
@@ -203,9 +202,9 @@ class Trainer:
                 self._settle(interrupt)
                 self._save()
         self._settle(interrupt)
-        block = self.curriculum.block
+        target = self.curriculum.block
         if self.curriculum.end_epoch():
-            self._record(self.progress.step - 1, block, math.nan)
+            self._record(self.progress.step - 1, target, math.nan, target)
             self._advance()
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
@@ -309,12 +308,13 @@ class Trainer:
             return
         pending, self.pending = self.pending, None
         own_loss, loss, patch_loss, cls_loss, score = pending.values.read()
+        target = self.curriculum.block
         with self.timer.phase("decide", host=True):
             decision = self.coordinator.decide(step=pending.step, loss=own_loss, score=score, stop=interrupt.requested)
         self.checkpoints.confirm()  # the loss that the saved weights gave is finite
         self.accountant.charge(self.costs, pending.block, scored=not math.isnan(score))
         self._read_clocks()
-        self._record(pending.step, pending.block, score)
+        self._record(pending.step, pending.block, score, target)
         if self.telemetry is not None:
             self._report(pending, loss, patch_loss, cls_loss, score)
         if decision.advanced:
@@ -369,12 +369,15 @@ class Trainer:
         if self.ledger is not None:
             self._write_line(0, self.curriculum.block, decision="start", reason=reason, depth=self.teacher.spec.depth)
 
-    def _record(self, step: int, block: int, score: float) -> None:
-        """The ledger's line of a decision: on the score of `step`, which had `block`, or (NaN) on an epoch's end."""
+    def _record(self, step: int, block: int, score: float, target: int) -> None:
+        """The ledger's line of a decision: on the score of `step`, which had `block`, or (NaN) on an epoch's end.
+
+        target: the curriculum's block before the decision.
+        """
         if self.ledger is None:
             return
         ema, reason = self.curriculum.last_check
-        advanced = self.curriculum.block != block
+        advanced = self.curriculum.block != target
         if math.isfinite(score) or advanced or self.progress.step_in_epoch == self.steps_per_epoch:
             decision = "advance" if advanced else "stay"
             self._write_line(step, block, score, ema=ema, decision=decision, reason=reason)
@@ -394,7 +397,7 @@ class Trainer:
         )
 
     def _report(self, pending: Pending, loss: float, patch_loss: float, cls_loss: float, score: float) -> None:
-        assert self.telemetry is not None
+        assert self.telemetry is not None and self.ledger is not None
         shown = {
             "block": f"{pending.block}/{self.teacher.spec.depth}",
             self.config.curriculum.metric: f"{score:.3f}" if math.isfinite(score) else "-",
@@ -415,6 +418,7 @@ class Trainer:
             "memory/peak_gib": memory_bytes(self.world.device) / 2**30,
         }
         known = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
+        self.ledger.flush()
         self.telemetry.points(pending.step, known | self.accountant.scalars(pending.step, pending.block, self.costs))
 
     def _read_clocks(self) -> None:
