@@ -86,7 +86,7 @@ def step_flops(config: Config) -> StepFlops:
     evidence = 2 * tokens * width * spec.dim if cosine else moments_flops(tokens, width, spec.dim)
     return StepFlops(
         teacher=_count(backbone, size),
-        student=student_flops(config.student, size, every_layer),
+        student=student_step_flops(config.student, size, every_layer),
         match=heads * match_flops(tokens + (config.objective.cls_weight > 0), width, spec.dim),
         evidence=heads * evidence,
         cka=0 if cosine else cka_flops(width, spec.dim),
@@ -113,8 +113,13 @@ def teacher_flops(config: TeacherConfig, image_size: int) -> TeacherFlops:
     return _count(_backbone(config, image_size), image_size)
 
 
-def student_flops(config: StudentConfig, image_size: int, every_layer: bool = False) -> StudentFlops:
-    """Count the configured student; `every_layer`: with the tokens of all its blocks, not the last one's only."""
+def student_flops(config: StudentConfig, image_size: int) -> int:
+    """Forward FLOPs per image of the configured student, without its head."""
+    return student_step_flops(config, image_size).forward
+
+
+def student_step_flops(config: StudentConfig, image_size: int, every_layer: bool = False) -> StudentFlops:
+    """Count the configured student, forward and backward; `every_layer`: with the tokens of all its blocks, not the last one's only."""
     student, images = build_student(config, image_size, _META), _images(image_size)
     forward, views = _counted(lambda: student.every_layer(images) if every_layer else [student(images)])
     total = torch.stack([tokens.sum() for view in views for tokens in view if tokens is not None]).sum()

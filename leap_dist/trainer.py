@@ -133,7 +133,6 @@ class Trainer:
         self.config = config
         self.world = world
         self.teacher = parts.teacher
-        self.flops = parts.flops
         self.engine = parts.engine
         self.loader = parts.loader
         self.bad_samples = parts.bad_samples
@@ -215,9 +214,9 @@ class Trainer:
                 self._settle(interrupt)
                 self._save()
         self._settle(interrupt)
-        block = self.curriculum.block
+        target = self.curriculum.block
         if self.curriculum.end_epoch():
-            self._record(self.progress.step - 1, block, math.nan, advanced=True)
+            self._record(self.progress.step - 1, target, math.nan, advanced=True)
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
         if self._is_save_due(self.progress.epoch, self.config.checkpoint.every_epochs):
@@ -366,9 +365,9 @@ class Trainer:
             return
         pending, self.pending = self.pending, None
         own_loss, loss, patch_loss, cls_loss, score = pending.values.read()
-        before = self.curriculum.block
+        target = self.curriculum.block
         # Work that began before an advance says nothing about the new block.
-        judged = score if pending.block == before else math.nan
+        judged = score if pending.block == target else math.nan
         with self.timer.phase("decide", host=True):
             decision = self.coordinator.decide(
                 step=pending.step, loss=own_loss, score=judged, stop=interrupt.requested,
@@ -379,7 +378,7 @@ class Trainer:
             self.bad_samples.share()
         self.accountant.charge(self.costs, pending.block, scored=not math.isnan(score))
         self._read_clocks()
-        self._record(pending.step, pending.block, judged, advanced=self.curriculum.block != before)
+        self._record(pending.step, pending.block, judged, advanced=self.curriculum.block != target)
         if self.telemetry is not None:
             self._report(pending, loss, patch_loss, cls_loss, score)
         self.stopping = decision.stop
@@ -451,7 +450,7 @@ class Trainer:
         )
 
     def _report(self, pending: Pending, loss: float, patch_loss: float, cls_loss: float, score: float) -> None:
-        assert self.telemetry is not None
+        assert self.telemetry is not None and self.ledger is not None
         shown = {
             "block": f"{pending.block}/{self.teacher.spec.depth}",
             self.config.curriculum.metric: f"{score:.3f}" if math.isfinite(score) else "-",
@@ -473,6 +472,7 @@ class Trainer:
             "memory/peak_gib": memory_bytes(self.world.device) / 2**30,
         }
         known = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
+        self.ledger.flush()
         self.telemetry.points(pending.step, known | self.accountant.scalars(pending.step, pending.block, self.costs))
 
     def _read_clocks(self) -> None:

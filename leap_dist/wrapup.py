@@ -83,26 +83,31 @@ def _time_saved(config: Config, world: World, trainer: Trainer) -> dict[str, flo
     progress, costs, depth = trainer.progress, trainer.costs, trainer.teacher.spec.depth
     if config.curriculum.mode == "all_layers":
         return {"time_saved_seconds": 0.0, "time_saved": 0.0}
-    full = trainer.flops.teacher.upto
     size = config.data.image_size
     images = torch.randn(micro_batch(config, world), 3, size, size, device=world.device)
     upto = _seconds_by_depth(trainer.teacher, images, {depth, *(block for _, block in progress.trajectory)})
     ends = [step for step, _ in progress.trajectory[1:]] + [progress.step]
     steps = [(end - first, block) for (first, block), end in zip(progress.trajectory, ends, strict=True)]
-    saved = sum(count * (upto[depth] - upto[block]) for count, block in steps) * config.engine.accumulation
+    passes_saved = sum(count * (1 - upto[block] / upto[depth]) for count, block in steps)  # in whole teachers
+    if _calibrated(config):
+        passes_saved -= 1
+    saved = passes_saved * upto[depth] * config.engine.accumulation
     time_saved = saved / (saved + costs.seconds)
     summary = {
         "full_teacher_seconds_per_pass": upto[depth],
         "time_saved_seconds": saved,
         "time_saved": time_saved,
     }
-    flops_saved = sum(count * (full(depth) - full(block)) for count, block in steps)
-    if flops_saved and costs.flops_saved > 0:
-        passes = sum(count for count, _ in steps)
-        share_of_time = saved / config.engine.accumulation / (passes * upto[depth])
+    if costs.flops_saved > 0:
         summary["skip_efficiency"] = time_saved / costs.flops_saved
-        summary["teacher_skip_efficiency"] = share_of_time / (flops_saved / (passes * full(depth)))
+        summary["teacher_skip_efficiency"] = passes_saved / (progress.step * costs.teacher_saved)
     return summary
+
+
+def _calibrated(config: Config) -> bool:
+    """Whether the run began with a pass over the whole teacher."""
+    curriculum = config.curriculum
+    return curriculum.mode == "leap" and curriculum.start is None and curriculum.replay is None
 
 
 def _seconds_by_depth(teacher: Teacher, images: Tensor, blocks: set[int]) -> dict[int, float]:
