@@ -119,7 +119,10 @@ def student_flops(config: StudentConfig, image_size: int) -> int:
 
 
 def student_step_flops(config: StudentConfig, image_size: int, every_layer: bool = False) -> StudentFlops:
-    """Count the configured student, forward and backward; `every_layer`: with the tokens of all its blocks, not the last one's only."""
+    """Count the configured student, forward and backward.
+
+    every_layer: with the tokens of all its blocks, not the last one's only.
+    """
     student, images = build_student(config, image_size, _META), _images(image_size)
     forward, views = _counted(lambda: student.every_layer(images) if every_layer else [student(images)])
     total = torch.stack([tokens.sum() for view in views for tokens in view if tokens is not None]).sum()

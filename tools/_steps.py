@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +21,16 @@ from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config, load
 from leap_dist.coordinator import Coordinator
 from leap_dist.curriculum import build_curriculum
-from leap_dist.data import Batch
+from leap_dist.data import BadSamples, Batch
 from leap_dist.distributed import World
 from leap_dist.engine import build_engine
 from leap_dist.errors import UserError
-from leap_dist.flops import teacher_flops
+from leap_dist.flops import step_flops
 from leap_dist.optim import build_optimizer
 from leap_dist.teacher import describe_teacher
 from leap_dist.teacher.lazy import LazyBackbone
 from leap_dist.teacher.replicated import ReplicatedTeacher
+from leap_dist.timing import PhaseTimer
 from leap_dist.trainer import Parts, Trainer
 
 STEPS_PER_EPOCH = 10**6
@@ -50,7 +52,7 @@ def load_for_steps(path: Path | None, overrides: list[str], *, batch: int, outpu
     Raises:
         UserError: as `leap_dist.config.load`, or an override of what the tools decide.
     """
-    decided = [*FIXED, f"data.global_batch={batch}", f"output={output}"]
+    decided = [*FIXED, f"data.global_batch={batch}", f"data.mixup_group={batch}", f"output={output}"]
     for override in overrides:
         if override.split("=")[0] in {item.split("=")[0] for item in decided}:
             raise UserError(f"{override}: decided by this tool; leave it out")
@@ -77,6 +79,16 @@ class HeldTeacher(ReplicatedTeacher):
         return range(self.spec.depth)
 
 
+class Exchangeable:
+    """The teacher of a run that is measured with several: stands for `current`."""
+
+    def __init__(self, current: ReplicatedTeacher) -> None:
+        self.current = current
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.current, name)
+
+
 class Finished(Exception):
     """The script of a run has ended."""
 
@@ -91,7 +103,7 @@ class Conducted:
     def __init__(self, images: Tensor) -> None:
         self.script: Iterator[None] = iter(())
         count = len(images)
-        self._batch = Batch(images, torch.zeros(count, dtype=torch.long), torch.arange(count))
+        self._batch = Batch(images, torch.zeros(count, dtype=torch.long), torch.arange(count), torch.arange(count))
 
     def __len__(self) -> int:
         return STEPS_PER_EPOCH
@@ -111,13 +123,16 @@ def build_conducted(config: Config, world: World, teacher: ReplicatedTeacher, im
     spec = describe_teacher(config.teacher, config.data.image_size)
     check_pair(config, spec)
     objective = build_objective(config, spec)
+    timer = PhaseTimer(world.device)
     parts = Parts(
-        teacher=teacher,
-        flops=teacher_flops(config.teacher, config.data.image_size),
+        teacher=Exchangeable(teacher),
+        flops=step_flops(config),
         engine=build_engine(config, objective, build_optimizer(config.optim, objective), len(images)),
         loader=Conducted(images),
-        coordinator=Coordinator(build_curriculum(config.curriculum, spec.depth), world),
+        bad_samples=BadSamples(Path(config.output) / "bad_samples.jsonl", 0, world),
+        coordinator=Coordinator(build_curriculum(config.curriculum, spec.depth), world, timer=timer),
         checkpoints=Checkpoints(config, world, num_samples=len(images)),
+        timer=timer,
     )
     return Trainer(config, world, parts)
 
@@ -135,8 +150,7 @@ def conduct(trainer: Trainer, script: Iterator[None]) -> None:
 
 def aim(trainer: Trainer, teacher: ReplicatedTeacher, block: int) -> None:
     """Make 1-indexed `block` of `teacher` the target of the next steps."""
-    teacher.retarget(block)
-    trainer.teacher = teacher
+    trainer.teacher.current = teacher
     trainer.curriculum.restart_at(block)
 
 
