@@ -123,7 +123,11 @@ def _open_timm(asked: Request, size: int, world: World) -> Subject:
     from leap_dist.analysis import timm_subject
 
     if asked.run is None:
-        return timm_subject(asked.teacher, asked.name, size, world.device)
+        try:
+            return timm_subject(asked.teacher, asked.name, size, world.device)
+        except UserError as error:  # in the words of a run's config, where here it is NAME=FILE
+            words = str(error).replace("teacher.weights=", f"{asked.teacher.model}=").replace("teacher.model=", "")
+            raise UserError(words) from error
     from leap_dist.assembly import with_demo_teacher
 
     teacher = with_demo_teacher(replace(asked.run, teacher=asked.teacher), world).teacher

@@ -72,6 +72,9 @@ def test_equal_singular_values_and_hand_made_ones() -> None:
     energy = spectra.energies(five[None].float())
     assert spectra.dims_at(spectra.cumulative(energy), (0.2, 0.79, 0.80, 0.81, 0.99)).tolist() == [[1, 4, 4, 5, 5]]
     assert spectra.effective_rank(energy).item() == pytest.approx(5, abs=1e-4)
+    # Rounding must not cost a dimension, or a bin.
+    assert spectra.dims_at(torch.tensor([0.8 - 1e-7, 0.9, 1.0]), (0.8,)).tolist() == [1]
+    assert sep.fractions(torch.tensor([0.5 - 1e-7, 1.0]), (0.5,)).tolist() == [0.5]
     energy = torch.tensor([16.0, 9.0, 4.0, 1.0], dtype=torch.float64)  # shares .533 .833 .967 1
     assert spectra.dims_at(spectra.cumulative(energy)).tolist() == [2, 3, 3, 4]
     share = np.array([0.4, 0.3, 0.2, 0.1])
