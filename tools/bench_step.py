@@ -50,7 +50,6 @@ from torch import Tensor, nn
 
 from leap_dist.backbone import DTYPES, build_model
 from leap_dist.config import Config
-from leap_dist.data import mixup
 from leap_dist.distributed import World, initialise, shutdown
 from leap_dist.errors import UserError
 from leap_dist.objective import Objective
@@ -162,10 +161,15 @@ class Plain:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.ema = 0.0
 
+    def _mixed(self) -> Tensor:
+        if not self.config.data.mixup:
+            return self.images
+        lam = torch.rand((), generator=self.generator).item()
+        return torch.lerp(self.images[torch.randperm(len(self.images), generator=self.generator)], self.images, lam)
+
     def step(self) -> None:
         """One step, to the number on the host."""
-        images = mixup(self.images, self.generator) if self.config.data.mixup else self.images
-        loss, score = self.loss_and_score(images)
+        loss, score = self.loss_and_score(self._mixed())
         alpha = self.config.curriculum.ema_alpha
         self.ema = alpha * score + (1 - alpha) * self.ema
         assert self.ema < self.config.curriculum.threshold

@@ -14,8 +14,7 @@ import pytest
 from runs import command, environment, launch, run_ok, scalars, write_config
 
 SAVED = (5, 10, 15, 20, 23)
-# Mixup pairs images within a rank.
-PLAIN = {"data": {"mixup": False}, "checkpoint": {"every_steps": 5, "keep": len(SAVED)}}
+PLAIN = {"checkpoint": {"every_steps": 5, "keep": len(SAVED)}}
 
 
 def elastic_config(folder: Path, stage: int, **engine: object) -> Path:
