@@ -82,6 +82,6 @@ def build_engine(
             raise
         raise UserError(f"engine.deepspeed={config.engine.deepspeed}: {' '.join(str(error).split())}") from None
     if config.engine.zero_stage == 0 and engine.dp_world_size == 1:
-        # It would copy all gradients into one buffer and back, to add up one rank's (measured: 3 % of a step on CPU).
+        # It would copy all gradients into one buffer and back to add up one rank's: 69 ms of 1.5 s for ViT-S on a CPU.
         engine.enable_backward_allreduce = False
     return engine

@@ -101,6 +101,7 @@ def measure(
             peak = peak_watch(world.device)
             yield
             memory[block] = Memory(growing.resident_bytes() / 2**20, peak())
+        growing.retarget(1)  # lets go of the rest: the device holds the whole teacher once
         teacher = held_teacher(config, world.device)[1]
         for index in range(rounds + WARMUP):
             for block in blocks:
