@@ -33,7 +33,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         for ids in torch.arange(IMAGES).split(5):
-            yield Batch(images()[ids], torch.zeros_like(ids), ids)
+            yield Batch(images()[ids], torch.zeros_like(ids), ids, ids)
 
     def __len__(self) -> int:
         return -(-IMAGES // 5)
