@@ -18,6 +18,7 @@ from leap_dist.errors import UserError
 from leap_dist.pulse import Pulse
 from leap_dist.teacher import Teacher, build_teacher
 from leap_dist.train import complain, give_up
+from leap_dist.trainer import Interrupt
 
 SHAPE = {"embed_dim": 32, "depth": 6, "num_heads": 2}
 IMAGES = 4
@@ -63,7 +64,8 @@ def main(placement: str, fault: str) -> int:
         with Pulse(world, 20, give_up) as pulse:
             pulse.step = lambda: 3
             try:
-                train(world, placement, fault)
+                with Interrupt():  # a launcher's SIGTERM is noted, as in a run, and cuts no explanation short
+                    train(world, placement, fault)
             except Exception as error:
                 pulse.explain(error)
                 raise

@@ -102,6 +102,7 @@ def test_ranks_that_call_the_teacher_unequally_are_told_so(placement: str, fault
 @pytest.mark.parametrize("placement", ["pipelined", "sharded"])
 def test_an_error_inside_a_teacher_call_ends_all_ranks(placement: str) -> None:
     lines = unequal(placement, "error inside")
-    assert any("[rank 1]: error" in line and "no room for this block" in line for line in lines), lines
+    own = [line for line in lines if line.startswith("leap_dist [rank 1]: error: ")]
+    assert len(own) == 1 and re.search("MemoryError|Stage 1. failed", own[0]), lines  # a pipeline words it its own way
     others = [line for line in lines if "[rank 1]" not in line]
-    assert all("another rank is gone, rank 1 gives no sign of life since step 3" in line for line in others), lines
+    assert all("another rank is gone, rank 1 gives no sign of life since step" in line for line in others), lines
