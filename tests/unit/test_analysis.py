@@ -51,6 +51,19 @@ def test_energies_and_dims_are_those_of_lapacks_svd(shape: tuple[int, int]) -> N
     np.testing.assert_allclose(spectra.effective_rank(energy), np.exp(-(share * np.log(share)).sum(-1)), rtol=1e-6)
 
 
+def test_threads_change_nothing_and_are_given_back() -> None:
+    x, before = tokens(5, 12, 20), torch.get_num_threads()
+    expected = spectra.energies(x), spectra.top_basis(x, 3)
+    torch.set_num_threads(3)
+    try:
+        found = spectra.energies(x), spectra.top_basis(x, 3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.abs(), b.abs())
+
+
 def test_float32_tokens_of_low_rank_keep_their_dims_and_effective_rank() -> None:
     # Singular values from 1 to 1e-7, the rest of a 256 x 384 map zero: where a float32 Gram would see noise of 1e-4.
     sigma = torch.logspace(0, -7, 40, dtype=torch.float64)
