@@ -15,8 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from leap_dist.analysis import sep
-
 LEVELS = (0.80, 0.90, 0.95, 0.99)
 # Shares of energy this close below a level count as reaching it: four of five equal singular values hold 80 %.
 TIE = 1e-6
@@ -84,24 +82,6 @@ def captured(tokens: Tensor, basis: Tensor) -> Tensor:
     energy = (tokens @ basis.to(tokens.dtype)).square().sum(-2, dtype=torch.float64).cumsum(-1)
     total = tokens.square().sum((-2, -1), dtype=torch.float64)[:, None]
     return torch.where(total > 0, energy / total.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
-
-
-@torch.no_grad()
-def summary(tokens: Tensor) -> dict[str, Tensor]:
-    """The cheap spectra of one batch of tokens (B, N, D), as 0-d tensors on their device: means over images.
-
-    dims_90, dims_99, effective_rank: of the tokens about each image's mean token. sep_90: d/D at 90 % of the spectral
-    energy, of the tokens as they are. Some milliseconds per image at 256 x 384: for telemetry, every so many steps.
-    """
-    energy = energies(views(tokens)["centred"])
-    dims = dims_at(cumulative(energy), (0.90, 0.99)).double().mean(0)
-    power, count = sep.power(tokens)
-    return {
-        "dims_90": dims[0],
-        "dims_99": dims[1],
-        "effective_rank": effective_rank(energy).mean(),
-        "sep_90": sep.fractions(sep.curve(power / count, tokens.shape[-1]), (0.9,))[0],
-    }
 
 
 def _small_gram(x: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ def on_two_ranks(*arguments: str) -> str:
 
 
 def test_two_ranks_find_what_one_finds(student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one").mkdir()  # empty: as good as none
     command = ["compare", str(student), str(student), "--teacher", TEACHER, *SMALL, "--out"]
     assert analyze.main([*command, str(tmp_path / "one")]) == 0
     printed, log = capfd.readouterr()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.alignment import linear_cka_of_features
-from leap_dist.analysis import sep, spectra, summary
+from leap_dist.analysis import sep, spectra, token_summary
 from leap_dist.analysis.moments import CrossMoments, LayerCka, principal_axes
 
 CPU = torch.device("cpu")
@@ -268,7 +268,7 @@ def test_cka_of_every_pair_of_layers_and_its_invariances() -> None:
 def test_summary_is_the_mean_of_the_spectra_of_a_batch() -> None:
     x = tokens(4, 12, 20).float()
     centred = (x - x.mean(1, keepdim=True)).double().numpy()
-    found = summary(x)
+    found = token_summary(x.requires_grad_())
     assert all(value.ndim == 0 for value in found.values())
     dims = np.array([numpy_dims(image, (0.9, 0.99)) for image in centred])
     assert [found["dims_90"].item(), found["dims_99"].item()] == dims.mean(0).tolist()
