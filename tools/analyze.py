@@ -183,8 +183,6 @@ def write(found: Analysis, args: argparse.Namespace) -> None:
     from leap_dist.data.shards import complete_or_absent
     from leap_dist.files import write_json, write_text
 
-    if args.out.is_dir():
-        args.out.rmdir()  # empty, as `check` saw
     text = last_block_table(found)
     asked: dict[str, Any] = {key: str(value) for key, value in vars(args).items() if value is not None}
     with complete_or_absent(args.out) as folder:

@@ -7,8 +7,8 @@ Definitions from "From Per-Image Low-Rank to Encoding Mismatch" (arXiv 2511.1557
 from __future__ import annotations
 
 from leap_dist.analysis.results import Analysis, last_block_table, write_tables
-from leap_dist.analysis.spectra import summary
 from leap_dist.analysis.subjects import Subject, exported_subject, native_image_size, timm_subject
+from leap_dist.analysis.summary import token_summary
 from leap_dist.analysis.survey import SurveyOptions, survey
 
 __all__ = [
@@ -18,8 +18,8 @@ __all__ = [
     "exported_subject",
     "last_block_table",
     "native_image_size",
-    "summary",
     "survey",
     "timm_subject",
+    "token_summary",
     "write_tables",
 ]

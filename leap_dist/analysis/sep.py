@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from leap_dist.analysis.spectra import dims_at
+
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
-TIE = 1e-6
 NULL_TOKENS = 4096
 
 
@@ -40,9 +41,7 @@ def curve(mean_power: Tensor, width: int) -> Tensor:
 
 def fractions(pattern: Tensor, levels: Sequence[float] = LEVELS) -> Tensor:
     """d/D, d the first bin at which `pattern` (..., D) reaches each level: (..., levels) float64."""
-    width = pattern.shape[-1]
-    below = pattern[..., None, :] < pattern.new_tensor(levels)[:, None] - TIE
-    return (below.sum(-1) + 1).clamp_max(width).double() / width
+    return dims_at(pattern, levels).double() / pattern.shape[-1]
 
 
 def permutations(width: int, count: int) -> Tensor:

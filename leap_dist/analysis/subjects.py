@@ -6,7 +6,6 @@ at the last block what arXiv 2511.15572 analyses; class and register tokens are 
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from leap_dist.config import TeacherConfig
@@ -47,15 +47,17 @@ def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
         about = json.loads(record.read_text())
         size, normalisation = int(about["image_size"]), (tuple(about["mean"]), tuple(about["std"]))
         student = load_student(path, device).requires_grad_(False)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} and {record.name} are no exported student ({error!r:.160})") from error
-    if "return_prefix_tokens" not in inspect.signature(student.backbone.forward_intermediates).parameters:
-        raise UserError(f"{path}: {about['model']} cannot give the tokens of every block")
 
     @torch.no_grad()
     def layers(images: Tensor) -> list[Tensor]:
         return [features.patch.float() for features in student.every_layer(images)]
 
+    try:
+        layers(torch.zeros(1, 3, size, size, device=device))
+    except TypeError as error:  # timm's CaiT does not know return_prefix_tokens
+        raise UserError(f"{path}: {about['model']} cannot give the tokens of every block") from error
     return Subject(name, size, normalisation, student.grid, layers)
 
 

@@ -26,13 +26,18 @@ SMALL = ["--data", "digits", "--images", "21", "--pairs", "3", "--subspace", "2"
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `export_student` leaves: a student of two blocks, 16 tokens of 24 channels at 32 pixels."""
-    path = tmp_path_factory.mktemp("my-run") / "student.safetensors"
+    """A student of two blocks, 16 tokens of 24 channels at 32 pixels."""
+    return exported("vit_tiny_patch16_224", tmp_path_factory.mktemp("my-run"))
+
+
+def exported(model: str, folder: Path) -> Path:
+    """What `export_student` leaves."""
+    path = folder / "student.safetensors"
     kwargs = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     torch.manual_seed(0)
-    built = build_student(StudentConfig(model="vit_tiny_patch16_224", kwargs=kwargs), 32)
+    built = build_student(StudentConfig(model=model, kwargs=kwargs), 32)
     save_file(built.backbone.state_dict(), path)
-    about = {"model": "vit_tiny_patch16_224", "kwargs": {"num_classes": 0, "img_size": 32, **kwargs}}
+    about = {"model": model, "kwargs": {"num_classes": 0, "img_size": 32, **kwargs}}
     about |= {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
     path.with_suffix(".json").write_text(json.dumps(about))
     return path
@@ -49,6 +54,7 @@ def on_two_ranks(*arguments: str) -> str:
 
 
 def test_two_ranks_find_what_one_finds(student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one").mkdir()  # empty: as good as none
     command = ["compare", str(student), str(student), "--teacher", TEACHER, *SMALL, "--out"]
     assert analyze.main([*command, str(tmp_path / "one")]) == 0
     printed, log = capfd.readouterr()
@@ -86,6 +92,7 @@ def test_two_ranks_find_what_one_finds(student: Path, tmp_path: Path, capfd: pyt
         (["run", "vit_tiny_patch16_224=nowhere.pth"], "vit_tiny_patch16_224=nowhere.pth: no such file"),
         (["run", "{student}", "--image-size", "64"], "takes images of 32 pixels, not 64"),
         (["run", "{plain}"], "are no exported student"),
+        (["run", "{cait}"], "cait_xxs24_224 cannot give the tokens of every block"),
         (["run", "{student}", "--subspace", "16"], "has room for 1 to 15"),
         (["run", TEACHER, "--data", "nowhere"], "nowhere/index.json does not exist"),
     ],
@@ -98,6 +105,8 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     plain = tmp_path / "weights.safetensors"
     save_file({"a": torch.zeros(1)}, plain)
     places = {"student": student, "plain": plain, "used": tmp_path / "used"}
+    if "{cait}" in arguments:
+        places["cait"] = exported("cait_xxs24_224", tmp_path)
     arguments = [text.format(**places) for text in arguments]
     defaults = {"--data": "digits", "--out": str(tmp_path / "out"), "--subspace": "2", "--workers": "0"}
     for option, value in defaults.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.alignment import linear_cka_of_features
-from leap_dist.analysis import sep, spectra, summary
+from leap_dist.analysis import sep, spectra, token_summary
 from leap_dist.analysis.moments import CrossMoments, LayerCka, principal_axes
 
 CPU = torch.device("cpu")
@@ -49,6 +49,19 @@ def test_energies_and_dims_are_those_of_lapacks_svd(shape: tuple[int, int]) -> N
     assert spectra.dims_at(spectra.cumulative(energy)).tolist() == [numpy_dims(image) for image in x.numpy()]
     share = sigma / sigma.sum(-1, keepdims=True)
     np.testing.assert_allclose(spectra.effective_rank(energy), np.exp(-(share * np.log(share)).sum(-1)), rtol=1e-6)
+
+
+def test_threads_change_nothing_and_are_given_back() -> None:
+    x, before = tokens(5, 12, 20), torch.get_num_threads()
+    expected = spectra.energies(x), spectra.top_basis(x, 3)
+    torch.set_num_threads(3)
+    try:
+        found = spectra.energies(x), spectra.top_basis(x, 3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.abs(), b.abs())
 
 
 def test_float32_tokens_of_low_rank_keep_their_dims_and_effective_rank() -> None:
@@ -255,7 +268,7 @@ def test_cka_of_every_pair_of_layers_and_its_invariances() -> None:
 def test_summary_is_the_mean_of_the_spectra_of_a_batch() -> None:
     x = tokens(4, 12, 20).float()
     centred = (x - x.mean(1, keepdim=True)).double().numpy()
-    found = summary(x)
+    found = token_summary(x.requires_grad_())
     assert all(value.ndim == 0 for value in found.values())
     dims = np.array([numpy_dims(image, (0.9, 0.99)) for image in centred])
     assert [found["dims_90"].item(), found["dims_99"].item()] == dims.mean(0).tolist()

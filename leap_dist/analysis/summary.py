@@ -1,0 +1,27 @@
+"""The cheap spectra of one batch, for telemetry while a model trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leap_dist.analysis import sep, spectra
+
+
+@torch.no_grad()
+def token_summary(tokens: Tensor) -> dict[str, Tensor]:
+    """The cheap spectra of tokens (B, N, D), as 0-d tensors on their device: means over images.
+
+    dims_90, dims_99, effective_rank: of the tokens about each image's mean token. sep_90: d/D at 90 % of the spectral
+    energy, of the tokens as they are. Two milliseconds of CPU per image at 196 x 384: for every so many steps.
+    """
+    tokens = tokens.detach().float()
+    energy = spectra.energies(spectra.views(tokens)["centred"])
+    dims = spectra.dims_at(spectra.cumulative(energy), (0.90, 0.99)).double().mean(0)
+    power, count = sep.power(tokens)
+    return {
+        "dims_90": dims[0],
+        "dims_99": dims[1],
+        "effective_rank": spectra.effective_rank(energy).mean(),
+        "sep_90": sep.fractions(sep.curve(power / count, tokens.shape[-1]), (0.9,))[0],
+    }

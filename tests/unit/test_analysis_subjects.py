@@ -1,0 +1,56 @@
+"""What the analyses are given: timm's own tokens of every block, through the final norm, without prefix tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from leap_dist.analysis import exported_subject, native_image_size, timm_subject
+from leap_dist.config import TeacherConfig
+
+CPU = torch.device("cpu")
+SMALL = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **SMALL).eval()
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_layers_are_timms(model: torch.nn.Module, tmp_path: Path, exported: bool) -> None:
+    path = tmp_path / "student.safetensors"
+    save_file(model.state_dict(), path)
+    if exported:
+        about = {"model": "vit_tiny_patch16_224", "kwargs": {"num_classes": 0, "img_size": 32, **SMALL}}
+        path.with_suffix(".json").write_text(
+            json.dumps(about | {"image_size": 32, "mean": [0.1] * 3, "std": [0.2] * 3})
+        )
+        subject = exported_subject(path, "mine", CPU)
+        assert subject.normalisation == ((0.1,) * 3, (0.2,) * 3)
+    else:
+        config = TeacherConfig(model="vit_tiny_patch16_224", kwargs=SMALL, weights=str(path))
+        subject = timm_subject(config, "mine", 32, CPU)
+        assert subject.normalisation == ((0.5,) * 3, (0.5,) * 3)  # what timm says of this model
+    assert (subject.name, subject.image_size, subject.grid) == ("mine", 32, (4, 4))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.forward_intermediates(images, norm=True, output_fmt="NLC", intermediates_only=True)
+        last = model.forward_features(images)[:, 1:]
+    found = subject.layers(images)
+    assert len(found) == 3 and not any(tokens.requires_grad for tokens in found)
+    for tokens, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(tokens, truth)
+    torch.testing.assert_close(found[-1], last)
+
+
+def test_native_image_sizes() -> None:
+    assert native_image_size("vit_small_patch14_dinov2") == 518
+    assert native_image_size("vit_tiny_patch16_384.augreg_in21k_ft_in1k") == 384
+    assert native_image_size("no_such_model") == 224
