@@ -143,7 +143,7 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = _option(0, "ZeRO stage of the student")
     precision: Literal["fp32", "bf16", "fp16"] = _option("fp32", "autocast dtype of the student; weights stay fp32")
     accumulation: int = _option(1, "micro-batches per optimizer step")
-    silence_s: int = _option(45, "a rank that gives no sign of life for this long ends the run by name; 0 = no watch")
+    silence_s: int = _option(20, "a rank that gives no sign of life for this long ends the run by name; 0 = no watch")
     clip: float = _option(1.0, "global gradient-norm clip; 0 = off")
     deepspeed: dict[str, Any] = field(
         default_factory=dict, metadata={"doc": "merged over the generated config, in DeepSpeed's own schema"}
