@@ -18,13 +18,8 @@ demo: setup  ## distil a student on handwritten digits: minutes on two CPU cores
 	rm -rf runs/demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(DEMO_PROCESSES) leap_dist/train.py
 
-# The loader's tests have a process of their own: streaming holds the shared memory of every dataset until the process
-# ends, and each new dataset opens that of all before it (measured: 13,000 files open after 76 tests).
-LOADER_TESTS := tests/unit/test_data_loader.py
-
 test: setup  ## everything but the slow tests
-	$(BIN)/python -m pytest -q -m "not slow" $(LOADER_TESTS)
-	$(BIN)/python -m pytest -q -m "not slow" --ignore=$(LOADER_TESTS)
+	$(BIN)/python -m pytest -q -m "not slow"
 
 test-slow: setup  ## the slow tests only
 	$(BIN)/python -m pytest -q -m slow
@@ -37,6 +32,8 @@ lint: setup
 bench: setup  ## speed and memory, as ratios measured in one run
 	$(BIN)/python tools/bench_feature_match.py
 	$(BIN)/python tools/bench_teacher.py --tolerance 0.08
+	$(BIN)/python tools/bench_step.py
+	$(BIN)/python tools/bench_step.py --pair small
 
 tensorboard: setup
 	$(BIN)/tensorboard --logdir runs

@@ -13,17 +13,22 @@ from leap_dist.checkpoint import Checkpoints, find_resume
 from leap_dist.config import DEMO_TEACHER, Config
 from leap_dist.coordinator import Coordinator
 from leap_dist.curriculum import build_curriculum
-from leap_dist.data import build_train_loader, check_sources, resolve
+from leap_dist.data import BadSamples, build_train_loader, check_groups, check_sources, resolve
 from leap_dist.distributed import World, barrier
 from leap_dist.engine import build_engine, micro_batch
 from leap_dist.errors import UserError
-from leap_dist.flops import teacher_flops
+from leap_dist.flops import step_flops
+from leap_dist.ledger import replayed_schedule
 from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer
 from leap_dist.planning import check_pipelines
+from leap_dist.profiling import check_window
 from leap_dist.student import Student, build_student
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
+from leap_dist.timing import PhaseTimer
 from leap_dist.trainer import Parts, Trainer
+
+BAD_SAMPLES = "bad_samples.jsonl"  # in the run folder
 
 log = logging.getLogger(__name__)
 
@@ -36,30 +41,40 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
     """
     resume = find_resume(config, world)
     batch = micro_batch(config, world)
+    if config.data.mixup:
+        check_groups(config.data.mixup_group, batch)
     check_pipelines(config.teacher, ranks=world.size, local_size=world.local_size, batch=batch)
     spec = describe_teacher(config.teacher, config.data.image_size)
     curriculum = build_curriculum(config.curriculum, spec.depth)
     check_pair(config, spec)
-    check_sources(config.data)
+    check_sources(config.data, world)
     if world.is_main:
         warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
-    teacher = build_teacher(config.teacher, config.data.image_size, world.device, world)
+    flops = step_flops(config)
+    teacher = build_teacher(config.teacher, config.data.image_size, world.device, world, flops.teacher)
     data = resolve(config.data, Path(config.output), world)
-    loader = build_train_loader(data, seed=config.seed, micro_batch=batch, world=world)
-    if loader.num_samples < config.data.global_batch:
-        raise UserError(
-            f"data.global_batch={config.data.global_batch}: more than the {loader.num_samples} images of {data.train}"
-        )
+    loader = build_train_loader(
+        data, seed=config.seed, micro_batch=batch, accumulation=config.engine.accumulation, world=world
+    )
+    most_bad = int(config.data.max_bad_fraction * loader.num_samples)
+    total_steps = len(loader) // config.engine.accumulation * config.epochs
+    check_window(config, total_steps)
+    schedule = replayed_schedule(config.curriculum.replay, spec.depth, total_steps, world)
+    timer = PhaseTimer(world.device)
+    checkpoints = Checkpoints(config, world, loader.num_samples)
+    convert = resume is not None and checkpoints.needs_conversion(resume)
     objective = build_objective(config, spec)
     optimizer = build_optimizer(config.optim, objective)
     parts = Parts(
         teacher=teacher,
-        flops=teacher_flops(config.teacher, config.data.image_size),
-        engine=build_engine(config, objective, optimizer, batch),
+        flops=flops,
+        engine=build_engine(config, objective, optimizer, batch, load_universal=convert),
         loader=loader,
-        coordinator=Coordinator(curriculum, world),
-        checkpoints=Checkpoints(config, world, loader.num_samples),
+        bad_samples=BadSamples(Path(config.output) / BAD_SAMPLES, most_bad, world),
+        coordinator=Coordinator(curriculum, world, schedule, timer),
+        checkpoints=checkpoints,
+        timer=timer,
     )
     trainer = Trainer(config, world, parts)
     if resume is not None:

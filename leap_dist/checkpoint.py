@@ -12,7 +12,10 @@ Learning rate and random numbers are functions of the step, so they need no stat
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,6 +23,9 @@ from leap_dist.config import Config, differences, flat, load, to_yaml
 from leap_dist.distributed import World, barrier, gather_objects, is_lost_peer
 from leap_dist.errors import UserError
 from leap_dist.files import write_json, write_text
+from leap_dist.universal import remove_leftovers, universal_copy
+
+log = logging.getLogger(__name__)
 
 LATEST, CONFIG, RUN = "latest", "config.yaml", "run.json"
 
@@ -98,6 +104,25 @@ def _named(path: Path) -> Path:
     return found
 
 
+@contextmanager
+def _own_settings(engine: Any) -> Iterator[None]:
+    """Load a checkpoint in this block: the optimizer's groups keep what the config says (weight decay, betas, ...).
+
+    Any load replaces that by what was saved. At stage 3 a universal one takes the first group's for all, so that
+    biases and norms would decay, and hands one step count to all of Adam's states, which then advances once per
+    sub-group; at stages 1-3 it leaves the count on the host, where fused kernels must not find it (DeepSpeed 0.19).
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # inside ZeRO's
+    mine = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    for group, settings in zip(optimizer.param_groups, mine, strict=True):
+        group.update(settings)
+    fused = any(group.get("fused") for group in mine)
+    for parameter, state in optimizer.state.items():
+        if "step" in state:
+            state["step"] = state["step"].to(parameter.device if fused else "cpu", copy=True)
+
+
 def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
     """State of the fp16 loss scaler, which DeepSpeed leaves out of its checkpoints under autocast (0.19)."""
     scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
@@ -140,7 +165,7 @@ class Checkpoints:
             engine.save_checkpoint(str(self.folder), tag=path.name, client_state=client, save_latest=False)
             if self.world.is_main:
                 write_text(path / CONFIG, to_yaml(self.config))
-                write_json(path / RUN, self._identity() | {"step": step})
+                write_json(path / RUN, self._identity() | {"step": step, "world_size": self.world.size})
         except (OSError, RuntimeError) as error:  # torch.save says a full disk in its own words
             if is_lost_peer(error):
                 raise
@@ -157,11 +182,11 @@ class Checkpoints:
             write_text(self.folder / LATEST, path.name)
             self._prune(path)
 
-    def load(self, engine: Any, path: Path) -> dict[str, Any]:
-        """Restore the engine from `path` and return the run's state.
+    def needs_conversion(self, path: Path) -> bool:
+        """Whether `path` is in parts for another number of ranks: ZeRO stages 1-3 save one per rank, stage 0 does not.
 
         Raises:
-            UserError: saved at another world size, ZeRO stage, batch, seed or set, or damaged.
+            UserError: saved at another ZeRO stage, precision, batch, seed or set.
         """
         saved = json.loads((path / RUN).read_text())
         for key, mine in self._identity().items():
@@ -170,9 +195,34 @@ class Checkpoints:
                     f"checkpoint {path}: saved with {key}={saved.get(key)}, this run has {key}={mine}; "
                     "resume with the same"
                 )
+        return self.config.engine.zero_stage > 0 and saved["world_size"] != self.world.size
+
+    def load(self, engine: Any, path: Path) -> dict[str, Any]:
+        """Restore the engine from `path` and return the run's state.
+
+        The engine must have been built with `load_universal` if the checkpoint `needs_conversion`.
+
+        Raises:
+            UserError: as `needs_conversion`, or it is damaged or cannot be converted.
+        """
+        if self.world.is_main:
+            remove_leftovers(self.folder)
+        if not self.needs_conversion(path):
+            return self._read(engine, path, path)
+        saved_ranks = json.loads((path / RUN).read_text())["world_size"]
+        if self.world.is_main:
+            log.info("converting %s from %d ranks to %d", path, saved_ranks, self.world.size)
+        with universal_copy(path, saved_ranks, self.folder, self.world) as copy:
+            return self._read(engine, path, copy)
+
+    def _read(self, engine: Any, path: Path, files: Path) -> dict[str, Any]:
+        """Restore the engine from `files`, which are the checkpoint `path` or its copy; return the run's state."""
         try:
-            loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
+            with _own_settings(engine):
+                loaded, client = engine.load_checkpoint(str(files.parent), tag=files.name)
         except Exception as error:  # torch, pickle, zip and DeepSpeed each raise their own
+            if is_lost_peer(error):
+                raise
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"checkpoint {path}: cannot be read ({type(error).__name__}: {reason})") from error
         if loaded is None:
@@ -182,9 +232,8 @@ class Checkpoints:
         return client["leap"]
 
     def _identity(self) -> dict[str, int | str]:
-        """What a data position and DeepSpeed's files mean anything for."""
+        """What a data position and DeepSpeed's files mean anything for; the number of ranks is not part of it."""
         return {
-            "world_size": self.world.size,
             "zero_stage": self.config.engine.zero_stage,
             "precision": self.config.engine.precision,
             "global_batch": self.config.data.global_batch,

@@ -43,6 +43,9 @@ class TeacherConfig:
     microbatches: int = _option(1, "pipelined: parts in which a pipeline's images travel; must divide them")
     rebalance: bool = _option(True, "pipelined: spread the blocks up to the target anew over all stages at an advance")
     memory_budget: Optional[float] = _option(None, "auto: GiB of teacher weights that a rank may hold")
+    prefetch: Literal[0, 1] = _option(
+        0, "1: the teacher works on the next batch while the student trains; an advance comes one step later"
+    )
     compile: bool = _option(False, "torch.compile each block; once for all of them where they are alike")
     dtype: Literal["fp32", "bf16", "fp16"] = _option("fp32", "weights and arithmetic of the teacher")
 
@@ -84,6 +87,7 @@ class CurriculumConfig:
         "exact", "exact: CKA of the global batch; mean: mean of per-rank CKAs (LEAP; biased upward at few tokens)"
     )
     reset_head: bool = _option(False, "re-initialise the linear head at each advance")
+    replay: Optional[str] = _option(None, "curriculum.jsonl of another run, whose blocks to take step by step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,7 @@ class DataConfig:
     val: Optional[str] = _option(None, "held-out labelled shards for kNN and linear probe; null = no evaluation")
     cache: Optional[str] = _option(None, "local folder for shards of a remote URI (required with one)")
     cache_limit: Optional[str] = _option(None, "evict cached shards beyond this size, e.g. 200gb; null = keep all")
+    predownload: int = _option(1024, "images of each rank whose shards are fetched into the cache ahead of reading")
     image_size: int = _option(224, "side of the square image teacher and student see, pixels")
     global_batch: int = _option(256, "images per optimizer step over all ranks and accumulation steps")
     workers: int = _option(8, "loader processes per rank")
@@ -101,11 +106,13 @@ class DataConfig:
         "leap", "leap: the published recipe; crop: random resized crop only; none: resize and centre crop"
     )
     crop_scale: tuple[float, float] = _option((0.14, 1.0), "area range of the random resized crop")
-    mixup: bool = _option(True, "blend each batch with a permutation of itself, one lambda ~ U(0,1) per batch")
+    mixup: bool = _option(True, "blend each image with another of its group, one lambda ~ U(0,1) per optimizer step")
+    mixup_group: int = _option(8, "images that are mixed among themselves; must divide the micro-batch of a rank")
     mean: tuple[float, float, float] = _option((0.485, 0.456, 0.406), "normalisation mean, RGB in [0,1]")
     std: tuple[float, float, float] = _option((0.229, 0.224, 0.225), "normalisation standard deviation")
     canonical_nodes: int = _option(8, "streaming's num_canonical_nodes: part of the sample order, keep it for a run")
     validate_hash: Optional[str] = _option(None, "check shards against this hash of the index, e.g. xxh64")
+    max_bad_fraction: float = _option(0.001, "of the training samples that may be unreadable before the run stops")
     timeout_s: int = _option(300, "a loader worker silent for this long ends the run")
 
 
@@ -136,6 +143,7 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = _option(0, "ZeRO stage of the student")
     precision: Literal["fp32", "bf16", "fp16"] = _option("fp32", "autocast dtype of the student; weights stay fp32")
     accumulation: int = _option(1, "micro-batches per optimizer step")
+    silence_s: int = _option(45, "a rank that gives no sign of life for this long ends the run by name; 0 = no watch")
     clip: float = _option(1.0, "global gradient-norm clip; 0 = off")
     deepspeed: dict[str, Any] = field(
         default_factory=dict, metadata={"doc": "merged over the generated config, in DeepSpeed's own schema"}
@@ -157,6 +165,10 @@ class TelemetryConfig:
 
     every: int = _option(10, "steps between TensorBoard points")
     progress: bool = _option(True, "progress bar on rank 0")
+    profile_steps: Optional[tuple[int, int]] = _option(
+        None, "first and last step of a torch.profiler trace, e.g. [20,30]"
+    )
+    peak_tflops: Optional[float] = _option(None, "one device's dense peak, for MFU; null = that of a GPU we know")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +322,7 @@ def _nearest(key: str, known: list[str]) -> str:
 def _expected(key: str) -> str:
     """What a value of this option must be, in words, from its annotation."""
     words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+    words["tuple[int, int]"] = "two whole numbers"
     annotation = str(option_fields()[key].type)
     optional = annotation.startswith("Optional[")
     annotation = annotation.removeprefix("Optional[").removesuffix("]") if optional else annotation
@@ -344,6 +357,7 @@ def _problems(config: Config) -> list[str]:
         *_curriculum_problems(config.curriculum),
         *_placement_problems(config),
         *_engine_problems(config),
+        *_telemetry_problems(config.telemetry),
         *_path_problems(config),
     ]
 
@@ -356,6 +370,7 @@ def _range_problems(config: Config) -> list[str]:
         "data.global_batch": data.global_batch,
         "data.canonical_nodes": data.canonical_nodes,
         "data.timeout_s": data.timeout_s,
+        "data.mixup_group": data.mixup_group,
         "curriculum.max_epochs_per_block": config.curriculum.max_epochs_per_block,
         "teacher.stages": 1 if config.teacher.stages is None else config.teacher.stages,
         "teacher.microbatches": config.teacher.microbatches,
@@ -370,15 +385,21 @@ def _range_problems(config: Config) -> list[str]:
     at_least_zero = {
         "seed": config.seed,
         "data.workers": data.workers,
+        "data.predownload": data.predownload,
         "objective.cls_weight": config.objective.cls_weight,
         "optim.weight_decay": optim.weight_decay,
         "optim.warmup_epochs": optim.warmup_epochs,
         "engine.clip": config.engine.clip,
+        "engine.silence_s": config.engine.silence_s,
         "checkpoint.every_epochs": config.checkpoint.every_epochs,
         "checkpoint.every_steps": config.checkpoint.every_steps,
     }
     above_zero = {"optim.lr": optim.lr, "evaluation.probe_lr": evaluation.probe_lr, "data.std": min(data.std)}
-    fractions = {"optim.final_lr_fraction": optim.final_lr_fraction, "optim.momentum": optim.momentum}
+    fractions = {
+        "data.max_bad_fraction": data.max_bad_fraction,
+        "optim.final_lr_fraction": optim.final_lr_fraction,
+        "optim.momentum": optim.momentum,
+    }
     low, high = data.crop_scale
     betas_hold = all(0 <= beta < 1 for beta in optim.betas)
     return [
@@ -400,10 +421,23 @@ def _curriculum_problems(curriculum: CurriculumConfig) -> list[str]:
         problems.append(f"curriculum.start={curriculum.start}: only used with curriculum.mode=leap")
     if curriculum.snap_to_last_at is not None and curriculum.mode != "leap":
         problems.append(f"curriculum.snap_to_last_at={curriculum.snap_to_last_at}: only used with curriculum.mode=leap")
+    if curriculum.replay is not None and curriculum.mode != "leap":
+        problems.append(f"curriculum.replay={curriculum.replay}: only used with curriculum.mode=leap")
     if not 0 < curriculum.ema_alpha <= 1:
         problems.append(f"curriculum.ema_alpha={curriculum.ema_alpha}: must be in (0, 1]")
     if not math.isfinite(curriculum.threshold):
         problems.append(f"curriculum.threshold={curriculum.threshold}: must be a finite number")
+    return problems
+
+
+def _telemetry_problems(telemetry: TelemetryConfig) -> list[str]:
+    problems = []
+    if telemetry.profile_steps is not None:
+        first, last = telemetry.profile_steps
+        if not 0 <= first <= last:
+            problems.append(f"telemetry.profile_steps=[{first}, {last}]: must satisfy 0 <= first <= last")
+    if telemetry.peak_tflops is not None and not 0 < telemetry.peak_tflops < math.inf:
+        problems.append(f"telemetry.peak_tflops={telemetry.peak_tflops}: must be above 0")
     return problems
 
 
@@ -469,6 +503,9 @@ def _path_problems(config: Config) -> list[str]:
         problems.append(
             f"teacher.weights={config.teacher.weights}: no such file (nor {HUB}, {RANDOM} or {DEMO_TEACHER})"
         )
+    replay = config.curriculum.replay
+    if replay is not None and not Path(replay).is_file():
+        problems.append(f"curriculum.replay={replay}: no such file")
     if config.resume not in ("auto", "none") and not Path(config.resume).is_dir():
         problems.append(f"resume={config.resume}: no such checkpoint folder (nor auto or none)")
     return problems
@@ -480,8 +517,10 @@ def _path_problems(config: Config) -> list[str]:
 # What may change between the two halves of one run: where things are and how they are watched, not what is computed.
 OPERATIONAL = (
     "output", "resume", "checkpoint.", "telemetry.", "evaluation.", "data.train", "data.val", "data.cache",
-    "data.cache_limit", "data.workers", "data.timeout_s", "data.validate_hash", "teacher.weights",
+    "data.cache_limit", "data.predownload", "data.workers", "data.timeout_s", "data.validate_hash",
+    "data.max_bad_fraction", "teacher.weights",
     "teacher.placement", "teacher.stages", "teacher.microbatches", "teacher.rebalance", "teacher.memory_budget",
+    "engine.silence_s",
 )  # fmt: skip
 
 

@@ -7,10 +7,20 @@ broadcast.
 from __future__ import annotations
 
 import math
-from typing import Any, Optional
+import sys
+from typing import Any, Literal, NamedTuple, Optional
 
 from leap_dist.config import CurriculumConfig
 from leap_dist.errors import UserError
+
+Reason = Literal["threshold", "max_epochs", "snap", "replay", "below_threshold", "last_block", "unscored"]
+
+
+class Check(NamedTuple):
+    """What the last check saw, and why it moved on or did not."""
+
+    ema: float
+    reason: Reason
 
 
 class Curriculum:
@@ -36,6 +46,7 @@ class Curriculum:
         self.ema_alpha = ema_alpha
         self.max_epochs_per_block = max_epochs_per_block
         self.snap_to_last_at = snap_to_last_at
+        self.last_check = Check(0.0, "unscored")
         self._enter(start)
 
     @property
@@ -49,6 +60,7 @@ class Curriculum:
         A non-finite score is ignored: it says nothing about the block, and in the EMA it would stay for ever.
         """
         if not math.isfinite(score):
+            self.last_check = Check(self.ema, "unscored")
             return False
         self.ema = self.ema_alpha * score + (1 - self.ema_alpha) * self.ema
         return self._check()
@@ -57,6 +69,14 @@ class Curriculum:
         """Count one more epoch on the current block; return whether the block changed."""
         self.epochs_on_block += 1
         return self._check()
+
+    def follow(self, block: int) -> bool:
+        """Go to `block`, as a replayed ledger has it; return whether that is a change."""
+        if block == self.block:
+            return False
+        self.last_check = Check(self.ema, "replay")
+        self._enter(block)
+        return True
 
     def restart_at(self, block: int) -> None:
         """Begin at `block`, as calibration chose it."""
@@ -91,21 +111,28 @@ class Curriculum:
         return True
 
     def _check(self) -> bool:
+        block, ema = self.block, self.ema
+        self.last_check = Check(ema, self._move_on())
+        return self.block != block
+
+    def _move_on(self) -> Reason:
+        """Advance if it is time; return why, or why not."""
         if self.finished:
-            return False
+            return "last_block"
         if self._snap():
-            return True
+            return "snap"
         if self.ema < self.threshold and self.epochs_on_block < self.max_epochs_per_block:
-            return False
+            return "below_threshold"
+        reason: Reason = "max_epochs" if self.ema < self.threshold else "threshold"
         self._enter(self.block + 1)
-        self._snap()
-        return True
+        return "snap" if self._snap() else reason
 
 
 def build_curriculum(config: CurriculumConfig, depth: int) -> Curriculum:
     """The curriculum of `config` over a teacher of `depth` blocks.
 
     The modes without a curriculum are one that ends where it starts: at `block` (fixed) or at the last (all_layers).
+    One that replays a ledger never moves on by itself.
     Raises UserError if block, start or snap_to_last_at lies outside the teacher.
     """
     for key in ("block", "start", "snap_to_last_at"):
@@ -115,6 +142,8 @@ def build_curriculum(config: CurriculumConfig, depth: int) -> Curriculum:
     if config.mode != "leap":
         last = depth if config.mode == "all_layers" else config.block or depth
         return Curriculum(last, start=last)
+    if config.replay is not None:
+        return Curriculum(depth, math.inf, config.ema_alpha, max_epochs_per_block=sys.maxsize)
     return Curriculum(
         depth,
         threshold=config.threshold,

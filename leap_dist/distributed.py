@@ -5,15 +5,22 @@ With one process nothing here communicates, so the rest of the code never asks h
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from leap_dist.errors import UserError
+
+_T = TypeVar("_T")
+_LABEL_BYTES, _ROW = 96, 8
 
 
 @dataclass(frozen=True)
@@ -98,10 +105,14 @@ class Pipeline:
     handle: Any
 
 
-def build_pipeline(world: World, size: int) -> Pipeline:
-    """Cut the ranks into pipelines of `size` neighbours and return this rank's. Collective over all ranks."""
-    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)]
-    return Pipeline(world.rank % size, size, groups[world.rank // size])
+def build_pipeline(world: World, size: int, active: Optional[int] = None) -> Pipeline:
+    """Cut the ranks into pipelines of `size` neighbours and return this rank's. Collective over all ranks.
+
+    active: only so many ranks of each, from its first on, form a group; the others' handle is not to be used.
+    """
+    length = active or size
+    groups = [dist.new_group(list(range(first, first + length))) for first in range(0, world.size, size)]
+    return Pipeline(world.rank % size, length, groups[world.rank // size])
 
 
 def gather_on_first(tensor: Tensor, pipeline: Pipeline) -> list[Tensor]:
@@ -111,10 +122,10 @@ def gather_on_first(tensor: Tensor, pipeline: Pipeline) -> list[Tensor]:
     return parts
 
 
-def scatter_from_last(parts: list[Tensor], like: Tensor, pipeline: Pipeline) -> Tensor:
-    """Part i of the pipeline's last rank, on rank i; shaped as `like`, whose values do not matter."""
+def scatter_from(source: int, parts: list[Tensor], like: Tensor, pipeline: Pipeline) -> Tensor:
+    """Part i of the pipeline's rank `source`, on rank i; shaped as `like`, whose values do not matter."""
     mine = torch.empty_like(like)
-    dist.scatter(mine, parts or None, group=pipeline.handle, group_src=pipeline.size - 1)
+    dist.scatter(mine, parts or None, group=pipeline.handle, group_src=source)
     return mine
 
 
@@ -132,6 +143,89 @@ def gather_rows(row: Tensor, world: World) -> Tensor:
     rows = [torch.empty_like(row) for _ in range(world.size)]
     dist.all_gather(rows, row, group=world.control)
     return torch.stack(rows)
+
+
+def meet(label: str, row: list[float], world: World) -> Tensor:
+    """Every rank's `row` of up to 8 numbers, (size, 8) in float64 with zeros behind, over the control group.
+
+    label: where this rank is, in at most 96 bytes; ranks that meet with different ones would from then on wait for each
+    other in different places.
+
+    Raises:
+        UserError: they do; on every rank, in the same words.
+    """
+    if world.control is None:
+        return torch.tensor([row + [0.0] * (_ROW - len(row))], dtype=torch.float64)
+    said = torch.tensor(list(label.encode().ljust(_LABEL_BYTES)[:_LABEL_BYTES]), dtype=torch.uint8)
+    numbers = torch.tensor(row + [0.0] * (_ROW - len(row)), dtype=torch.float64)
+    rows = gather_rows(torch.cat([said, numbers.view(torch.uint8)]), world)
+    for rank in range(1, world.size):
+        if not torch.equal(rows[rank, :_LABEL_BYTES], rows[0, :_LABEL_BYTES]):
+            first, other = (bytes(rows[i, :_LABEL_BYTES].tolist()).decode().rstrip() for i in (0, rank))
+            raise UserError(f"ranks drifted apart: rank {rank} is at {other}, rank 0 at {first}")
+    return rows[:, _LABEL_BYTES:].contiguous().view(torch.float64)
+
+
+class LostRank(RuntimeError):
+    """A rank did not come to the roll call. rank: which."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"rank {rank} did not answer")
+        self.rank = rank
+
+
+class Roll(NamedTuple):
+    """Host-side groups for `call_roll`: a timeout in one spoils all of a gloo group's connections, so it takes two."""
+
+    collect: Any
+    tell: Any
+
+
+def build_roll(silence_s: float) -> Roll:
+    """Groups that wait `silence_s` at most. Collective over all ranks."""
+    patience = timedelta(seconds=silence_s)
+    return Roll(
+        dist.new_group(backend="gloo", timeout=0.75 * patience), dist.new_group(backend="gloo", timeout=patience)
+    )
+
+
+def call_roll(row: list[int], roll: Roll, world: World) -> list[list[int]]:
+    """Every rank's `row` of numbers >= 0, by rank; rank 0 collects them and hands them out.
+
+    Raises:
+        LostRank: one did not come in time, or its connections are closed; the same one on all ranks.
+    """
+    table = torch.full((world.size, len(row)), -1)
+    table[world.rank] = torch.tensor(row)
+    if world.is_main:
+        absent = _collect(table, roll)
+        for rank in range(1, world.size):
+            if rank != absent:  # a send waits for its receiver
+                with contextlib.suppress(RuntimeError):  # another one lost is found at the next call
+                    dist.send(table, rank, group=roll.tell)
+    else:
+        own = table[world.rank].clone()
+        with contextlib.suppress(RuntimeError):  # rank 0 has missed another rank already, and is about to tell
+            sending = dist.isend(own, 0, group=roll.collect)  # noqa: F841  kept until rank 0 has answered
+        try:
+            dist.recv(table, 0, group=roll.tell)
+        except RuntimeError as error:
+            raise LostRank(0) from error
+    for rank, answered in enumerate((table[:, 0] >= 0).tolist()):
+        if not answered:
+            raise LostRank(rank)
+    return table.tolist()
+
+
+def _collect(table: Tensor, roll: Roll) -> Optional[int]:
+    """Fill in the rows of all ranks; returns the first that does not send its own, at which this stops."""
+    for rank in range(1, len(table)):
+        try:
+            dist.recv(table[rank], rank, group=roll.collect)
+        except RuntimeError:
+            table[rank:] = -1
+            return rank
+    return None
 
 
 def gather_objects(item: Any, world: World) -> list[Any]:
@@ -156,3 +250,25 @@ def barrier(world: World) -> None:
     """Wait for every rank (host side)."""
     if world.control is not None:
         dist.barrier(group=world.control)
+
+
+def on_first(work: Callable[[], _T], world: World) -> _T:
+    """Run `work` on the first rank of every node and give its result on rank 0 to all. Collective.
+
+    For checks of what a node's ranks share, such as its files: one of them looks, and all hear of it.
+
+    Raises:
+        UserError: on every rank, the one of the first node on which `work` raised it.
+    """
+    result: Optional[_T] = None
+    fault: Optional[str] = None
+    if world.local_rank == 0:
+        try:
+            result = work()
+        except UserError as error:
+            fault = str(error)
+    outcomes = gather_objects((result, fault), world)
+    for _, found in outcomes:
+        if found is not None:
+            raise UserError(found)
+    return outcomes[0][0]

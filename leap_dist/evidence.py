@@ -1,11 +1,12 @@
 """What one optimizer step says about the alignment of student and teacher, gathered over micro-batches and ranks.
 
 Two kinds with one interface: `merged` adds another micro-batch of this rank, `score` is the scalar over all ranks,
-a 0-d tensor that never left the device.
+a 0-d tensor that never left the device. `summed` takes a tensor and returns its sum over ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Union
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from leap_dist import alignment
 from leap_dist.distributed import sum_over_ranks
 from leap_kernels import Moments
+
+Summed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,11 @@ class CkaEvidence:
     def merged(self, other: CkaEvidence) -> CkaEvidence:
         return CkaEvidence(alignment.merge(self.moments, other.moments), self.weight)
 
-    def score(self, reduction: str, ranks: int) -> Tensor:
+    def score(self, reduction: str, ranks: int, summed: Summed = sum_over_ranks) -> Tensor:
         """Linear CKA of the global batch (`exact`), or the mean of the ranks' own CKAs (`mean`, as LEAP; biased)."""
         if reduction == "exact":
-            return alignment.linear_cka(alignment.merge_over_ranks(self.moments, sum_over_ranks), self.weight)
-        return sum_over_ranks(alignment.linear_cka(self.moments, self.weight)) / ranks
+            return alignment.linear_cka(alignment.merge_over_ranks(self.moments, summed), self.weight)
+        return summed(alignment.linear_cka(self.moments, self.weight)) / ranks
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ class CosineEvidence:
     def merged(self, other: CosineEvidence) -> CosineEvidence:
         return CosineEvidence(self.totals + other.totals)
 
-    def score(self, reduction: str, ranks: int) -> Tensor:
+    def score(self, reduction: str, ranks: int, summed: Summed = sum_over_ranks) -> Tensor:
         """Mean cosine per token; equal on every rank's share, so both reductions are the same number."""
-        total, count = sum_over_ranks(self.totals.clone())
+        total, count = summed(self.totals.clone())
         return total / count
 
 

@@ -1,33 +1,46 @@
-"""FLOPs of a backbone, piece by piece, counted by torch on a model without memory.
+"""FLOPs of a training step, part by part, before anything has run.
 
 A FLOP is one multiplication or one addition (two per multiply-accumulate). Matrix products, convolutions and
 attention count; norms, activations and additions, together well under 1 %, do not.
+
+Backbones are counted by torch's own formula for each operation, on models without memory (`FlopCounterMode` on the
+meta device): it holds for every architecture, and the tests hold it to a closed form for every family. The counter is
+blind to in-place products and to custom ops, which is what the matching op is made of: matching and score have closed
+forms here, and the tests hold those to the counter on the plain definitions. They are the FLOPs of the definition; an
+implementation that gets by with fewer shows as a higher utilisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from leap_dist.backbone import DTYPES, build_model, split
-from leap_dist.config import StudentConfig, TeacherConfig
+from leap_dist.backbone import DTYPES, Backbone, build_model, split
+from leap_dist.config import Config, StudentConfig, TeacherConfig
 from leap_dist.planning import TeacherCosts
+from leap_dist.student import build_student
 
 _T = TypeVar("_T")
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class TeacherFlops:
-    """Forward FLOPs per image: of the embedding, of each block from the shallowest on, and of the final norm."""
+    """Forward FLOPs per image: of the embedding, of each block from the shallowest on, and of the final norm.
+
+    attention: what of each block is its attention (projections and scores); the rest is its MLP. 0 where a block runs
+    both as one product (timm's parallel blocks).
+    """
 
     embed: int
     blocks: tuple[int, ...]
     norm: int
+    attention: tuple[int, ...] = ()
 
     def upto(self, block: int) -> int:
         """FLOPs of the features of 1-indexed `block`."""
@@ -38,16 +51,88 @@ class TeacherFlops:
         return 1.0 - self.upto(block) / self.upto(len(self.blocks))
 
 
+class StudentFlops(NamedTuple):
+    """FLOPs per image of a training step of the student's backbone, without its heads."""
+
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of an optimizer step: per image, but for `cka`, which is per step.
+
+    match: heads, forward and backward. evidence: what a scored step adds per image; cka: and once.
+    """
+
+    teacher: TeacherFlops
+    student: StudentFlops
+    match: int
+    evidence: int
+    cka: int
+
+    def student_step(self) -> int:
+        """Of the student's backbone, per image, forward and backward."""
+        return sum(self.student)
+
+
+def step_flops(config: Config) -> StepFlops:
+    """Count a step of the configured run; loads no weights."""
+    size, every_layer = config.data.image_size, config.curriculum.mode == "all_layers"
+    backbone = _backbone(config.teacher, size)
+    spec, width = backbone.spec, build_student(config.student, size, _META).width
+    tokens, heads = spec.grid[0] * spec.grid[1], spec.depth if every_layer else 1
+    cosine = config.curriculum.metric == "cosine"
+    evidence = 2 * tokens * width * spec.dim if cosine else moments_flops(tokens, width, spec.dim)
+    return StepFlops(
+        teacher=_count(backbone, size),
+        student=student_step_flops(config.student, size, every_layer),
+        match=heads * match_flops(tokens + (config.objective.cls_weight > 0), width, spec.dim),
+        evidence=heads * evidence,
+        cka=0 if cosine else cka_flops(width, spec.dim),
+    )
+
+
+def match_flops(rows: int, width: int, teacher_width: int) -> int:
+    """Head and MSE on `rows` tokens: the projection, and its gradients for tokens and weight."""
+    return 6 * rows * width * teacher_width
+
+
+def moments_flops(rows: int, width: int, teacher_width: int) -> int:
+    """Second moments of `rows` student and teacher tokens: SᵀS, TᵀS and TᵀT."""
+    return 2 * rows * (width**2 + width * teacher_width + teacher_width**2)
+
+
+def cka_flops(width: int, teacher_width: int) -> int:
+    """Linear CKA from the moments, as `leap_dist.alignment.linear_cka` takes it: WᵀW, Css A and Cts A."""
+    return 4 * teacher_width * width**2 + 2 * width**3
+
+
 def teacher_flops(config: TeacherConfig, image_size: int) -> TeacherFlops:
     """Count the configured teacher at square images of `image_size` pixels; loads no weights."""
-    return _count(config, image_size, "teacher")
+    return _count(_backbone(config, image_size), image_size)
 
 
-def teacher_costs(config: TeacherConfig, image_size: int) -> TeacherCosts:
-    """What planning knows of a teacher: FLOPs, and bytes in its dtype. Loads no weights."""
-    backbone = split(build_model(config.model, config.kwargs, image_size, device="meta"))
-    images = torch.empty(1, 3, image_size, image_size, device="meta")
-    flops, size = teacher_flops(config, image_size), DTYPES[config.dtype].itemsize
+def student_flops(config: StudentConfig, image_size: int) -> int:
+    """Forward FLOPs per image of the configured student, without its head."""
+    return student_step_flops(config, image_size).forward
+
+
+def student_step_flops(config: StudentConfig, image_size: int, every_layer: bool = False) -> StudentFlops:
+    """Count the configured student, forward and backward.
+
+    every_layer: with the tokens of all its blocks, not the last one's only.
+    """
+    student, images = build_student(config, image_size, _META), _images(image_size)
+    forward, views = _counted(lambda: student.every_layer(images) if every_layer else [student(images)])
+    total = torch.stack([tokens.sum() for view in views for tokens in view if tokens is not None]).sum()
+    return StudentFlops(forward, _counted(total.backward)[0])
+
+
+def teacher_costs(config: TeacherConfig, image_size: int, flops: TeacherFlops) -> TeacherCosts:
+    """What planning knows of a teacher: its FLOPs, as counted, and bytes in its dtype. Loads no weights."""
+    backbone, images = _backbone(config, image_size), _images(image_size)
+    size = DTYPES[config.dtype].itemsize
     return TeacherCosts(
         embed_flops=flops.embed,
         block_flops=flops.blocks,
@@ -62,24 +147,32 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def student_flops(config: StudentConfig, image_size: int) -> int:
-    """Forward FLOPs per image of the student's backbone, without its head; a training step costs three times that."""
-    flops = _count(config, image_size, "student")
-    return flops.upto(len(flops.blocks))
+def _backbone(config: TeacherConfig, image_size: int) -> Backbone:
+    return split(build_model(config.model, config.kwargs, image_size, device=_META))
+
+
+def _images(image_size: int) -> torch.Tensor:
+    return torch.empty(1, 3, image_size, image_size, device=_META)
 
 
 @torch.no_grad()
-def _count(config: TeacherConfig | StudentConfig, image_size: int, side: str) -> TeacherFlops:
-    backbone = split(build_model(config.model, config.kwargs, image_size, device="meta", side=side))
-    images = torch.empty(1, 3, image_size, image_size, device="meta")
-    embed, tokens = _counted(lambda: backbone.embed(images))
+def _count(backbone: Backbone, image_size: int) -> TeacherFlops:
+    embed, tokens = _counted(lambda: backbone.embed(_images(image_size)))
     context = backbone.context()
-    blocks = []
+    blocks, attention = [], []
     for index in range(len(backbone.blocks)):
-        flops, tokens = _counted(lambda i=index, x=tokens: backbone.run_block(i, x, context))
-        blocks.append(flops)
+        with FlopCounterMode(display=False) as counter:
+            tokens = backbone.run_block(index, tokens, context)
+        blocks.append(counter.get_total_flops())
+        attention.append(_attention(counter))
     norm, _ = _counted(lambda: backbone.finish(tokens))
-    return TeacherFlops(embed, tuple(blocks), norm)
+    return TeacherFlops(embed, tuple(blocks), norm, tuple(attention))
+
+
+def _attention(counter: FlopCounterMode) -> int:
+    """What a block's own child `attn` (or `attns`) took; names are Block, Block.attn, Block.attn.qkv, ..."""
+    counts = counter.get_flop_counts().items()
+    return sum(sum(ops.values()) for name, ops in counts if name.split(".")[1:] in (["attn"], ["attns"]))
 
 
 def _counted(run: Callable[[], _T]) -> tuple[int, _T]:

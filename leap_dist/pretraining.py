@@ -22,11 +22,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from leap_dist.config import DIGITS, DataConfig, OptimConfig
+from leap_dist.data.crops import RATIO, decode
 from leap_dist.data.digits import digit_samples
-from leap_dist.data.transforms import decode, eval_transform, train_transform
+from leap_dist.data.transforms import eval_transform
 from leap_dist.files import write_json, write_whole
 from leap_dist.optim import build_optimizer, lr_factor
 from leap_dist.telemetry import bar_interval
@@ -158,8 +160,6 @@ def _data(config: TeacherTraining) -> DataConfig:
     return DataConfig(
         train=DIGITS,
         image_size=config.image_size,
-        augment="crop",
-        crop_scale=config.crop_scale,
         mean=config.mean,
         std=config.std,
     )
@@ -173,11 +173,12 @@ def _split(name: str) -> tuple[Tensor, Tensor]:
 
 def _batches(images: Tensor, labels: Tensor, config: TeacherTraining) -> Iterator[tuple[Tensor, Tensor]]:
     """Every epoch's shuffled, augmented batches; the incomplete last one of an epoch is dropped."""
-    transform = train_transform(_data(config))
+    crop = v2.RandomResizedCrop(config.image_size, scale=config.crop_scale, ratio=RATIO, antialias=True)
+    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)])
     for _ in range(config.epochs):
         for rows in torch.randperm(len(labels)).split(config.batch):
             if len(rows) == config.batch:
-                yield torch.stack([transform(image) for image in images[rows]]), labels[rows]
+                yield normalise(torch.stack([crop(image) for image in images[rows]])), labels[rows]
 
 
 @torch.no_grad()

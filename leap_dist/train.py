@@ -45,22 +45,27 @@ def train(config: Config) -> None:
     """One run, from building the parts to the final table."""
     from leap_dist.assembly import build_trainer  # torch and DeepSpeed: seconds, only for a config that holds
     from leap_dist.distributed import initialise, shutdown
+    from leap_dist.pulse import Pulse
     from leap_dist.wrapup import wrap_up
 
     world = initialise()
     report_to_stderr(logging.INFO if world.is_main else logging.WARNING)
-    config, trainer = build_trainer(config, world)
-    try:
-        if trainer.run():
-            signal.signal(signal.SIGTERM, leave)
-            wrap_up(config, world, trainer)
-        elif world.is_main:
-            print(f"leap_dist: stopped at step {trainer.progress.step}; continue with resume=auto", file=sys.stderr)
-    except Exception as error:
-        error.add_note(f"after step {trainer.progress.step}")
-        raise
-    finally:
-        trainer.close()
+    with Pulse(world, config.engine.silence_s, give_up) as pulse:
+        config, trainer = build_trainer(config, world)
+        pulse.step = lambda: trainer.progress.step
+        try:
+            if trainer.run():
+                signal.signal(signal.SIGTERM, leave)
+                wrap_up(config, world, trainer)
+            elif world.is_main:
+                print(f"leap_dist: stopped at step {trainer.progress.step}; continue with resume=auto", file=sys.stderr)
+        except Exception as error:
+            pulse.explain(error)
+            if " step " not in str(error):
+                error.add_note(f"after step {trainer.progress.step}")
+            raise
+        finally:
+            trainer.close()
     shutdown()
 
 
@@ -68,6 +73,12 @@ def leave(_signal: int, _frame: object) -> None:
     """SIGTERM after the last step: everything is saved, only the evaluation is not done."""
     print("leap_dist: stopped while evaluating; resume=auto evaluates again", file=sys.stderr, flush=True)
     os._exit(0)
+
+
+def give_up(fault: str) -> None:
+    """Another rank is gone, and this one waits for it in a collective that nothing else can end."""
+    complain(fault)
+    os._exit(1)
 
 
 def report_to_stderr(level: int) -> None:
@@ -79,9 +90,10 @@ def report_to_stderr(level: int) -> None:
     logger.setLevel(level)
 
 
-def complain(message: str) -> None:
-    """One line on stderr that says which rank speaks."""
-    print(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {message}", file=sys.stderr, flush=True)
+def complain(message: str, error: BaseException | None = None) -> None:
+    """One line on stderr that says which rank speaks, with what was noted on the error."""
+    notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
+    print(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {message}{notes}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,16 +101,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        complain(str(error))
+        complain(str(error), error)
         return 2
     except Exception as error:
         from leap_dist.distributed import is_lost_peer
 
         if is_lost_peer(error):  # the rank that failed says why; this one only says that it noticed
-            when = "".join(f", {note}" for note in getattr(error, "__notes__", []))
-            complain(f"another rank is gone{when}; its own message says why")
+            complain("another rank is gone, and says itself why if it could", error)
         else:
             traceback.print_exc()
+            complain(f"{type(error).__name__}, see above", error)
         return 1
     return 0
 

@@ -2,16 +2,18 @@
 
 The score of a step travels to the host while the backward pass runs, and is read before the next step begins, which
 is the first that may see another target block. So nothing waits, and the order is LEAP's: the step's own block gives
-its features, loss and score; the decision holds from the next step on.
+its features, loss and score; the decision holds from the next step on (with `teacher.prefetch`, from the one after).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain, pairwise, repeat
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Optional
@@ -20,19 +22,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from leap_dist.accounting import Accountant, Costs, configured_peaks
 from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config
 from leap_dist.coordinator import Coordinator
-from leap_dist.data import Batch, TrainLoader, mixup
+from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, mixup
 from leap_dist.distributed import World, sum_over_ranks
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features
-from leap_dist.flops import TeacherFlops
+from leap_dist.flops import StepFlops
+from leap_dist.ledger import Ledger
+from leap_dist.lookahead import Lookahead, MicroBatch, Work
 from leap_dist.objective import Match
 from leap_dist.optim import lr_factor, peak_lr
+from leap_dist.profiling import ProfilerWindow
 from leap_dist.reset import reset_heads
 from leap_dist.teacher import Teacher
-from leap_dist.telemetry import PhaseTimer, Telemetry, memory_bytes
+from leap_dist.telemetry import Telemetry, memory_bytes
+from leap_dist.timing import PhaseTimer
+
+log = logging.getLogger(__name__)
 
 MIXUP, DROPOUT, HEAD = range(3)  # streams of random numbers
 CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x 40 blocks are 2 GB in fp32
@@ -40,30 +49,22 @@ CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x
 
 @dataclass
 class Progress:
-    """Where the run is and what it has cost; saved in every checkpoint.
+    """Where the run is; saved in every checkpoint.
 
-    trajectory: (first step, block) of every target block so far. flops: teacher FLOPs spent, calibration included;
-    full_flops: had every step run the whole teacher. seconds: of training, over all sessions of the run.
+    trajectory: (first step, block) of every target block so far. next_block: the next step's, where its work has begun
+    (`leap_dist.lookahead`).
     """
 
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
     trajectory: list[tuple[int, int]] = field(default_factory=list)
-    flops: float = 0.0
-    full_flops: float = 0.0
-    seconds: float = 0.0
-    teacher_seconds: float = 0.0
+    next_block: Optional[int] = None
 
     @property
     def advanced_at(self) -> Optional[int]:
         """First step on the current block, if there was an advance."""
         return self.trajectory[-1][0] if len(self.trajectory) > 1 else None
-
-    @property
-    def saved_fraction(self) -> float:
-        """Share of teacher FLOPs not spent."""
-        return 1 - self.flops / self.full_flops if self.full_flops else 0.0
 
 
 class Latch:
@@ -116,11 +117,13 @@ class Parts:
     """What a run is made of; `leap_dist.assembly` puts them together."""
 
     teacher: Teacher
-    flops: TeacherFlops
+    flops: StepFlops
     engine: Any
     loader: TrainLoader
+    bad_samples: BadSamples
     coordinator: Coordinator
     checkpoints: Checkpoints
+    timer: PhaseTimer
 
 
 class Trainer:
@@ -130,9 +133,10 @@ class Trainer:
         self.config = config
         self.world = world
         self.teacher = parts.teacher
-        self.flops = parts.flops
         self.engine = parts.engine
         self.loader = parts.loader
+        self.bad_samples = parts.bad_samples
+        self.feed = Feed(config.data, world.device)
         self.coordinator = parts.coordinator
         self.curriculum = parts.coordinator.curriculum
         self.checkpoints = parts.checkpoints
@@ -140,15 +144,22 @@ class Trainer:
         self.steps_per_epoch = len(parts.loader) // self.accumulation
         self.total_steps = self.steps_per_epoch * config.epochs
         self.peak_lr = peak_lr(config.optim, config.data.global_batch)
-        self.timer = PhaseTimer(world.device)
+        self.timer = parts.timer
         for head in parts.engine.module.heads:
             self.timer.watch(head, "match")
+        self.accountant = Accountant(config, parts.flops, world.size, configured_peaks(config, world.device))
+        self.profiler = ProfilerWindow(config, world, self.timer, parts.teacher.blocks)
+        self.lookahead = Lookahead(parts.teacher, self._work, world.device, ahead=config.teacher.prefetch > 0)
         self.progress = Progress()
+        self.costs = Costs()
+        self.coming: Optional[Work] = None
         self.pending: Optional[Pending] = None
         self.telemetry: Optional[Telemetry] = None
+        self.ledger: Optional[Ledger] = None
         self.stopping = False
         self.saved_step = -1
-        self._clock_base = (0.0, 0.0, time.perf_counter())
+        self._ledger_from: tuple[int, Optional[Path]] = (0, None)  # lines known to the checkpoint, its run's folder
+        self._clock_zero = time.perf_counter()
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -156,22 +167,28 @@ class Trainer:
         """Continue from the checkpoint at `path`."""
         state = self.checkpoints.load(self.engine, path)
         self.progress = Progress(**state["progress"])
+        self.costs = Costs(**state["costs"])
+        self.timer.carry_on(self.costs.phases)
+        self._ledger_from = (state["ledger_lines"], path.parent.parent)
         self.curriculum.load_state_dict(state["curriculum"])
         # A checkpoint of another run is saved here at once: a kill before the first own one must not start afresh.
         self.saved_step = self.progress.step if path.parent == self.checkpoints.folder else -1
-        self.teacher.retarget(self.curriculum.block)
 
     def run(self) -> bool:
         """Train to the last epoch (True), or until a rank is told to stop (False). Saves in both cases."""
         self.checkpoints.claim_output()
+        self.bad_samples.reopen(resumed=self.progress.step > 0)
         if self.world.is_main:
             self.telemetry = Telemetry(self.config, self.total_steps, self.progress.step)
-        self._clock_base = (self.progress.seconds, self.progress.teacher_seconds, time.perf_counter())
+            self.ledger = Ledger(Path(self.config.output), *self._ledger_from)
+        self._clock_zero = time.perf_counter() - self.costs.seconds
+        self.accountant.begin(self.progress.step, self.costs)
         if self.progress.step:
             self._save()
         with Interrupt() as interrupt:
             while self.progress.epoch < self.config.epochs and not self.stopping:
                 self._epoch(interrupt)
+        self.profiler.close()
         self._save()
         self.checkpoints.confirm()
         return self.progress.epoch == self.config.epochs
@@ -181,64 +198,115 @@ class Trainer:
         self.loader.close()
         if self.telemetry is not None:
             self.telemetry.close()
+        if self.ledger is not None:
+            self.ledger.close()
 
     def _epoch(self, interrupt: Interrupt) -> None:
         """The rest of the current epoch, then the curriculum's end-of-epoch check."""
-        for micro_batches in self._batches():
+        for batches, following in self._batches():
             self._settle(interrupt)
             if self.stopping:
                 return
             if not self.progress.trajectory:
-                self._choose_start(micro_batches)
-            self._step(micro_batches)
+                self._choose_start(batches)
+            self._step(self._next_work(batches, following))
             if self._is_save_due(self.progress.step, self.config.checkpoint.every_steps):
                 self._settle(interrupt)
                 self._save()
         self._settle(interrupt)
+        target = self.curriculum.block
+        if self.curriculum.end_epoch():
+            self._record(self.progress.step - 1, target, math.nan, advanced=True)
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
-        if self.curriculum.end_epoch():
-            self._advance()
         if self._is_save_due(self.progress.epoch, self.config.checkpoint.every_epochs):
             self._save()
 
-    def _batches(self) -> Iterator[list[Batch]]:
-        """Micro-batches of one optimizer step at a time, from where the epoch was left."""
+    def _batches(self) -> Iterator[tuple[list[Batch], Optional[list[Batch]]]]:
+        """Micro-batches of one optimizer step at a time, from where the epoch was left; and of the step after it, if
+        the teacher works ahead and the epoch has one.
+        """
         start = self.progress.step_in_epoch
-        stream = self.loader.epoch(self.progress.epoch, start * self.accumulation)
-        for _ in range(start, self.steps_per_epoch):
-            with self.timer.phase("data", host=True):
-                micro_batches = [next(stream) for _ in range(self.accumulation)]
-            yield micro_batches
+        stream = self.feed.ahead(self.loader.epoch(self.progress.epoch, start * self.accumulation))
+        first = self.progress.step - start
+        steps = (self._fetched(stream, first + index) for index in range(start, self.steps_per_epoch))
+        return pairwise(chain(steps, [None])) if self.config.teacher.prefetch else zip(steps, repeat(None))
+
+    def _fetched(self, stream: Iterator[Batch], step: int) -> list[Batch]:
+        self.profiler.before(step)
+        with self.timer.phase("data", host=True):
+            micro_batches = [next(stream) for _ in range(self.accumulation)]
+        for batch in micro_batches:
+            self.bad_samples.note(batch.bad)
+        return micro_batches
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def _step(self, micro_batches: list[Batch]) -> None:
+    def _next_work(self, batches: list[Batch], following: Optional[list[Batch]]) -> Work:
+        """What the next step trains on; the work of the step after it begins, if its batches are there."""
+        step = self.progress.step
+        work = self.coming or self.lookahead.begin(step, self.progress.next_block or self._block_of(step), batches)
+        block = self._block_of(step + 1)
+        self.coming = None if following is None else self.lookahead.begin(step + 1, block, following)
+        self.progress.next_block = None if self.coming is None else block
+        return work
+
+    def _block_of(self, step: int) -> int:
+        """The target block of a step whose work begins now."""
+        schedule = self.coordinator.schedule
+        return self.curriculum.block if schedule is None else schedule.at(step)
+
+    def _step(self, work: Work) -> None:
         """One optimizer step; leaves its numbers in `pending`."""
+        self._enter(work.block)
         torch.manual_seed(self._seed(DROPOUT, self.world.rank))  # drop path and dropout: the same after a resume
         lr = self._set_lr()
         scored, evidence, losses = self._wants_score(), None, []
-        for index, batch in enumerate(micro_batches):
-            images = self._view(batch, index)
-            with self.timer.phase("teacher"):
-                targets = self._targets(images)
-            with self.timer.phase("student"):
+        for index, (images, targets) in enumerate(work.micro_batches):
+            with self.timer.phase("student.forward"):
                 match: Match = self.engine(images, targets, scored)
                 losses.append(torch.stack([match.loss.detach(), match.patch_loss, match.cls_loss]))
                 evidence = self._gathered(evidence, match)
-                if index + 1 == len(micro_batches):
-                    self.pending = self._latched(torch.stack(losses).mean(0), evidence, lr)
+            if index + 1 == self.accumulation:
+                means = self._latched(torch.stack(losses).mean(0), evidence)
+                self.pending = Pending(self.progress.step, work.block, lr, means)
+            with self.timer.phase("student.backward"):
                 self.engine.backward(match.loss)
+            with self.timer.phase("optimizer"):
                 self.engine.step()
         self.progress.step += 1
         self.progress.step_in_epoch += 1
 
-    def _view(self, batch: Batch, index: int) -> Tensor:
-        """The images on the device, mixed up with draws keyed by seed, step and micro-batch."""
-        images = batch.images.to(self.world.device, non_blocking=True)
-        if not self.config.data.mixup:
+    def _enter(self, block: int) -> None:
+        """The student meets a target block: a new one is noted, and the head starts anew if that is asked for."""
+        trajectory = self.progress.trajectory
+        if trajectory and trajectory[-1][1] == block:
+            return
+        if trajectory and self.config.curriculum.reset_head:
+            reset_heads(self.engine, self._seed(HEAD))
+        trajectory.append((self.progress.step, block))
+        log.info("step %d: target block %d of %d", self.progress.step, block, self.teacher.spec.depth)
+
+    def _work(self, step: int, batches: list[Batch]) -> Iterator[MicroBatch]:
+        """Images and features of a step, micro-batch by micro-batch."""
+        for batch in batches:
+            images = self._view(batch, step)
+            with self.timer.phase("teacher"):
+                targets = self._targets(images)
+            yield MicroBatch(images, targets)
+
+    def _view(self, batch: Batch, step: int) -> Tensor:
+        """The images on the device, mixed up with draws keyed by seed and step."""
+        images, data = self.feed.images(batch), self.config.data
+        if not data.mixup:
             return images
-        return mixup(images, torch.Generator().manual_seed(self._seed(MIXUP, index)))
+        return mixup(
+            images,
+            batch.positions,
+            global_batch=data.global_batch,
+            group_size=data.mixup_group,
+            generator=torch.Generator().manual_seed(self._seed(MIXUP, step=step)),
+        )
 
     def _targets(self, images: Tensor) -> list[Features]:
         if self.config.curriculum.mode == "all_layers":
@@ -252,16 +320,19 @@ class Trainer:
             return None
         return match.evidence[-1] if evidence is None else evidence.merged(match.evidence[-1])
 
-    def _latched(self, losses: Tensor, evidence: Optional[Evidence], lr: float) -> Pending:
+    def _latched(self, losses: Tensor, evidence: Optional[Evidence]) -> Latch:
         """Send own loss, mean losses and score to the host. losses: (3,) of this rank. Collective."""
-        means = sum_over_ranks(losses.clone()) / self.world.size
+        means = self._summed(losses.clone()) / self.world.size
         score = losses.new_full((), math.nan) if evidence is None else self._score(evidence)
-        values = torch.cat([losses[:1], means, score[None].to(losses)])
-        return Pending(self.progress.step, self.curriculum.block, lr, Latch(values))
+        return Latch(torch.cat([losses[:1], means, score[None].to(losses)]))
 
     def _score(self, evidence: Evidence) -> Tensor:
         with torch.no_grad(), self.timer.phase("match"):
-            return evidence.score(self.config.curriculum.reduction, self.world.size)
+            return evidence.score(self.config.curriculum.reduction, self.world.size, self._summed)
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        with self.timer.phase("communication"):
+            return sum_over_ranks(tensor)
 
     def _wants_score(self) -> bool:
         """At the last block the score decides nothing, so it is computed only when it is shown."""
@@ -279,9 +350,11 @@ class Trainer:
             group["lr"] = self.peak_lr * factor
         return self.peak_lr * factor
 
-    def _seed(self, *stream: int) -> int:
-        """A seed for this step: every draw of the run is a function of (seed, step, stream), so a resume repeats it."""
-        mixed = np.random.SeedSequence([self.config.seed, self.progress.step, *stream])
+    def _seed(self, *stream: int, step: Optional[int] = None) -> int:
+        """A seed for a step (null = the current one): every draw of the run is a function of (seed, step, stream), so a
+        resume repeats it.
+        """
+        mixed = np.random.SeedSequence([self.config.seed, self.progress.step if step is None else step, *stream])
         return int(mixed.generate_state(1, np.uint64)[0] >> 1)
 
     # -- the decision -------------------------------------------------------------------------------------------------
@@ -292,61 +365,101 @@ class Trainer:
             return
         pending, self.pending = self.pending, None
         own_loss, loss, patch_loss, cls_loss, score = pending.values.read()
-        decision = self.coordinator.decide(step=pending.step, loss=own_loss, score=score, stop=interrupt.requested)
+        target = self.curriculum.block
+        # Work that began before an advance says nothing about the new block.
+        judged = score if pending.block == target else math.nan
+        with self.timer.phase("decide", host=True):
+            decision = self.coordinator.decide(
+                step=pending.step, loss=own_loss, score=judged, stop=interrupt.requested,
+                bad=len(self.bad_samples.fresh),
+            )  # fmt: skip
         self.checkpoints.confirm()  # the loss that the saved weights gave is finite
-        self._account(pending.block)
+        if decision.bad:
+            self.bad_samples.share()
+        self.accountant.charge(self.costs, pending.block, scored=not math.isnan(score))
+        self._read_clocks()
+        self._record(pending.step, pending.block, judged, advanced=self.curriculum.block != target)
         if self.telemetry is not None:
             self._report(pending, loss, patch_loss, cls_loss, score)
-        if decision.advanced:
-            self._advance()
         self.stopping = decision.stop
 
-    def _advance(self) -> None:
-        """Make the curriculum's new block the target of the next step."""
-        block = self.curriculum.block
-        self.progress.trajectory.append((self.progress.step, block))
-        self.teacher.retarget(block)
-        if self.config.curriculum.reset_head:
-            reset_heads(self.engine, self._seed(HEAD))
-
     @torch.no_grad()
-    def _choose_start(self, micro_batches: list[Batch]) -> None:
+    def _choose_start(self, batches: list[Batch]) -> None:
         """First step of the run: calibrate if asked to (LEAP: the block the untrained student scores highest on)."""
-        if self.config.curriculum.mode == "leap" and self.config.curriculum.start is None:
-            self.coordinator.start_at(self._calibrated(micro_batches))
-        self.progress.trajectory.append((self.progress.step, self.curriculum.block))
-        self.teacher.retarget(self.curriculum.block)
+        how, schedule = "start", self.coordinator.schedule
+        if schedule is not None:
+            how = "replay"
+            self.coordinator.start_at(schedule.at(0))
+        elif self.config.curriculum.mode == "leap" and self.config.curriculum.start is None:
+            how, chosen = "calibrated", self._calibrated(batches)
+            self.coordinator.start_at(chosen)
+            how = how if self.curriculum.block == chosen else "snap"
+        self._read_clocks()
+        self.accountant.begin(self.progress.step, self.costs)  # rates are of steps, not of the calibration
+        self._record_start(how)
 
-    def _calibrated(self, micro_batches: list[Batch]) -> int:
+    def _calibrated(self, batches: list[Batch]) -> int:
         """The 1-indexed block with the highest score on this batch; the shallowest of equals."""
         evidence: list[Evidence] = []
         self.engine.eval()
-        with self.timer.phase("teacher"):
-            for index, batch in enumerate(micro_batches):
-                for images in self._view(batch, index).split(CALIBRATION_CHUNK):
-                    found = self.engine(images, list(self.teacher.sweep(images)), True).evidence
-                    evidence = [a.merged(b) for a, b in zip(evidence, found, strict=True)] if evidence else found
+        for batch in batches:
+            for images in self._view(batch, self.progress.step).split(CALIBRATION_CHUNK):
+                with self.timer.phase("teacher"):
+                    targets = list(self.teacher.sweep(images))
+                with self.timer.phase("student.forward"):
+                    found = self.engine(images, targets, True).evidence
+                evidence = [a.merged(b) for a, b in zip(evidence, found, strict=True)] if evidence else found
         self.engine.train()
-        self.progress.flops += self.flops.upto(self.teacher.spec.depth) * self.config.data.global_batch
+        self.accountant.charge_calibration(self.costs)
         scores = Latch(torch.stack([self._score(item) for item in evidence])).read()
         return 1 + max(range(len(scores)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
 
     # -- what it cost, what is shown, what is kept --------------------------------------------------------------------
 
-    def _account(self, block: int) -> None:
-        depth = self.teacher.spec.depth
-        deepest = depth if self.config.curriculum.mode == "all_layers" else block
-        self.progress.flops += self.flops.upto(deepest) * self.config.data.global_batch
-        self.progress.full_flops += self.flops.upto(depth) * self.config.data.global_batch
+    def _record_start(self, reason: str) -> None:
+        """The ledger's first line."""
+        if self.ledger is not None:
+            self._write_line(0, self.curriculum.block, decision="start", reason=reason, depth=self.teacher.spec.depth)
+
+    def _record(self, step: int, block: int, score: float, advanced: bool) -> None:
+        """The ledger's line of a decision: on the score of `step`, which had `block`, or (NaN) on an epoch's end."""
+        if self.ledger is None:
+            return
+        ema, reason = self.curriculum.last_check
+        changes = advanced or self._next_block() != block
+        if math.isfinite(score) or changes or self.progress.step_in_epoch == self.steps_per_epoch:
+            decision = "advance" if advanced else "stay"
+            self._write_line(step, block, score, ema=ema, decision=decision, reason=reason)
+
+    def _next_block(self) -> int:
+        """The block of the step after the one that is settled: the curriculum's, unless its work has begun."""
+        return self.progress.next_block or self.curriculum.block
+
+    def _write_line(self, step: int, block: int, score: float = math.nan, ema: float = 0.0, **more: Any) -> None:
+        self.ledger.write(
+            step=step,
+            epoch=self.progress.epoch,
+            block=block,
+            score=score if math.isfinite(score) else None,
+            ema=ema,
+            threshold=self.config.curriculum.threshold,
+            next_block=self._next_block(),
+            teacher_flops=self.costs.flops["teacher"],
+            seconds=round(self.costs.seconds, 3),
+            **more,
+        )
 
     def _report(self, pending: Pending, loss: float, patch_loss: float, cls_loss: float, score: float) -> None:
-        assert self.telemetry is not None
+        assert self.telemetry is not None and self.ledger is not None
         shown = {
             "block": f"{pending.block}/{self.teacher.spec.depth}",
             self.config.curriculum.metric: f"{score:.3f}" if math.isfinite(score) else "-",
             "loss": f"{loss:.4f}",
-            "teacher FLOPs saved": f"{self.progress.saved_fraction:.0%}",
+            "teacher FLOPs saved": f"{self.costs.teacher_saved:.0%}",
         }
+        self.telemetry.step(shown)
+        if not self.telemetry.is_due(pending.step):
+            return
         scalars = {
             "loss/total": loss,
             "loss/patch": patch_loss,
@@ -355,17 +468,17 @@ class Trainer:
             f"curriculum/{self.config.curriculum.metric}": score,
             "curriculum/ema": self.curriculum.ema,
             "lr": pending.lr,
-            "flops/teacher_saved_fraction": self.progress.saved_fraction,
+            "data/bad_samples": len(self.bad_samples),
             "memory/peak_gib": memory_bytes(self.world.device) / 2**30,
         }
         known = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
-        self.telemetry.step(pending.step, shown, known, self.timer.totals())
+        self.ledger.flush()
+        self.telemetry.points(pending.step, known | self.accountant.scalars(pending.step, pending.block, self.costs))
 
     def _read_clocks(self) -> None:
-        """Bring the progress' seconds up to now."""
-        seconds, teacher_seconds, began = self._clock_base
-        self.progress.seconds = seconds + time.perf_counter() - began
-        self.progress.teacher_seconds = teacher_seconds + self.timer.totals().get("teacher", 0.0)
+        """Bring the seconds of `costs` up to now."""
+        self.costs.seconds = time.perf_counter() - self._clock_zero
+        self.costs.phases = self.timer.totals()
 
     @staticmethod
     def _is_save_due(count: int, every: int) -> bool:
@@ -376,6 +489,18 @@ class Trainer:
         if self.saved_step == self.progress.step:
             return
         self._read_clocks()
-        state = {"progress": asdict(self.progress), "curriculum": self.curriculum.state_dict()}
+        state = {
+            "progress": asdict(self.progress),
+            "costs": asdict(self.costs),
+            "curriculum": self.curriculum.state_dict(),
+            "ledger_lines": self._ledger_lines(),
+        }
         self.checkpoints.save(self.engine, self.progress.step, state)
         self.saved_step = self.progress.step
+
+    def _ledger_lines(self) -> int:
+        """Lines of the ledger so far, all of them on disk."""
+        if self.ledger is None:
+            return 0
+        self.ledger.flush()
+        return self.ledger.lines

@@ -7,7 +7,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -39,13 +41,13 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def versions() -> str:
-    """Versions of what runs the kernels."""
-    try:
-        import triton
-    except ImportError:
-        return f"torch {torch.__version__}"
-    return f"torch {torch.__version__}, triton {triton.__version__}"
+def versions(*more: str) -> str:
+    """Versions of torch, triton and `more` packages, of those that are installed."""
+    found = [f"torch {torch.__version__}"]
+    for name in ("triton", *more):
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 def interleaved(
@@ -59,23 +61,31 @@ def interleaved(
     for i in range(repeats + 2):
         for name, prepare in calls.items():
             timed = prepare()
-            elapsed = _time(timed, device)
+            stop = stopwatch(device)
+            timed()
+            elapsed = stop()
             if i >= 2:
                 times[name].append(elapsed)
     return times
 
 
-def _time(call: Callable[[], object], device: torch.device) -> float:
+def stopwatch(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """Starts now; what it returns gives the milliseconds to the end of the device's work up to that call.
+
+    clock: seconds; used on CPU (wall time, or the process' own).
+    """
     if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
+        begin = clock()
+        return lambda: (clock() - begin) * 1e3
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def stop() -> float:
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
     start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    return stop
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
@@ -86,20 +96,31 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float:
     """MiB allocated at the peak of `call` beyond what was there before."""
+    stop = peak_watch(device)
+    call()
+    return stop()
+
+
+def peak_watch(device: torch.device) -> Callable[[], float]:
+    """Starts now; what it returns gives the MiB allocated at the peak since then beyond what was there."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        call()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    level = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak / 2**20
+        return lambda: (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    recorder.__enter__()
+
+    def stop() -> float:
+        recorder.__exit__(None, None, None)
+        events = [e for e in recorder.profiler.kineto_results.events() if e.name() == "[memory]"]
+        level = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            level += event.nbytes()
+            peak = max(peak, level)
+        return peak / 2**20
+
+    return stop
 
 
 def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:

@@ -55,7 +55,7 @@ class Noise:
 
     def __iter__(self) -> Iterator[Batch]:
         for number, ids in enumerate(torch.arange(self.num_samples).split(self._batch), 1):
-            yield Batch(torch.randn(len(ids), 3, self._size, self._size), torch.zeros_like(ids), ids)
+            yield Batch(torch.randn(len(ids), 3, self._size, self._size), torch.zeros_like(ids), ids, ids)
             if number in (max(2, len(self) // 4), len(self)):
                 gc.collect()
                 self.resident.append(psutil.Process().memory_info().rss / 2**20)

@@ -1,93 +1,126 @@
-"""Turn a tree of images, SRC/<class>/... or SRC/{train,val}/<class>/..., into MDS shards. JPEG bytes stay as they are.
+"""Turn a set of images into MDS shards, or verify shards. JPEG bytes stay as they are, unless --resize is given.
 
     python tools/make_shards.py /data/imagenet /data/imagenet-mds --workers 16
+    python tools/make_shards.py /data/imagenet /data/imagenet100-mds --classes imagenet100 --resize 256
+    python tools/make_shards.py --verify /data/imagenet-mds
 
-Every image is decoded once, to be sure that it can be; if one cannot, all such are listed and nothing is written.
+SRC holds class folders (under train/ and val/, or not), the tars of ILSVRC2012 with the devkit, CIFAR as torchvision
+unpacks it, or parquet files with images. A run that was killed is continued by the same command. Every image is decoded
+once; those that cannot be are left out and listed in OUT/quarantine.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Optional
 
-import torch
-from torch.utils.data import DataLoader, Subset
-from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from leap_dist.data.shards import complete_or_absent, write_shards
-from leap_dist.data.transforms import decode
+from leap_dist.data.sharding import JPEG_QUALITY, QUARANTINE, Plan, Recipe, plan, write_planned
+from leap_dist.data.sources import WHOLE, Images, open_source
+from leap_dist.data.verifying import count_classes, stored_shards, verify
 from leap_dist.errors import UserError
 
-SPLITS = ("train", "val")
-CLASSES = "class_to_idx.json"
+CLASS_LISTS = {"imagenet100": files("leap_dist.data") / "imagenet100.txt"}
 
 
-def read_image(path: str) -> Optional[bytes]:
-    """The file's bytes, or None if they are no image."""
-    data = Path(path).read_bytes()
+def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Read the command line; `paths` are SRC and OUT, or OUT alone with --verify."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="make_shards.py SRC OUT [options]\n       make_shards.py --verify OUT [--workers N]",
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="SRC OUT", help="images, and a new folder for shards")
+    parser.add_argument("--verify", action="store_true", help="read OUT: sizes, hashes, every image, labels")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
+    parser.add_argument("--resize", type=int, help="re-encode images whose shorter side is longer than this (pixels)")
+    parser.add_argument("--quality", type=int, help="JPEG quality of --resize (90)")
+    parser.add_argument("--classes", help="take these only: imagenet100, or a file with a class name per line")
+    parser.add_argument("--max-bad", type=float, default=0.001, help="fail beyond this fraction of bad images (0.001)")
+    parser.add_argument("--shard-mib", type=float, default=64, help="size of a shard (64)")
+    options = parser.parse_args(arguments)
+    if len(options.paths) != (1 if options.verify else 2):
+        parser.error("give SRC and OUT, or --verify and OUT")
+    if options.quality is not None and options.resize is None:
+        parser.error("--quality is about --resize, which is not given")
+    for name, lowest in (("workers", 0), ("resize", 1), ("quality", 1), ("max_bad", 0), ("shard_mib", 1e-6)):
+        value = getattr(options, name)
+        if value is not None and value < lowest:
+            parser.error(f"--{name.replace('_', '-')} {value}: at least {lowest}")
+    return options
+
+
+def read_classes(name: str) -> list[str]:
+    """The class names of a list we ship or of a file; # starts a comment."""
     try:
-        decode(data)
-    except Exception:  # PIL raises OSError, SyntaxError, struct.error, ...
-        return None
-    return data
+        lines = CLASS_LISTS.get(name, Path(name)).read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"--classes {name}: neither {', '.join(CLASS_LISTS)} nor a readable file ({error})") from None
+    names = [line.split("#")[0].strip() for line in lines]
+    return [name for name in names if name]
 
 
-def open_tree(folder: Path) -> ImageFolder:
-    """The images of `folder`/<class>/..., read by `read_image`."""
-    try:
-        return ImageFolder(str(folder), loader=read_image)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
+def progress(total: int, description: str) -> tqdm:
+    """A bar with images/s and the time left; silent where no one watches."""
+    return tqdm(total=total, desc=description, unit="image", smoothing=0.05, disable=None)
 
 
-def shuffled_samples(tree: ImageFolder, workers: int) -> Iterator[tuple[bytes, int]]:
-    """Every image and its label, in an order that is fixed and mixes the classes; UserError if any is unreadable."""
-    order = torch.randperm(len(tree), generator=torch.Generator().manual_seed(0)).tolist()
-    loader = DataLoader(Subset(tree, order), batch_size=None, num_workers=workers)
-    unreadable = []
-    for index, (data, label) in zip(order, tqdm(loader, unit="image", desc=Path(tree.root).name), strict=True):
-        if data is None:
-            unreadable.append(tree.samples[index][0])
-        elif not unreadable:
-            yield data, label
-    if unreadable:
-        print(*sorted(unreadable), sep="\n", file=sys.stderr)
-        raise UserError(f"{tree.root}: the {len(unreadable)} images listed above do not decode; nothing was written")
+def describe(planned: Plan, sources: Mapping[str, Images]) -> Iterator[str]:
+    """What is going to be written, a line per split."""
+    for split, images in sources.items():
+        sizes = [len(shard.images) for shard in planned.shards if shard.split == split]
+        name = "all" if split == WHOLE else split
+        yield f"{name}: {sum(sizes)} of {len(images.names)} images, {len(planned.classes)} classes, {len(sizes)} shards"
 
 
-def convert(source: Path, out: Path, workers: int) -> None:
-    """Write the shards of `source` to `out`, or of its splits to `out`/<split>, and the class index beside them."""
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder")
-    with complete_or_absent(out) as part:
-        splits = [split for split in SPLITS if (source / split).is_dir()] or ["."]
-        trees = {split: open_tree(source / split) for split in splits}
-        classes = trees[splits[0]].class_to_idx
-        for split, tree in trees.items():
-            if tree.class_to_idx != classes:
-                raise UserError(f"{source / split}: its classes differ from those of {source / splits[0]}")
-        for split, tree in trees.items():
-            write_shards(shuffled_samples(tree, workers), part / split)
-        (part / CLASSES).write_text(json.dumps(classes, indent=1) + "\n")
+def make(options: argparse.Namespace) -> None:
+    """Write the shards of SRC to OUT, or of its splits to OUT/<split>."""
+    source, out = options.paths
+    wanted = read_classes(options.classes) if options.classes else None
+    recipe = Recipe(options.resize, options.quality or JPEG_QUALITY, options.shard_mib)
+    print(f"listing {source}", flush=True)
+    sources = open_source(source, options.workers)
+    planned = plan(sources, recipe, wanted)
+    print(*describe(planned, sources), sep="\n", flush=True)
+    with progress(planned.size, out.name) as bar:
+        for images in write_planned(planned, out, options.workers, options.max_bad):
+            bar.update(images)
+    if (out / QUARANTINE).exists():
+        print(f"some images could not be read and were left out: {out / QUARANTINE}")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Verify OUT and say what is in it."""
+    (out,) = options.paths
+    shards = stored_shards(out)
+    counts = defaultdict(Counter)
+    with progress(sum(shard.info["samples"] for shard in shards), f"verify {out.name}") as bar:
+        for shard, labels in zip(shards, verify(shards, count_classes(out), options.workers), strict=True):
+            counts[shard.folder] += labels
+            bar.update(shard.info["samples"])
+    for folder, labels in counts.items():
+        sizes = labels.values()
+        print(f"{folder}: {sum(sizes)} images, {len(sizes)} classes of {min(sizes)} to {max(sizes)} images, all sound")
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Parse the command line and convert; 2 after a mistake in the input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC", help="folder of class folders, or of train/ and val/")
-    parser.add_argument("out", type=Path, metavar="OUT", help="new or empty folder for the shards")
-    parser.add_argument("--workers", type=int, default=8, help="processes that read and check images (8)")
-    options = parser.parse_args(arguments)
+    """Parse the command line and work; 2 after a mistake in the input, 1 if shards are not sound."""
+    options = parse(arguments)
     try:
-        convert(options.source, options.out, options.workers)
-    except UserError as error:
+        (check if options.verify else make)(options)
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if options.verify else 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
     return 0
 
 

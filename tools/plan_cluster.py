@@ -3,8 +3,8 @@
 python tools/plan_cluster.py --cluster 4x8-h100 --teacher vit-7b --batch 32
 python tools/plan_cluster.py --cluster 8x-l40s --config launch_configs/leap_vit7b_vitb16_imagenet1k.yaml
 
-Bandwidths and peaks are the vendors'; the share of the peak that a ViT reaches (--mfu) is yours to measure. No table
-here has been compared with a run on such a cluster.
+Bandwidths and peaks are the vendors'; the share of the peak that a ViT reaches (--mfu) is yours to measure. Bytes
+are tested against small runs; no table has been compared with a run on such a cluster.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from leap_dist.config import TeacherConfig, load
 from leap_dist.errors import UserError
-from leap_dist.flops import teacher_costs
+from leap_dist.flops import teacher_costs, teacher_flops
 from leap_dist.planning import GIB, Cluster, TeacherCosts, choose, cost
 
 CLUSTERS = {
@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run = None if args.config is None else load(args.config, ["data.train=digits"])
         config, image_size = (run.teacher, run.data.image_size) if run else (TEACHERS[args.teacher], args.image_size)
-        table = rows(teacher_costs(config, image_size), cluster, config, args.batch, budget)
+        costs = teacher_costs(config, image_size, teacher_flops(config, image_size))
+        table = rows(costs, cluster, config, args.batch, budget)
     except UserError as error:
         print(f"plan_cluster: error: {error}", file=sys.stderr)
         return 2

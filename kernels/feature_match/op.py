@@ -61,8 +61,8 @@ def feature_match(
         student: S (M, Ds). weight: W (Dt, Ds). bias: b (Dt,) or None. teacher: T (M, Dt), any float dtype, a constant.
             Under torch.autocast the products are taken in the autocast dtype as `F.linear` would (the Gram form stays
             in float32, where it is exact); outside it student, weight and bias share one dtype.
-        impl: "auto" takes Triton for 16-bit products on a CUDA device and the Gram form elsewhere, but plain PyTorch for
-            few rows (M <= Ds, no moments), where Grams are the longer way; a named one is honoured or raises.
+        impl: "auto" takes Triton for 16-bit products on a CUDA device and the Gram form elsewhere, but for few rows
+            (M <= Ds, no moments) plain PyTorch, since Grams are the longer way; a named one is honoured or raises.
         objective: "mse", mean((P - T)^2) over all elements; "normalised", the same against layer-normalised rows of T;
             "cosine", the mean of 1 - cos(P, T) over rows.
         moments: also return the alignment moments of (S, T), from which `leap_dist.alignment` takes the linear CKA

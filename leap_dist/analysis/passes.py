@@ -102,7 +102,6 @@ class FirstPass:
     ) -> None:
         self._subjects, self._matched, self._world = subjects, matched, world
         self._kept = torch.arange(sample) * images // sample
-        self._seen = 0
         self._sample: list[tuple[int, Tensor]] = []
         self.blocks: list[list[BlockTotals]] = []
         self.cka: list[LayerCka] = []
@@ -139,11 +138,8 @@ class FirstPass:
         ]
 
     def _keep(self, batch: Batch) -> None:
-        """An `EvalLoader` deals the images to the ranks in turn."""
-        positions = self._world.rank + self._world.size * torch.arange(self._seen, self._seen + len(batch.ids))
-        chosen = torch.isin(positions, self._kept)
+        chosen = torch.isin(batch.positions, self._kept)
         self._sample += zip(batch.ids[chosen].tolist(), batch.images[chosen], strict=True)
-        self._seen += len(batch.ids)
 
 
 def _finite(subject: Subject, layers: list[Tensor]) -> list[Tensor]:

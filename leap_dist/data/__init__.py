@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from leap_dist.data.batch import Batch
 from leap_dist.data.digits import resolve
-from leap_dist.data.loader import Batch, EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from leap_dist.data.faults import BadSamples
+from leap_dist.data.feed import Feed
+from leap_dist.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from leap_dist.data.mixup import check_groups, mixup
 from leap_dist.data.shards import check_shards, check_sources, write_shards
-from leap_dist.data.transforms import eval_transform, mixup, train_transform
+from leap_dist.data.transforms import eval_transform, train_transform
 
 __all__ = [
+    "BadSamples",
     "Batch",
     "EvalLoader",
+    "Feed",
     "TrainLoader",
     "build_eval_loader",
     "build_train_loader",
+    "check_groups",
     "check_shards",
     "check_sources",
     "eval_transform",

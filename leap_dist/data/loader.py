@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import traceback
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Optional
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 
 from leap_dist.config import DataConfig
-from leap_dist.data.transforms import eval_transform, train_transform
-from leap_dist.distributed import World, barrier
+from leap_dist.data.batch import Batch, Request
+from leap_dist.data.order import Share, epoch_order
+from leap_dist.data.transforms import Whole, eval_transform, train_transform
+from leap_dist.distributed import World
 from leap_dist.errors import UserError
 
 if TYPE_CHECKING:
     from leap_dist.data.streaming import ImageDataset
 
-
-class Batch(NamedTuple):
-    """One rank's micro-batch, on the host.
-
-    images: (B, 3, S, S) float32, normalised; labels: (B,) int64, -1 where the shards have none;
-    ids: (B,) int64, index of the sample in the whole set.
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
+log = logging.getLogger(__name__)
 
 
 def _guarded(batches: Iterable[Batch], source: str) -> Iterator[Batch]:
@@ -55,42 +48,57 @@ def _outlive_sigterm(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _loader_options(config: DataConfig, world: World) -> dict[str, Any]:
-    return {
-        "generator": torch.Generator(),  # else every pass draws a worker seed from the trainer's global stream
-        "num_workers": config.workers,
-        "worker_init_fn": _outlive_sigterm,
-        "pin_memory": world.device.type == "cuda",
-        "timeout": config.timeout_s if config.workers else 0,
-    }
+class _Requests:
+    """What a DataLoader asks its workers for: whatever was put here before an iteration began."""
+
+    def __init__(self) -> None:
+        self.pending: Iterable[Request] = ()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.pending)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    """The dataset has collated it."""
+    return batch
+
+
+def _data_loader(
+    dataset: ImageDataset, requests: _Requests, config: DataConfig, world: World, *, persistent: bool
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=requests,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # else every pass draws a worker seed from the trainer's global stream
+        num_workers=config.workers,
+        persistent_workers=persistent and config.workers > 0,
+        worker_init_fn=_outlive_sigterm,
+        pin_memory=world.device.type == "cuda",
+        timeout=config.timeout_s if config.workers else 0,
+    )
 
 
 class TrainLoader:
     """Shuffled micro-batches of this rank, addressed by (epoch, micro-batch): whoever trains owns the position.
 
-    The order is a function of the seed, the epoch and `data.canonical_nodes`. Micro-batch i of all ranks together holds
-    the same samples whatever the number of ranks, as long as micro_batch x ranks stays the same. All ranks must
-    iterate together, over the same epochs, one at a time.
+    The order is a function of the seed, the epoch and `data.canonical_nodes`. The global batches that it is cut into
+    are the same sets, augmented alike, whatever the numbers of ranks, nodes, accumulation steps and workers. Nothing is
+    shared with other ranks: each computes the order and reads its own part.
     """
 
-    def __init__(self, dataset: ImageDataset, config: DataConfig, *, micro_batch: int, world: World) -> None:
-        from streaming import StreamingDataLoader
-
+    def __init__(self, dataset: ImageDataset, config: DataConfig, share: Share, *, seed: int) -> None:
+        self.num_samples: int = dataset.store.size
         self._dataset = dataset
-        self._world = world
-        self._stride = micro_batch * world.size
-        self._length = dataset.size // self._stride
-        self.num_samples: int = dataset.size
-        self._loader = StreamingDataLoader(
-            dataset,
-            batch_size=micro_batch,
-            drop_last=True,
-            persistent_workers=config.workers > 0,
-            **_loader_options(config, world),
-        )
+        self._config = config
+        self._share = share
+        self._seed = seed
+        self._length = self.num_samples // share.global_batch * share.accumulation
+        self._requests = _Requests()
+        self._loader = _data_loader(dataset, self._requests, config, share.world, persistent=True)
 
     def __len__(self) -> int:
-        """Micro-batches per epoch and rank; the incomplete last one is dropped."""
+        """Micro-batches per epoch and rank; the incomplete last global batch is dropped."""
         return self._length
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -98,97 +106,124 @@ class TrainLoader:
 
         UserError if `start` lies behind the end, or if not all of them could be delivered.
         """
+        source = self._dataset.store.source
         if start > len(self):
-            raise UserError(f"{self._dataset.source}: no micro-batch {start} in an epoch of {len(self)}; other data?")
+            raise UserError(f"{source}: no micro-batch {start} in an epoch of {len(self)}; other data?")
         if start == len(self):
             return
-        self._seek(epoch, start)
+        self._requests.pending = self._epoch_requests(epoch, start)
         delivered = start
-        for batch in islice(_guarded(self._loader, self._dataset.source), len(self) - start):
-            if start and delivered == start:
-                self._dataset.forget_state()
+        for batch in _guarded(self._loader, source):
             delivered += 1
             yield batch
         if delivered != len(self):
-            raise UserError(f"{self._dataset.source}: epoch {epoch} ended after {delivered} of {len(self)} batches")
+            raise UserError(f"{source}: epoch {epoch} ended after {delivered} of {len(self)} batches")
 
-    def _seek(self, epoch: int, start: int) -> None:
-        """Place every rank's dataset; a rank may only start to read when all have done so."""
-        self._dataset.epoch.fill_(epoch)
-        if self._world.local_rank == 0:
-            self._dataset.next_epoch = epoch  # else streaming goes on counting, and ignores a state of an older epoch
-        if start:
-            self._dataset.load_state_dict(
-                {
-                    "epoch": epoch,
-                    "sample_in_epoch": start * self._stride,
-                    "num_canonical_nodes": self._dataset.num_canonical_nodes,
-                    "shuffle_seed": self._dataset.shuffle_seed,
-                    "initial_physical_nodes": self._world.size // self._world.local_size,
-                }
-            )
-        barrier(self._world)
+    def _epoch_requests(self, epoch: int, start: int) -> Iterator[Request]:
+        """Micro-batches from `start` on; with each, the shards of one that is `data.predownload` images ahead."""
+        store, share = self._dataset.store, self._share
+        order = epoch_order(
+            store.shard_sizes, canonical_nodes=self._config.canonical_nodes, seed=self._seed, epoch=epoch
+        )
+
+        def ids(index: int) -> NDArray[np.int64]:
+            return order[index // share.accumulation * share.global_batch + share.positions(index)]
+
+        distance = -(-self._config.predownload // share.micro_batch)
+        looked_at = start
+        for index in range(start, len(self)):
+            until = min(len(self), index + distance + 1) if store.fetches else looked_at
+            ahead = [store.shards_of(ids(later)) for later in range(looked_at, until)]
+            looked_at = until
+            yield Request(epoch, ids(index), share.positions(index), np.concatenate([np.empty(0, np.int64), *ahead]))
 
     def close(self) -> None:
         """End the workers and release the data; the loader is of no use afterwards. Safe to call twice."""
-        if self._loader is not None:
-            self._loader.__del__()  # ends the workers even while a traceback or a broken-off epoch holds the loader
+        if self._loader is not None and getattr(self._loader, "_iterator", None) is not None:
+            # Dropping it would do, but a traceback or a broken-off epoch may hold it.
+            self._loader._iterator._shutdown_workers()
         self._loader = self._dataset = None
 
 
-def _check_fit(dataset: ImageDataset, config: DataConfig, micro_batch: int, world: World) -> None:
-    nodes, canonical, total = world.size // world.local_size, config.canonical_nodes, dataset.size
-    if canonical < 1 or (canonical % nodes and nodes % canonical):
-        raise UserError(f"data.canonical_nodes: {canonical} must divide the number of nodes, {nodes}, or be a multiple")
-    if total < canonical:
-        raise UserError(f"data.canonical_nodes: {canonical} is more than the {total} samples of {dataset.source}")
-    if total < micro_batch * world.size:
+def _check_fit(dataset: ImageDataset, config: DataConfig, share: Share) -> None:
+    store, ranks = dataset.store, share.world.size
+    if store.size < config.canonical_nodes:
         raise UserError(
-            f"data.global_batch: a micro-batch of {micro_batch} on each of {world.size} ranks takes "
-            f"{micro_batch * world.size} images, {dataset.source} has {total}"
+            f"data.canonical_nodes: {config.canonical_nodes} is more than the {store.size} samples of {store.source}"
+        )
+    if store.size < share.global_batch:
+        raise UserError(
+            f"data.global_batch: {share.global_batch} images ({share.micro_batch} on each of {ranks} ranks, "
+            f"{share.accumulation} times) are more than the {store.size} of {store.source}"
         )
 
 
-def build_train_loader(config: DataConfig, *, seed: int, micro_batch: int, world: World) -> TrainLoader:
-    """Open `config.train` for training with `micro_batch` images per rank and step; all ranks together.
+def build_train_loader(
+    config: DataConfig, *, seed: int, micro_batch: int, accumulation: int = 1, world: World
+) -> TrainLoader:
+    """Open `config.train` for training with `micro_batch` images per rank and accumulation step; all ranks together.
 
-    UserError if the shards are not fit to be read, fewer than one micro-batch for all ranks, or cannot be split over
-    the nodes.
+    UserError if the shards are not fit to be read, or fewer than one global batch.
     """
     from leap_dist.data.streaming import open_dataset
 
-    transform = train_transform(config)
-    dataset = open_dataset(
-        config.train, config, world=world, transform=transform, seed=seed, batch=micro_batch, shuffle=True
-    )
-    _check_fit(dataset, config, micro_batch, world)
-    return TrainLoader(dataset, config, micro_batch=micro_batch, world=world)
+    transform = train_transform(config, world.device)
+    dataset = open_dataset(config.train, config, world=world, transform=transform, seed=seed, substitutes=True)
+    share = Share(micro_batch, accumulation, world)
+    _check_fit(dataset, config, share)
+    return TrainLoader(dataset, config, share, seed=seed)
 
 
 class EvalLoader:
     """This rank's share of a set, in order, untouched by chance; the ranks' shares are disjoint and complete.
 
-    Shares may differ by one sample, so ranks may get different numbers of batches: no collectives inside the loop.
+    A sample that cannot be read is left out: another in its place would falsify an accuracy. Shares may differ by one
+    sample and by what is left out, so ranks may get different numbers of batches: no collectives inside the loop.
     num_samples: over all ranks.
     """
 
     def __init__(
         self, dataset: ImageDataset, config: DataConfig, *, batch: int, world: World, limit: Optional[int]
     ) -> None:
-        total = dataset.size
+        total = dataset.store.size
         self.num_samples = total if limit is None else min(limit, total)
-        chosen = [i * total // self.num_samples for i in range(world.rank, self.num_samples, world.size)]
+        positions = np.arange(world.rank, self.num_samples, world.size)
         # Fewer samples than ranks: a model may be collective, so every rank has one; `merge` drops the repeats.
-        chosen = chosen or [0]
-        self._source = dataset.source
-        self._loader = DataLoader(Subset(dataset, chosen), batch_size=batch, **_loader_options(config, world))
+        positions = positions if len(positions) else np.zeros(1, np.int64)
+        self._positions = [positions[i : i + batch] for i in range(0, len(positions), batch)]
+        self._dataset = dataset
+        self._most_bad = int(config.max_bad_fraction * self.num_samples)
+        self._requests = _Requests()
+        self._loader = _data_loader(dataset, self._requests, config, world, persistent=False)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _guarded(self._loader, self._source)
+        """UserError if this rank meets more than `data.max_bad_fraction` of all samples that cannot be read."""
+        source, bad, read = self._dataset.store.source, [], 0
+        self._requests.pending = self._pass()
+        for batch in _guarded(self._loader, source):
+            bad += batch.bad
+            if len(bad) > self._most_bad:
+                raise UserError(
+                    f"data.max_bad_fraction: {len(bad)} of {self.num_samples} samples of {source} cannot be read, at "
+                    f"most {self._most_bad} may be; the last is {bad[-1].id}, which {bad[-1].reason}"
+                )
+            read += len(batch.ids)
+            if len(batch.ids):
+                yield batch
+        if not read:
+            raise UserError(f"{source}: none of this rank's {len(bad)} samples can be read")
+        if bad:
+            log.warning("%s: %d samples cannot be read and are left out: %s", source, len(bad), [b.id for b in bad])
+
+    def _pass(self) -> Iterator[Request]:
+        store = self._dataset.store
+        for positions in self._positions:
+            ids = positions * store.size // self.num_samples
+            yield Request(0, ids, positions, store.shards_of(ids))
 
     def __len__(self) -> int:
-        """Batches of this rank."""
-        return len(self._loader)
+        """Batches of this rank; one of which nothing can be read is not delivered."""
+        return len(self._positions)
 
 
 def build_eval_loader(
@@ -196,11 +231,10 @@ def build_eval_loader(
 ) -> EvalLoader:
     """Open `source` (a folder or URI of shards) to read each sample once over all ranks; all ranks together.
 
-    limit: read that many samples, evenly strided over the set. UserError if the shards are not fit to be read. Close a
-    `TrainLoader` on the same remote source first: streaming lets one dataset at a time use a cache folder.
+    limit: read that many samples, evenly strided over the set. UserError if the shards are not fit to be read.
     """
     from leap_dist.data.streaming import open_dataset
 
-    transform = eval_transform(config)
-    dataset = open_dataset(source, config, world=world, transform=transform, seed=0, batch=batch, shuffle=False)
+    transform = Whole(eval_transform(config))
+    dataset = open_dataset(source, config, world=world, transform=transform, seed=0, substitutes=False)
     return EvalLoader(dataset, config, batch=batch, world=world, limit=limit)

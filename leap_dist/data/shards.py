@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from leap_dist.config import DIGITS, DataConfig, is_remote
+from leap_dist.distributed import World, on_first
 from leap_dist.errors import UserError
 
 INDEX = "index.json"
@@ -92,18 +93,23 @@ def check_shards(folder: Path, validate_hash: Optional[str] = None) -> int:
     return sum(shard["samples"] for shard in shards)
 
 
-def check_sources(config: DataConfig) -> None:
-    """Check the local folders of a run before anything is built; UserError at the first fault.
+def check_sources(config: DataConfig, world: World) -> None:
+    """Check the local folders of a run, on one rank of each node, before anything is built. Collective.
 
     With `data.val` both sets need labels, which kNN and linear probe are about. A remote source is checked when opened.
+    UserError, on every rank, at the first fault.
     """
-    for key, source in (("data.train", config.train), ("data.val", config.val)):
-        if source is None or source == DIGITS or is_remote(source):
-            continue
-        check_shards(Path(source))
-        labelled = all("label" in shard["column_names"] for shard in read_index(Path(source)))
-        if config.val is not None and not labelled:
-            raise UserError(f"{key}={source}: its shards have no labels, which evaluation needs; set data.val=null")
+
+    def check() -> None:
+        for key, source in (("data.train", config.train), ("data.val", config.val)):
+            if source is None or source == DIGITS or is_remote(source):
+                continue
+            check_shards(Path(source))
+            labelled = all("label" in shard["column_names"] for shard in read_index(Path(source)))
+            if config.val is not None and not labelled:
+                raise UserError(f"{key}={source}: its shards have no labels, which evaluation needs; set data.val=null")
+
+    on_first(check, world)
 
 
 def _check_file(folder: Path, info: dict[str, Any], validate_hash: Optional[str]) -> None:
@@ -117,10 +123,15 @@ def _check_file(folder: Path, info: dict[str, Any], validate_hash: Optional[str]
         _check_hash(path, info["hashes"], validate_hash)
 
 
-def _check_hash(path: Path, hashes: dict[str, str], name: str) -> None:
+def require_hash(name: str, hashes: dict[str, str], source: str) -> None:
+    """Raise UserError unless the index of `source` gives the hash `name` of a shard."""
     if name not in hashes:
         known = ", ".join(hashes) or "none"
-        raise UserError(f"data.validate_hash: {name!r} is not in the index of {path.parent} (it has: {known})")
+        raise UserError(f"data.validate_hash: {name!r} is not in the index of {source} (it has: {known})")
+
+
+def _check_hash(path: Path, hashes: dict[str, str], name: str) -> None:
+    require_hash(name, hashes, str(path.parent))
     from streaming.base.hashing import get_hash  # 3 s to import
 
     if get_hash(name, path.read_bytes()) != hashes[name]:

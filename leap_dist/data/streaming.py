@@ -1,171 +1,96 @@
-"""MosaicML Streaming, made to fail loudly: the one module that imports it to read (3 s, so import this one late)."""
+"""From a request for samples to a batch of them: read, decode, augment, and stand in for what cannot be read."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
+import numpy as np
 import torch
-from streaming import StreamingDataset
-from streaming.base.dataset import _ShardState
-from torchvision.transforms import v2
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
 
-from leap_dist.config import DataConfig, is_remote
-from leap_dist.data.loader import Batch
-from leap_dist.data.shards import check_shards, read_index
-from leap_dist.data.transforms import decode, seeded
-from leap_dist.distributed import World, barrier, gather_objects
+from leap_dist.config import DataConfig
+from leap_dist.data.batch import Batch, Request
+from leap_dist.data.colours import Crops
+from leap_dist.data.faults import BadSample
+from leap_dist.data.store import ShardStore, one_line, open_store
+from leap_dist.data.transforms import Transform, sample_stream
+from leap_dist.distributed import World
 from leap_dist.errors import UserError
 
-LOCK_TIMEOUT_S = 120.0
+STAND_INS = 20  # tried for one sample; with a tenth of the set unreadable all fail for one in 1e20
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+class Unreadable(Exception):
+    """A sample that cannot be read or decoded."""
 
 
-class ImageDataset(StreamingDataset):
-    """Shards of encoded images as normalised tensors, each sample augmented by its own (seed, epoch, id) stream.
+def stand_ins(sample_id: int, size: int) -> list[int]:
+    """The samples of a set of `size` that are to stand in for `sample_id`, in turn: a function of the two alone."""
+    drawn = np.random.SeedSequence(sample_id).generate_state(STAND_INS, np.uint64)
+    return [int(other) for other in drawn % np.uint64(size)]
 
-    Items are `Batch`es of one, not yet stacked: (3, S, S) float32, int, int. UserError for whatever cannot be read.
+
+class ImageDataset(Dataset):
+    """Shards of encoded images as batches of what `transform` makes of each with its (seed, epoch, id) stream.
+
+    substitutes: let another sample stand in for one that cannot be read; else leave it out of its batch.
     """
 
-    def __init__(self, *, source: str, transform: v2.Transform, seed: int, **options: Any) -> None:
-        super().__init__(**options)
-        self.source = source
+    def __init__(self, store: ShardStore, transform: Transform, *, seed: int, substitutes: bool) -> None:
+        self.store = store
         self.transform = transform
         self.seed = seed
-        # In shared memory: persistent workers must see it change. Streaming's own epoch counter will not do, since a
-        # rank that is already in the next epoch raises it for all ranks of its node.
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._failure = ""
+        self.substitutes = substitutes
 
-    def __iter__(self) -> Iterator[Batch]:
-        yield from super().__iter__()
-        # When its shard threads fail, streaming ends the epoch as if it were complete; this event is the only trace.
-        if self._event.is_set():
-            raise UserError(f"{self.source}: a shard cannot be read: {self._failure or 'see the log above'}")
+    def __getitems__(self, request: Request) -> Batch:
+        """The batch asked for; DataLoader hands on whatever its sampler yields. UserError if nothing can stand in."""
+        self.store.fetch_ahead(request.shards)
+        rows, kept, bad = [], [], []
+        for row, sample_id in enumerate(request.ids.tolist()):
+            try:
+                rows.append(self.get_item(sample_id, request.epoch))
+            except Unreadable as fault:
+                bad.append(BadSample(sample_id, self.store.shard_name(sample_id), str(fault)))
+                if not self.substitutes:
+                    continue
+                rows.append(self._stand_in(sample_id, request.epoch, fault))
+            kept.append(row)
+        images, labels = default_collate(rows) if rows else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+        ids, positions = (torch.from_numpy(column[kept]) for column in (request.ids, request.positions))
+        return Batch(images, labels, ids, positions, tuple(bad))
 
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetch and unpack a shard. One that fails is left to each waiting worker to try, and to fail, by itself."""
-        try:
-            super().prepare_shard(shard_id, blocking)
-        except Exception as error:
-            self._failure = _one_line(error)
-            # Streaming leaves it 'preparing', on which all other workers and ranks of the node would wait for ever.
-            self._shard_states[shard_id] = _ShardState.LOCAL
-            raise
+    def get_item(self, sample_id: int, epoch: int, content_of: Optional[int] = None) -> tuple[Tensor | Crops, int]:
+        """Image and label of a sample, or of `content_of` in its place and with its random stream.
 
-    def get_item(self, sample_id: int, retry: int = 7) -> Batch:
-        """Sample `sample_id` of the whole set, decoded and transformed."""
-        try:
-            sample = super().get_item(sample_id, retry)
-        except Exception as error:  # a damaged shard can make the reader raise anything
-            reason = self._failure or _one_line(error)
-            raise UserError(f"{self.source}: sample {sample_id} cannot be read: {reason}") from error
-        try:
-            image = decode(sample["image"])
-        except Exception as error:  # and PIL too: OSError, SyntaxError, struct.error, ...
-            raise UserError(
-                f"{self.source}: the image of sample {sample_id} does not decode: {_one_line(error)}"
-            ) from error
-        with seeded(self.seed, int(self.epoch), int(sample_id)):
-            return Batch(self.transform(image), int(sample.get("label", -1)), int(sample_id))
-
-    def forget_state(self) -> None:
-        """Drop the position given to `load_state_dict`, once every local worker has read it (a batch has arrived).
-
-        Streaming would keep it for the life of the process, and open it anew in each worker at each epoch, never to be
-        closed: one file descriptor each.
+        Unreadable if it cannot be read: a damaged shard or image can make the readers raise anything.
         """
-        self._resume_shm.cleanup()
-
-
-@contextmanager
-def _construction_lock(world: World) -> Iterator[None]:
-    """Let one job at a time construct datasets on this machine, all its local ranks together.
-
-    Streaming's ranks each look for a free shared-memory prefix; two jobs of one user that look at the same moment
-    take the same one and die or hang. A lock on one rank alone is not enough: the ranks then disagree on the prefix.
-    """
-    path = Path(tempfile.gettempdir()) / f"leap_dist-{os.getuid()}.lock"
-    handle = None
-    if world.local_rank == 0:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        _acquire(handle, path)
-    barrier(world)
-    try:
-        yield
-        barrier(world)  # not when construction failed: the other ranks may be stuck in it, and this one must go
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _acquire(handle: int, path: Path) -> None:
-    """Lock, but not for ever: two jobs on the same two nodes could each hold one and wait for the other."""
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    while True:
         try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise UserError(f"{path} is held by another job that is opening its data; try again later") from None
-            time.sleep(0.05)
-
-
-def _location(source: str, config: DataConfig) -> dict[str, Any]:
-    """Streaming's `remote`, `local` and `cache_limit`: read in place, or through the cache if there is one."""
-    if config.cache:
-        name = source.rstrip("/").rsplit("/", 1)[-1]
-        digest = hashlib.blake2s(source.encode(), digest_size=4).hexdigest()
-        local = str(Path(config.cache) / f"{name}-{digest}")
-        return {"remote": source, "local": local, "cache_limit": config.cache_limit}
-    assert not is_remote(source), "the config refuses a remote source without data.cache"
-    return {"local": source}  # without a limit: eviction deletes files, and these are the user's own
-
-
-def _preflight(folder: str, validate_hash: Optional[str], world: World) -> None:
-    """Check a local folder once per node; every rank raises what any of them found."""
-    fault = None
-    if world.local_rank == 0:
+            sample = self.store.read(sample_id if content_of is None else content_of)
+        except UserError:
+            raise
+        except Exception as error:
+            raise Unreadable(f"cannot be read: {one_line(error)}") from error
+        random = sample_stream(self.seed, epoch, sample_id)
         try:
-            check_shards(Path(folder), validate_hash)
-        except UserError as error:
-            fault = str(error)
-    for found in gather_objects(fault, world):
-        if found:
-            raise UserError(found)
+            pixels = self.transform.decode(sample["image"], random)
+        except Exception as error:  # PIL: OSError, SyntaxError, struct.error, ...
+            raise Unreadable(f"does not decode: {one_line(error)}") from error
+        return self.transform.finish(pixels, random), int(sample.get("label", -1))
+
+    def _stand_in(self, sample_id: int, epoch: int, fault: Unreadable) -> tuple[Tensor | Crops, int]:
+        for other in stand_ins(sample_id, self.store.size):
+            try:
+                return self.get_item(sample_id, epoch, content_of=other)
+            except Unreadable:
+                continue
+        raise UserError(
+            f"{self.store.source}: sample {sample_id} {fault}; nor can any of {STAND_INS} others be read"
+        ) from None
 
 
 def open_dataset(
-    source: str, config: DataConfig, *, world: World, transform: v2.Transform, seed: int, batch: int, shuffle: bool
+    source: str, config: DataConfig, *, world: World, transform: Transform, seed: int, substitutes: bool
 ) -> ImageDataset:
     """Check `source` (a folder or a URI), then open it on all ranks together; UserError if it is not fit to be read."""
-    location = _location(source, config)
-    if not is_remote(source):
-        _preflight(source, config.validate_hash, world)
-    try:
-        with _construction_lock(world):
-            dataset = ImageDataset(
-                source=source,
-                transform=transform,
-                seed=seed,
-                shuffle=shuffle,
-                shuffle_seed=seed,
-                batch_size=batch,
-                num_canonical_nodes=config.canonical_nodes,
-                validate_hash=config.validate_hash,
-                **location,
-            )
-    except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"{source} cannot be opened: {_one_line(error)}") from error
-    read_index(Path(location["local"]))  # of a URI only now at hand
-    return dataset
+    return ImageDataset(open_store(source, config, world), transform, seed=seed, substitutes=substitutes)

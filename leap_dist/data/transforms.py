@@ -1,88 +1,89 @@
-"""From image bytes to a normalised tensor, and mixup over a batch."""
+"""From image bytes to what a batch is made of, by the transform that the config names."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Optional
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from leap_dist.config import DataConfig
+from leap_dist.data.colours import Crops, draw_colours, recolour, untouched
+from leap_dist.data.crops import decode, decode_crop
 
 EVAL_RESIZE = 256 / 224  # the usual evaluation crop: shorter side 256, centre 224
+FLIP = 0.5
 
 
-def decode(data: bytes) -> Tensor:
-    """Decode the bytes of any image PIL reads to (3, H, W) uint8 RGB; raises whatever PIL raises where it cannot."""
-    # 1.8 ms for an ImageNet JPEG against 1.2 with torchvision's decoder, which is bound to be removed (0.29 says so).
-    return pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB"))
+class Transform(Protocol):
+    """One sample's way from bytes to pixels, in two parts: what bad data can break, and the rest."""
+
+    def decode(self, data: bytes, random: np.random.Generator) -> Tensor:
+        """(3, H, W) uint8; raises whatever PIL raises."""
+
+    def finish(self, pixels: Tensor, random: np.random.Generator) -> Tensor | Crops:
+        """(3, S, S) float32, normalised; or a crop, not stacked yet, that the device will finish."""
 
 
-def _normalise(config: DataConfig) -> list[v2.Transform]:
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)]
+def sample_stream(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
+    """The random numbers of one sample in one epoch: a counter-based stream, whichever process asks for it."""
+    return np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, sample_id, epoch]))
 
 
 def eval_transform(config: DataConfig) -> v2.Transform:
     """Shorter side to 256/224 of `image_size`, centre crop, normalise: (3, H, W) uint8 -> (3, S, S) float32."""
     size = config.image_size
-    return v2.Compose([v2.Resize(round(size * EVAL_RESIZE)), v2.CenterCrop(size), *_normalise(config)])
+    normalise = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)]
+    return v2.Compose([v2.Resize(round(size * EVAL_RESIZE)), v2.CenterCrop(size), *normalise])
 
 
-def _leap_colours() -> list[v2.Transform]:
-    """Flip and colours of LEAP's augmentation.
+@dataclass(frozen=True)
+class Whole:
+    """The whole image through a torchvision transform that leaves nothing to chance."""
 
-    The published recipe also lists a vertical flip of probability 0 and a Gaussian blur whose kernel is one pixel wide:
-    both do nothing, so neither is here.
+    steps: v2.Transform
+
+    def decode(self, data: bytes, random: np.random.Generator) -> Tensor:
+        return decode(data)
+
+    def finish(self, pixels: Tensor, random: np.random.Generator) -> Tensor:
+        return self.steps(pixels)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random resized crop and, with `augment=leap`, flip and colours: LEAP's augmentation (arXiv 2606.19483).
+
+    Its published recipe also lists a vertical flip of probability 0 and a Gaussian blur whose kernel is one pixel wide:
+    both do nothing, so neither is here. Its area interpolation is, on shrinking, an antialiased resize; antialiased
+    bilinear takes that place. Pixels stay uint8 until they are normalised, as in the published code.
+
+    on_device: leave colours and normalisation to the device that gets the batch.
     """
-    jitter = v2.ColorJitter(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.8, 1.2), hue=(-0.1, 0.1))
-    return [v2.RandomHorizontalFlip(0.5), v2.RandomApply([jitter], p=0.8), v2.RandomGrayscale(0.2)]
+
+    config: DataConfig
+    on_device: bool
+
+    def decode(self, data: bytes, random: np.random.Generator) -> Tensor:
+        return decode_crop(data, self.config.image_size, self.config.crop_scale, random)
+
+    def finish(self, pixels: Tensor, random: np.random.Generator) -> Tensor | Crops:
+        if self.config.augment == "leap":
+            pixels = pixels.flip(-1) if random.random() < FLIP else pixels
+            colours = draw_colours(random)
+        else:
+            colours = untouched()
+        crop = Crops(pixels, torch.from_numpy(colours))
+        if self.on_device:
+            return crop
+        return recolour(Crops(*(part[None] for part in crop)), self.config.mean, self.config.std)[0]
 
 
-def train_transform(config: DataConfig) -> v2.Transform:
-    """The augmentation named by `config.augment` (LEAP, arXiv 2606.19483): (3, H, W) uint8 -> (3, S, S) float32.
-
-    Pixels stay uint8 until they are normalised, as in the published code. Its area interpolation is, on shrinking,
-    an antialiased resize; torchvision's antialiased bilinear takes that place.
-    """
+def train_transform(config: DataConfig, device: torch.device) -> Transform:
+    """The augmentation named by `config.augment`. A GPU does the colours itself; for a CPU a loader worker does."""
     if config.augment == "none":
-        return eval_transform(config)
-    crop = v2.RandomResizedCrop(config.image_size, scale=config.crop_scale, ratio=(3 / 4, 4 / 3), antialias=True)
-    colours = _leap_colours() if config.augment == "leap" else []
-    return v2.Compose([crop, *colours, *_normalise(config)])
-
-
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Run a block with torch's CPU generator seeded from the non-negative integers `key`, then put it back as it was.
-
-    A sample's augmentation is thereby a function of (seed, epoch, sample id), whichever process draws it, and the
-    process's own random stream is untouched. 10 us a sample; torch.random.fork_rng takes 130.
-    """
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-    try:
-        yield
-    finally:
-        generator.set_state(state)
-
-
-def mixup(images: Tensor, generator: torch.Generator, lam: Optional[float] = None) -> Tensor:
-    """LEAP's mixup: lam * images + (1 - lam) * images[permutation], one lambda ~ U(0, 1) for the whole batch.
-
-    images: (B, ...) on any device; generator: on the CPU, so that drawing never waits for a GPU. Lambda is drawn
-    before the permutation, unless `lam` is given.
-    """
-    if lam is None:
-        lam = torch.rand((), generator=generator).item()
-    permutation = torch.randperm(len(images), generator=generator)
-    if images.is_cuda:  # a copy from pageable memory may make the host wait for the stream
-        permutation = permutation.pin_memory().to(images.device, non_blocking=True)
-    return torch.lerp(images[permutation], images, lam)
+        return Whole(eval_transform(config))
+    return Augment(config, on_device=device.type == "cuda")

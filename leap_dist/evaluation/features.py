@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Optional, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,23 +25,16 @@ def extract(
     model_fn: Callable[[Tensor], Tensor],
     loader: Iterable[tuple[Tensor, Tensor, Tensor]],
     device: torch.device,
-    limit: Optional[int] = None,
 ) -> FeatureSet:
     """Run `model_fn`, images (B, 3, H, W) -> features (B, D), over the (images, labels, ids) batches of `loader`.
 
-    Stops after `limit` images, if given. `model_fn` answers for its own eval mode and autocast.
+    `model_fn` answers for its own eval mode and autocast.
     """
-    columns: tuple[list[Tensor], ...] = ([], [], [])
-    count = 0
-    for images, labels, ids in loader:
-        keep = len(ids) if limit is None else min(len(ids), limit - count)
-        features = model_fn(images[:keep].to(device, non_blocking=True)).float().cpu()
-        for column, rows in zip(columns, (features, labels, ids), strict=True):
-            column.append(rows[:keep])
-        count += keep
-        if count == limit:
-            break
-    return FeatureSet(*map(torch.cat, columns))
+    batches = [
+        FeatureSet(model_fn(images.to(device, non_blocking=True)).float().cpu(), labels, ids)
+        for images, labels, ids in loader
+    ]
+    return FeatureSet(*map(torch.cat, zip(*batches, strict=True)))
 
 
 def in_step(

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Optional, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leap_dist.backbone import TeacherSpec, split
 from leap_dist.config import TeacherConfig
 from leap_dist.distributed import World
 from leap_dist.features import Features
+from leap_dist.flops import TeacherFlops, teacher_flops
 from leap_dist.teacher.lazy import LazyBackbone
 from leap_dist.teacher.replicated import ReplicatedTeacher
 from leap_dist.teacher.weights import build_skeleton
@@ -28,6 +29,7 @@ class Teacher(Protocol):
 
     spec: TeacherSpec
     block: int  # current target, 1-indexed
+    blocks: nn.ModuleList  # all of them, whether loaded or not
 
     def features(self, images: Tensor) -> Features:
         """Images (B, 3, H, W) to final-normed tokens of block `self.block`; no grad; deeper blocks are not run."""
@@ -43,11 +45,16 @@ class Teacher(Protocol):
 
 
 def build_teacher(
-    config: TeacherConfig, image_size: int, device: torch.device, world: Optional[World] = None
+    config: TeacherConfig,
+    image_size: int,
+    device: torch.device,
+    world: Optional[World] = None,
+    flops: Optional[TeacherFlops] = None,
 ) -> Teacher:
     """Load the configured teacher for square images of `image_size` pixels; its target is block 1.
 
     world: needed by every placement but `replicated`; all ranks build at the same time.
+    flops: the teacher's, where they have been counted already.
     Raises `UserError` for a model, an image size or weights that do not fit together.
     """
     lazy = LazyBackbone(config, image_size, device)
@@ -56,7 +63,7 @@ def build_teacher(
     from leap_dist.teacher.placements import build_home  # torch's pipelining: a second to import
 
     assert world is not None
-    return build_home(config, image_size, lazy, world)
+    return build_home(config, image_size, lazy, world, flops or teacher_flops(config, image_size))
 
 
 def describe_teacher(config: TeacherConfig, image_size: int) -> TeacherSpec:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from leap_dist.distributed import World, meet
 from leap_dist.features import Features
 from leap_dist.teacher.lazy import LazyBackbone
 
 
 class Home:
-    """Where the blocks up to the target live. Implements `leap_dist.teacher.Teacher` but for `features`."""
+    """Where the blocks up to the target live. Implements `leap_dist.teacher.Teacher` but for `features`.
 
-    def __init__(self, lazy: LazyBackbone) -> None:
+    world: given where calls are collective; its ranks then make sure of each other on the host before they begin one.
+    """
+
+    def __init__(self, lazy: LazyBackbone, world: Optional[World] = None) -> None:
         self.spec = lazy.spec
         self.block = 0
+        self.blocks = lazy.backbone.blocks
         self._lazy = lazy
+        self._world = world
+        self._calls = 0
 
     def features(self, images: Tensor) -> Features:
         """Images (B, 3, H, W) to the final-normed tokens of block `self.block`, in the teacher's dtype."""
@@ -28,6 +36,7 @@ class Home:
     @torch.no_grad()
     def sweep(self, images: Tensor) -> Iterator[Features]:
         """Features of the blocks 1..depth, in order, in one pass on this rank; a block that is not here visits it."""
+        self._agree(f"{len(images)} images through all blocks")
         backbone = self._lazy.backbone
         tokens, context = backbone.embed(self._lazy.to_teacher(images)), backbone.context()
         for index in range(self.spec.depth):
@@ -42,6 +51,7 @@ class Home:
         """
         if not 1 <= block <= self.spec.depth:
             raise ValueError(f"target block {block} is outside 1..{self.spec.depth} of {self.spec.model}")
+        self._agree(f"its move to block {block}")
         self._settle(block)
         growing = self.block < block < self.spec.depth
         self._lazy.expect(self._share(block + 1) if growing else ())
@@ -50,6 +60,12 @@ class Home:
     def resident_bytes(self) -> int:
         """Bytes of parameters on this rank's device, between two calls."""
         return self._lazy.resident_bytes()
+
+    def _agree(self, call: str) -> None:
+        """Raise UserError, naming a rank, unless all ranks have come to the same call in the same order."""
+        if self._world is not None:
+            self._calls += 1
+            meet(f"teacher call {self._calls}: {call}", [], self._world)
 
     def _share(self, block: int) -> range:
         """The 0-indexed blocks that this rank must load for 1-indexed target `block`."""

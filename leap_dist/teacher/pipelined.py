@@ -7,12 +7,13 @@ applies the final norm to them. The embedding and the norm are small and on ever
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-from leap_dist.distributed import Pipeline, gather_on_first, scatter_from_last
+from leap_dist.distributed import Pipeline, World, build_pipeline, gather_on_first, scatter_from
 from leap_dist.features import Features
 from leap_dist.planning import TeacherCosts
 from leap_dist.teacher.home import Home
@@ -23,17 +24,27 @@ class PipelinedTeacher(Home):
     """Collective over the pipeline: its ranks call `features` equally often, with equally many images.
 
     With `rebalance` the blocks up to the target are spread over all stages anew at every advance; without, each stage
-    keeps its part of the whole teacher, and those past the target hand tokens on. So does a stage without a block.
+    keeps its part of the whole teacher. The last stage with a block hands out the tokens: stages past the target only
+    give their images and take their tokens; a stage before it without a block passes on what it gets.
     """
 
     def __init__(
-        self, lazy: LazyBackbone, costs: TeacherCosts, pipeline: Pipeline, *, microbatches: int, rebalance: bool
+        self,
+        lazy: LazyBackbone,
+        world: World,
+        costs: TeacherCosts,
+        pipeline: Pipeline,
+        *,
+        microbatches: int,
+        rebalance: bool,
     ) -> None:
-        super().__init__(lazy)
+        super().__init__(lazy, world)
         self._costs = costs
         self._pipeline = pipeline
         self._microbatches = microbatches
         self._rebalance = rebalance
+        self._active = pipeline
+        self._shortened = {pipeline.size: pipeline}
         self._schedules: dict[int, ScheduleGPipe] = {}
         self.retarget(1)
 
@@ -43,12 +54,15 @@ class PipelinedTeacher(Home):
 
         B x stages must be a multiple of the micro-batches.
         """
+        self._agree(f"{len(images)} images to block {self.block}")
         images = self._lazy.to_teacher(images)
-        schedule = self._schedule(images)
-        parts = gather_on_first(images, self._pipeline)
-        tokens = schedule.eval(torch.cat(parts)) if parts else schedule.eval()
+        parts, tokens = gather_on_first(images, self._pipeline), None
+        if self._pipeline.rank < self._active.size:
+            schedule = self._schedule(images)
+            tokens = schedule.eval(torch.cat(parts)) if parts else schedule.eval()
+        by_rank = [] if tokens is None else list(tokens.chunk(self._pipeline.size))
         mine = images.new_empty(len(images), *self._lazy.token_shape)
-        own = scatter_from_last([] if tokens is None else list(tokens.chunk(self._pipeline.size)), mine, self._pipeline)
+        own = scatter_from(self._active.size - 1, by_rank, mine, self._pipeline)
         return self._lazy.backbone.finish(own)
 
     def bounds(self, block: int) -> list[int]:
@@ -64,6 +78,12 @@ class PipelinedTeacher(Home):
     def _settle(self, block: int) -> None:
         super()._settle(block)
         self._schedules.clear()
+        bounds = self.bounds(block)
+        active = 1 + max(stage for stage, (low, high) in enumerate(pairwise(bounds)) if low < high)
+        if active not in self._shortened:
+            assert self._world is not None
+            self._shortened[active] = build_pipeline(self._world, self._pipeline.size, active)
+        self._active = self._shortened[active]
 
     def _schedule(self, images: Tensor) -> ScheduleGPipe:
         """The pipeline for batches of this size; its shapes are fixed, so that ranks need not tell each other."""
@@ -79,7 +99,8 @@ class PipelinedTeacher(Home):
         entering = images.new_empty(rows, *images.shape[1:]) if rank == 0 else tokens
         stage = PipelineStage(
             _Stage(self._stage_function()),
-            rank, size, images.device, input_args=(entering,), output_args=(tokens,), group=self._pipeline.handle,
+            rank, self._active.size, images.device, input_args=(entering,), output_args=(tokens,),
+            group=self._active.handle,
         )  # fmt: skip
         return ScheduleGPipe(stage, n_microbatches=self._microbatches)
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from leap_dist.config import TeacherConfig
 from leap_dist.distributed import World, build_pipeline
 from leap_dist.features import Features
-from leap_dist.flops import teacher_costs
+from leap_dist.flops import TeacherFlops, teacher_costs
 from leap_dist.planning import GIB, Choice, choose, pipeline_size
 from leap_dist.teacher.home import Home
-from leap_dist.teacher.lazy import LazyBackbone
+from leap_dist.teacher.lazy import LazyBackbone, return_freed_memory
 from leap_dist.teacher.pipelined import PipelinedTeacher
 from leap_dist.teacher.replicated import ReplicatedTeacher
 from leap_dist.teacher.sharded import ShardedTeacher
@@ -21,18 +21,21 @@ from leap_dist.teacher.sharded import ShardedTeacher
 log = logging.getLogger(__name__)
 
 
-def build_home(config: TeacherConfig, image_size: int, lazy: LazyBackbone, world: World) -> Home | AutoTeacher:
+def build_home(
+    config: TeacherConfig, image_size: int, lazy: LazyBackbone, world: World, flops: TeacherFlops
+) -> Home | AutoTeacher:
     """The configured home, its target block 1. Collective over all ranks."""
-    costs = teacher_costs(config, image_size)
+    return_freed_memory()
+    costs = teacher_costs(config, image_size, flops)
     stages = pipeline_size(config, world.local_size)
     makers: dict[str, Callable[[], Home]] = {
         "replicated": lambda: ReplicatedTeacher(lazy),
-        "sharded": lambda: ShardedTeacher(lazy),
+        "sharded": lambda: ShardedTeacher(lazy, world),
     }
     if config.placement != "sharded" and stages > 1:
         pipeline = build_pipeline(world, stages)
         makers["pipelined"] = lambda: PipelinedTeacher(
-            lazy, costs, pipeline, microbatches=config.microbatches, rebalance=config.rebalance
+            lazy, world, costs, pipeline, microbatches=config.microbatches, rebalance=config.rebalance
         )
     if config.placement != "auto":
         return makers[config.placement]()
@@ -51,11 +54,12 @@ class AutoTeacher:
         self, lazy: LazyBackbone, makers: Mapping[str, Callable[[], Home]], chosen: Callable[[int], Choice]
     ) -> None:
         self.spec = lazy.spec
+        self.blocks = lazy.backbone.blocks
         self._lazy = lazy
         self._makers = makers
         self._chosen = chosen
         chosen(self.spec.depth)  # a budget too small for the last block is said now, not after days
-        self.placement = chosen(1).placement
+        self.placement = self._placement_for(1)
         self._home = makers[self.placement]()
 
     @property
@@ -73,8 +77,7 @@ class AutoTeacher:
 
     def retarget(self, block: int) -> None:
         """Make 1-indexed `block` the target, wherever it fits. A move starts from empty memory."""
-        placement, reason = self._chosen(block)
-        log.info("teacher block %d of %d: %s (%s)", block, self.spec.depth, placement, reason)
+        placement = self._placement_for(block)
         if placement != self.placement:
             self._lazy.hold(())
             self.placement, self._home = placement, self._makers[placement]()
@@ -83,3 +86,8 @@ class AutoTeacher:
     def resident_bytes(self) -> int:
         """Bytes of parameters on this rank's device, between two calls."""
         return self._home.resident_bytes()
+
+    def _placement_for(self, block: int) -> str:
+        placement, reason = self._chosen(block)
+        log.info("teacher block %d of %d: %s (%s)", block, self.spec.depth, placement, reason)
+        return placement

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leap_dist.distributed import World
 from leap_dist.features import Features
 from leap_dist.teacher.home import Home
 from leap_dist.teacher.lazy import LazyBackbone
@@ -30,13 +31,14 @@ class ShardedTeacher(Home):
     The stem (embedding, final norm) is whole on every rank.
     """
 
-    def __init__(self, lazy: LazyBackbone) -> None:
-        super().__init__(lazy)
+    def __init__(self, lazy: LazyBackbone, world: World) -> None:
+        super().__init__(lazy, world)
         self.retarget(1)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
         """Images (B, 3, H, W) to the final-normed tokens of block `self.block`, in the teacher's dtype."""
+        self._agree(f"{len(images)} images to block {self.block}")
         backbone, blocks = self._lazy.backbone, self._lazy.backbone.blocks[: self.block]
         coming = _start_gather(blocks[0])
         tokens, context = backbone.embed(self._lazy.to_teacher(images)), backbone.context()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,26 @@ def test_ranks_that_were_started_differently(tmp_path: Path) -> None:
     assert "output: rank 1 was started with" in line and "rank 0 with" in line
 
 
-def test_an_image_that_does_not_decode_ends_all_ranks(tmp_path: Path) -> None:
+def test_bad_images_are_stood_in_for_until_there_are_too_many(tmp_path: Path) -> None:
+    """Counted and listed on the way; then every rank stops in the same words, and a resume knows the old ones."""
     folder = tmp_path / "set"
-    write_shards([(b"no image", 0)] * 256, folder)
-    done = launch(write_config(tmp_path), f"data.train={folder}", "data.workers=1")
-    assert done.returncode != 0
-    assert "does not decode" in done.stdout and str(folder) in done.stdout
+    bad = {5, 600, 1300}
+    samples = [(b"no image" if i in bad else image, label) for i, (image, label) in enumerate(digit_samples("train"))]
+    write_shards(samples, folder)
+    config = write_config(tmp_path, data={"train": str(folder), "max_bad_fraction": 0.0022, "workers": 1})
+    run_ok(config)
+    counts = scalars(tmp_path / "run", "data/bad_samples")
+    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    found = {entry["id"] for entry in listed}
+    assert found <= bad and len(found) >= 2  # the epoch drops its last 28 samples
+    assert [counts[0], counts[22]] == [0.0, len(found)] and sorted(counts.values()) == list(counts.values())
+    assert all(entry["shard"].startswith("shard.") and "does not decode" in entry["reason"] for entry in listed)
+    done = launch(
+        write_config(tmp_path, data={"train": str(folder), "max_bad_fraction": 0.0007}, output=str(tmp_path / "b"))
+    )
+    lines = {line.split("]", 1)[1] for line in done.stdout.splitlines() if line.startswith("leap_dist [rank ")}
+    assert done.returncode != 0 and len(lines) == 1 and "Traceback" not in done.stdout
+    assert f"2 training samples cannot be read, at most 1 may be; they are listed in {tmp_path / 'b'}" in lines.pop()
 
 
 def test_a_loss_that_is_not_finite_names_rank_and_step_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 from runs import run_ok, scalars, write_config
 
 TOLERANCE = 1e-4
-PLAIN = {"augment": "none", "mixup": False}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -38,18 +37,18 @@ def test_zero_stages_train_to_the_same_losses(stage: int, reference: Path, tmp_p
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One plain python process with the whole batch."""
+    """One plain python process with the whole batch, augmented and mixed up."""
     folder = tmp_path_factory.mktemp("one-rank")
-    run_ok(write_config(folder, data=PLAIN), launcher="python", processes=1)
+    run_ok(write_config(folder), launcher="python", processes=1)
     return folder / "run"
 
 
 def test_two_ranks_of_half_the_batch_follow_one_rank(one_rank: Path, tmp_path: Path) -> None:
-    run_ok(write_config(tmp_path, data=PLAIN), launcher="torchrun")
+    run_ok(write_config(tmp_path), launcher="torchrun")
     assert_same_run(one_rank, tmp_path / "run")
 
 
 def test_accumulation_follows_one_batch(one_rank: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, data=PLAIN, engine={"accumulation": 2})
+    config = write_config(tmp_path, engine={"accumulation": 2})
     run_ok(config, launcher="python", processes=1)
     assert_same_run(one_rank, tmp_path / "run")

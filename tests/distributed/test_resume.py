@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from runs import command, environment, launch, run_ok, scalars, write_config
+from runs import command, environment, run_ok, scalars, write_config
 
 STEPS_PER_EPOCH = 23
 LONG = {"epochs": 2, "data": {"workers": 1}, "checkpoint": {"every_steps": 5, "every_epochs": 1}}
@@ -49,60 +52,69 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
 
 
-def assert_same_numbers(run: Path, uncut: Path) -> None:
+def killed(config: Path, *overrides: str) -> None:
+    """Start a run, and kill launcher, ranks and workers some time after the checkpoint of step 10."""
+    process = start(config, *overrides)
+    wait_for_checkpoint(config.parent / "run", process, 10)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def told_to_stop(config: Path, receiver: Callable[[subprocess.Popen[str]], psutil.Process]) -> tuple[int, str]:
+    """Start a run, and send SIGTERM to one of its processes after the checkpoint of step 5: status, output."""
+    process = start(config)
+    wait_for_checkpoint(config.parent / "run", process, 5)
+    receiver(process).send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert "continue with resume=auto" in output, output[-3000:]
+    assert not (config.parent / "run" / "summary.json").exists()
+    return process.returncode, output
+
+
+def launcher_of(process: subprocess.Popen[str]) -> psutil.Process:
+    """The deepspeed launcher of this node, under the runner."""
+    children = psutil.Process(process.pid).children()
+    return next(child for child in children if "deepspeed.launcher.launch" in " ".join(child.cmdline()))
+
+
+def assert_continues(config: Path, uncut: Path, *overrides: str) -> None:
+    run_ok(config, *overrides, "resume=auto")
     for tag in ("loss/total", "curriculum/block", "curriculum/cka"):
-        assert scalars(run, tag) == scalars(uncut, tag), tag
+        assert scalars(config.parent / "run", tag) == scalars(uncut, tag), tag
+    assert decisions(config.parent / "run") == decisions(uncut)
+
+
+def decisions(run: Path) -> list[dict[str, Any]]:
+    """Every line of the ledger, without the seconds, which differ."""
+    lines = [json.loads(text) for text in (run / "curriculum.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def test_killed_at_any_moment_it_continues_bitwise(uncut: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, **LONG)
-    process = start(config)
-    wait_for_checkpoint(tmp_path / "run", process, 10)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    run_ok(config, "resume=auto")
-    assert_same_numbers(tmp_path / "run", uncut)
+    killed(config)
+    assert_continues(config, uncut)
 
 
 def test_sigterm_to_one_rank_saves_on_all_and_exits_0(uncut: Path, tmp_path: Path) -> None:
-    """As a preempted node would; the rest is continued at the same world size."""
+    """As a preempted node would."""
     config = write_config(tmp_path, **LONG)
-    process = start(config)
-    wait_for_checkpoint(tmp_path / "run", process, 5)
-    ranks_of(process)[1].send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=90)
-    assert process.returncode == 0, output[-3000:]
-    assert "continue with resume=auto" in output
-    assert not (tmp_path / "run" / "summary.json").exists()
-    run_ok(config, "resume=auto")
-    assert_same_numbers(tmp_path / "run", uncut)
+    status, output = told_to_stop(config, lambda process: ranks_of(process)[1])
+    assert status == 0, output[-3000:]
+    assert_continues(config, uncut)
 
 
 def test_sigterm_to_the_launcher_saves_with_loader_workers_running(uncut: Path, tmp_path: Path) -> None:
     """The deepspeed launcher signals loader workers too, before their rank."""
     config = write_config(tmp_path, **LONG)
-    process = start(config)
-    wait_for_checkpoint(tmp_path / "run", process, 5)
-    launcher = next(
-        p for p in psutil.Process(process.pid).children() if "deepspeed.launcher.launch" in " ".join(p.cmdline())
-    )
-    launcher.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=90)
-    assert "continue with resume=auto" in output, output[-3000:]
+    _, output = told_to_stop(config, launcher_of)
     assert "Traceback" not in output
-    run_ok(config, "resume=auto")
-    assert_same_numbers(tmp_path / "run", uncut)
+    assert_continues(config, uncut)
 
 
 def test_a_finished_run_resumed_only_reports_again(uncut: Path) -> None:
     output = run_ok(uncut.parent / "config.yaml", "resume=auto")
     assert f"{2 * STEPS_PER_EPOCH} in" in output
-
-
-def test_another_world_size_is_refused_for_now(uncut: Path) -> None:
-    done = launch(uncut.parent / "config.yaml", "resume=auto", processes=1)
-    assert done.returncode == 2
-    assert "saved with world_size=2, this run has world_size=1" in done.stdout
 
 
 @pytest.mark.slow
@@ -114,9 +126,5 @@ def test_every_zero_stage_continues_bitwise(stage: int, tmp_path: Path) -> None:
         folder.mkdir()
         write_config(folder, **LONG)
     run_ok(whole / "config.yaml", *overrides)
-    process = start(cut / "config.yaml", *overrides)
-    wait_for_checkpoint(cut / "run", process, 10)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    run_ok(cut / "config.yaml", *overrides, "resume=auto")
-    assert_same_numbers(cut / "run", whole / "run")
+    killed(cut / "config.yaml", *overrides)
+    assert_continues(cut / "config.yaml", whole / "run", *overrides)

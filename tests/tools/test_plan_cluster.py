@@ -10,12 +10,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import plan_cluster
 
-from leap_dist.flops import teacher_costs
+from leap_dist.flops import teacher_costs, teacher_flops
 
 
 @pytest.mark.parametrize(("name", "billions"), [("vit-g14", 1.14), ("vit-7b", 6.7), ("vit-22b", 21.8)])
 def test_teachers_are_as_large_as_they_are_called(name: str, billions: float) -> None:
-    costs = teacher_costs(plan_cluster.TEACHERS[name], 224)
+    costs = teacher_costs(plan_cluster.TEACHERS[name], 224, teacher_flops(plan_cluster.TEACHERS[name], 224))
     assert (costs.stem_bytes + sum(costs.block_bytes)) / 2e9 == pytest.approx(billions, rel=0.02)
 
 

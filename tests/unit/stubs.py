@@ -14,14 +14,16 @@ from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config, load
 from leap_dist.coordinator import Coordinator
 from leap_dist.curriculum import build_curriculum
-from leap_dist.data import Batch
+from leap_dist.data import BadSamples, Batch
 from leap_dist.distributed import World
 from leap_dist.features import Features
-from leap_dist.flops import TeacherFlops
+from leap_dist.flops import StepFlops, StudentFlops, TeacherFlops
+from leap_dist.ledger import replayed_schedule
 from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer
 from leap_dist.student import build_student
 from leap_dist.teacher import TeacherSpec
+from leap_dist.timing import PhaseTimer
 from leap_dist.trainer import Parts, Trainer
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -36,6 +38,7 @@ class StubTeacher:
     block: int = 1
     asked: list[int] = field(default_factory=list)
     spec: TeacherSpec = SPEC
+    blocks: torch.nn.ModuleList = field(default_factory=torch.nn.ModuleList)
 
     def at(self, block: int, images: Tensor) -> Features:
         generator = torch.Generator().manual_seed(block)
@@ -54,16 +57,19 @@ class StubTeacher:
         self.block = block
 
 
+@dataclass
 class StubLoader:
-    """Three micro-batches an epoch, keyed by (epoch, index)."""
+    """Micro-batches keyed by (epoch, index)."""
+
+    length: int = 3
 
     def __len__(self) -> int:
-        return 3
+        return self.length
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         for index in range(start, len(self)):
             images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(100 * epoch + index))
-            yield Batch(images, torch.zeros(4, dtype=torch.long), torch.arange(4))
+            yield Batch(images, torch.zeros(4, dtype=torch.long), torch.arange(4), torch.arange(4))
 
     def close(self) -> None:
         pass
@@ -110,18 +116,22 @@ def stub_config(output: Path, *overrides: str) -> Config:
     return load(None, [*defaults, *(f"student.kwargs.{item}" for item in shape), *overrides])
 
 
-def stub_trainer(config: Config, teacher: StubTeacher | None = None) -> Trainer:
-    """A trainer whose student, objective, curriculum and optimizer are real."""
+def stub_trainer(config: Config, teacher: StubTeacher | None = None, length: int = 3) -> Trainer:
+    """A trainer whose student, objective, curriculum and optimizer are real. length: micro-batches an epoch."""
     torch.manual_seed(config.seed)
     teacher = teacher or StubTeacher()
+    timer, replay = PhaseTimer(ONE.device), config.curriculum.replay
+    schedule = replayed_schedule(replay, DEPTH, length * config.epochs, ONE)
     student = build_student(config.student, config.data.image_size)
     objective = Objective(student, WIDTH, GRID, config.objective, config.curriculum.metric)
     parts = Parts(
         teacher=teacher,
-        flops=TeacherFlops(0, (10,) * DEPTH, 0),
+        flops=StepFlops(TeacherFlops(0, (10,) * DEPTH, 0), StudentFlops(4, 8), match=3, evidence=2, cka=1),
         engine=StubEngine(objective, build_optimizer(config.optim, objective)),
-        loader=StubLoader(),
-        coordinator=Coordinator(build_curriculum(config.curriculum, DEPTH), ONE),
+        loader=StubLoader(length),
+        bad_samples=BadSamples(Path(config.output) / "bad_samples.jsonl", 0, ONE),
+        coordinator=Coordinator(build_curriculum(config.curriculum, DEPTH), ONE, schedule, timer),
         checkpoints=Checkpoints(config, ONE, num_samples=12),
+        timer=timer,
     )
     return Trainer(config, ONE, parts)

@@ -33,7 +33,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         for ids in torch.arange(IMAGES).split(5):
-            yield Batch(images()[ids], torch.zeros_like(ids), ids)
+            yield Batch(images()[ids], torch.zeros_like(ids), ids, ids)
 
     def __len__(self) -> int:
         return -(-IMAGES // 5)
@@ -162,9 +162,9 @@ def test_cka_of_all_pairs_of_blocks_also_across_grids(found: Analysis) -> None:
 def test_what_is_kept_does_not_grow_with_the_images() -> None:
     def kept(repeats: int) -> int:
         first = FirstPass([STUDENT, TEACHER], [(0, 1)], repeats * IMAGES, 4, ONE)
-        for _ in range(repeats):
+        for repeat in range(repeats):
             for batch in Loader():
-                first.update(batch)
+                first.update(batch._replace(positions=batch.positions + repeat * IMAGES))
         sums = [t for blocks in first.blocks for b in blocks for v in b.images.values() for t in vars(v).values()]
         moments = [m for blocks in first.blocks for b in blocks for c in b.moments.values() for m in vars(c).values()]
         assert len(first.finish()) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class PlainEngine:
 
     def __init__(self, fails: Exception | None = None) -> None:
         self.fails = fails
+        self.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
 
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
         assert save_latest is False
@@ -106,23 +108,87 @@ def test_resume_from_a_path_takes_run_folder_or_checkpoint(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("overrides", "size", "samples", "words"),
+    ("overrides", "samples", "words"),
     [
-        ((), 2, 12, "world_size=1, this run has world_size=2"),
-        ((), 1, 99, "num_samples=12, this run has num_samples=99"),
-        (("engine.zero_stage=1",), 1, 12, "zero_stage=0, this run has zero_stage=1"),
-        (("data.global_batch=8",), 1, 12, "global_batch=256, this run has global_batch=8"),
-        (("seed=3",), 1, 12, "seed=0, this run has seed=3"),
+        ((), 99, "num_samples=12, this run has num_samples=99"),
+        (("engine.zero_stage=1",), 12, "zero_stage=0, this run has zero_stage=1"),
+        (("engine.precision=bf16",), 12, "precision=fp32, this run has precision=bf16"),
+        (("data.global_batch=8",), 12, "global_batch=256, this run has global_batch=8"),
+        (("data.canonical_nodes=2",), 12, "canonical_nodes=8, this run has canonical_nodes=2"),
+        (("seed=3",), 12, "seed=0, this run has seed=3"),
     ],
 )
+@pytest.mark.parametrize("size", [1, 2])
 def test_what_the_position_does_not_hold_for_is_refused(
-    overrides: tuple[str, ...], size: int, samples: int, words: str, tmp_path: Path
+    overrides: tuple[str, ...], samples: int, words: str, size: int, tmp_path: Path
 ) -> None:
+    """At another number of ranks too, before anything is converted or written."""
     claimed(tmp_path / "old", steps=(7,))
-    world = World(0, size, 0, size, torch.device("cpu"))
-    checkpoints = Checkpoints(config(tmp_path / "new", *overrides), world, samples)
+    checkpoints = Checkpoints(config(tmp_path / "new", *overrides), replace(ONE, size=size), samples)
     with pytest.raises(UserError, match=words):
-        checkpoints.load(PlainEngine(), tmp_path / "old" / "checkpoints" / "step00000007")
+        checkpoints.needs_conversion(tmp_path / "old" / "checkpoints" / "step00000007")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("stage", "size", "needed"), [(0, 2, False), (1, 1, False), (1, 2, True), (3, 2, True)])
+def test_only_what_zero_has_cut_up_for_other_ranks_is_converted(
+    stage: int, size: int, needed: bool, tmp_path: Path
+) -> None:
+    claimed(tmp_path, f"engine.zero_stage={stage}", steps=(7,))
+    checkpoints = Checkpoints(config(tmp_path, f"engine.zero_stage={stage}"), replace(ONE, size=size), 12)
+    assert checkpoints.needs_conversion(newest(tmp_path / "checkpoints")) is needed
+
+
+class AdamEngine(PlainEngine):
+    """Saves and loads its optimizer's state, settings and all, as torch does."""
+
+    def __init__(self, weight_decay: float) -> None:
+        super().__init__()
+        weight, bias = (torch.nn.Parameter(torch.zeros(size)) for size in (2, 1))
+        groups = [{"params": [weight], "weight_decay": weight_decay}, {"params": [bias], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups)
+        weight.grad, bias.grad = torch.ones(2), torch.ones(1)
+
+    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+        path = Path(folder) / tag
+        path.mkdir(parents=True)
+        torch.save((self.optimizer.state_dict(), client_state), path / "state.pt")
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
+        path = Path(folder) / tag / "state.pt"
+        state, client = torch.load(path)
+        self.optimizer.load_state_dict(state)
+        return str(path), client
+
+
+def test_settings_are_the_configs_and_momenta_the_checkpoints(tmp_path: Path) -> None:
+    """A new run that starts from an old one's checkpoint decays as its own config says."""
+    old, new = AdamEngine(weight_decay=0.1), AdamEngine(weight_decay=0.3)
+    old.optimizer.step()
+    checkpoints = claimed(tmp_path)
+    checkpoints.load(new, checkpoints.save(old, 1, {}))
+    assert [group["weight_decay"] for group in new.optimizer.param_groups] == [0.3, 0.0]
+    for mine, theirs in zip(new.optimizer.state.values(), old.optimizer.state.values(), strict=True):
+        assert mine["step"] == 1 and torch.equal(mine["exp_avg"], theirs["exp_avg"])
+
+
+def test_a_failed_conversion_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    stage = "engine.zero_stage=2"
+    claimed(tmp_path, stage, steps=(7,))
+    folder = tmp_path / "checkpoints"
+    path = newest(folder)
+    (path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_text("half a checkpoint")
+    saved = json.loads((path / "run.json").read_text())
+    (folder / ".universal-0").mkdir()  # of a conversion that was killed
+    # One process cannot be two ranks: the checkpoint says that it was two that saved it.
+    (path / "run.json").write_text(json.dumps(saved | {"world_size": 2}))
+    checkpoints = Checkpoints(config(tmp_path, stage), ONE, 12)
+    with pytest.raises(
+        UserError, match=r"step00000007: cannot be converted for 1 ranks in .*1 of 2 ranks' parts"
+    ) as caught:
+        checkpoints.load(PlainEngine(), path)
+    assert "\n" not in str(caught.value)
+    assert not list(folder.glob(".universal-*"))
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from leap_dist import coordinator as module
+from leap_dist import distributed
 from leap_dist.coordinator import Coordinator
 from leap_dist.curriculum import Curriculum
 from leap_dist.distributed import World
@@ -32,12 +32,14 @@ def on_ranks(size: int, curricula: list[Curriculum], monkeypatch: pytest.MonkeyP
         meet.wait(timeout=10)
         return torch.stack(rows)
 
-    monkeypatch.setattr(module, "gather_rows", gather)
+    monkeypatch.setattr(distributed, "gather_rows", gather)
 
     def work(rank: int) -> None:
         own = {name: values[rank] for name, values in calls.items()}
         try:
-            results[rank] = Coordinator(curricula[rank], replace(ONE, rank=rank, size=size)).decide(**own)
+            results[rank] = Coordinator(curricula[rank], replace(ONE, rank=rank, size=size, control="threads")).decide(
+                **own
+            )
         except UserError as error:
             results[rank] = str(error)
 
@@ -52,12 +54,11 @@ def on_ranks(size: int, curricula: list[Curriculum], monkeypatch: pytest.MonkeyP
 def test_one_rank_follows_its_curriculum() -> None:
     coordinator = Coordinator(curriculum(), ONE)
     scores = [0.79, 0.80, 0.81, 0.5, 0.9, 0.95]
-    used, advanced = [], []
+    used = []
     for step, score in enumerate(scores):
         used.append(coordinator.curriculum.block)
-        advanced.append(coordinator.decide(step=step, loss=1.0, score=score, stop=False).advanced)
+        assert not coordinator.decide(step=step, loss=1.0, score=score, stop=False).stop
     assert used == [1, 1, 2, 3, 3, 4]
-    assert [step for step, did in enumerate(advanced) if did] == [1, 2, 4]
 
 
 def test_all_ranks_take_rank_0s_decision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,11 +67,11 @@ def test_all_ranks_take_rank_0s_decision(monkeypatch: pytest.MonkeyPatch) -> Non
     results = on_ranks(
         3, curricula, monkeypatch, step=[7] * 3, loss=[1.0] * 3, score=[0.5, 0.99, 3.0], stop=[False, False, True]
     )
-    assert all(result == (False, True) for result in results)
+    assert all(result == (True, False) for result in results), "one rank was told to stop, and not all do"
     assert [c.state_dict() for c in curricula] == [curricula[0].state_dict()] * 3
     assert curricula[0].ema == 0.25
     results = on_ranks(3, curricula, monkeypatch, step=[8] * 3, loss=[1.0] * 3, score=[2.0, 0, 0], stop=[False] * 3)
-    assert all(result == (True, False) for result in results)
+    assert all(result == (False, False) for result in results)
     assert [c.block for c in curricula] == [2, 2, 2]
 
 
@@ -100,3 +101,9 @@ def test_an_unscored_step_changes_nothing() -> None:
     before = coordinator.curriculum.state_dict()
     assert coordinator.decide(step=0, loss=1.0, score=math.nan, stop=False) == (False, False)
     assert coordinator.curriculum.state_dict() == before
+
+
+def test_every_rank_hears_that_one_has_met_unreadable_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"step": [3] * 3, "loss": [1.0] * 3, "score": [0.1] * 3, "stop": [False] * 3}
+    assert not any(r.bad for r in on_ranks(3, [curriculum() for _ in range(3)], monkeypatch, **calls, bad=[0] * 3))
+    assert all(r.bad for r in on_ranks(3, [curriculum() for _ in range(3)], monkeypatch, **calls, bad=[0, 2, 0]))

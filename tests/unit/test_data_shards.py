@@ -12,7 +12,7 @@ from streaming import MDSWriter, StreamingDataset
 
 from leap_dist.config import DataConfig
 from leap_dist.data import check_shards, resolve, write_shards
-from leap_dist.data.transforms import decode
+from leap_dist.data.crops import decode
 from leap_dist.distributed import World
 from leap_dist.errors import UserError
 

@@ -36,6 +36,13 @@ def test_users_deepspeed_section_is_merged_over() -> None:
     assert settings["gradient_accumulation_steps"] == 3
 
 
+@pytest.mark.parametrize("universal", [False, True])
+def test_universal_checkpoints_are_read_only_when_asked_for(universal: bool) -> None:
+    """Left on, DeepSpeed would go back to what was converted once."""
+    settings = deepspeed_config(EngineConfig(), 8, load_universal=universal)
+    assert settings["checkpoint"] == {"load_universal": universal}
+
+
 def test_micro_batch_is_the_share_of_a_rank() -> None:
     config = load(None, [*NEEDED, "data.global_batch=96", "engine.accumulation=2"])
     assert micro_batch(config, replace(ONE, size=4)) == 12

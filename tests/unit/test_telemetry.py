@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
-import pytest
 import torch
 from stubs import stub_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from leap_dist.telemetry import PhaseTimer, Telemetry, block_figure, memory_bytes, table
+from leap_dist.dashboard import CARDS, LAYOUT
+from leap_dist.telemetry import Telemetry, block_figure, memory_bytes, table
 
 
 def events(output: Path) -> EventAccumulator:
@@ -19,53 +19,36 @@ def events(output: Path) -> EventAccumulator:
     return found
 
 
-def test_phases_add_up_over_their_bodies() -> None:
-    timer = PhaseTimer(torch.device("cpu"))
-    for _ in range(2):
-        with timer.phase("teacher"):
-            time.sleep(0.02)
-    with timer.phase("data", host=True):
-        time.sleep(0.01)
-    totals = timer.totals()
-    assert 0.04 <= totals["teacher"] < 0.2 and 0.01 <= totals["data"] < 0.1
-
-
-class Sleeper(torch.nn.Module):
-    def forward(self, seconds: float) -> None:
-        time.sleep(seconds)
-
-
-def test_a_watched_module_is_timed_wherever_it_is_called() -> None:
-    timer, module = PhaseTimer(torch.device("cpu")), Sleeper()
-    timer.watch(module, "match")
-    with timer.phase("student"):
-        for _ in range(2):
-            module(0.02)
-        time.sleep(0.02)
-    totals = timer.totals()
-    assert 0.04 <= totals["match"] < totals["student"] - 0.015
-
-
-def test_rates_are_per_step_since_the_last_point(tmp_path: Path) -> None:
+def test_points_are_written_at_their_step_and_bar_moves_by_images(tmp_path: Path) -> None:
     telemetry = Telemetry(stub_config(tmp_path, "telemetry.every=2"), total_steps=4, first_step=0)
     for step in range(4):
-        telemetry.step(step, {"block": "1/4"}, {"loss/total": float(step)}, {"teacher": 0.5 * (step + 1)})
+        telemetry.step({"block": "1/4"})
+        if telemetry.is_due(step):
+            telemetry.points(step, {"loss/total": float(step)})
     telemetry.close()
+    assert [(event.step, event.value) for event in events(tmp_path).Scalars("loss/total")] == [(0, 0.0), (2, 2.0)]
+
+
+def test_charts_are_grouped_and_explained(tmp_path: Path) -> None:
+    Telemetry(stub_config(tmp_path), total_steps=4, first_step=0).close()
     found = events(tmp_path)
-    assert [(event.step, event.value) for event in found.Scalars("loss/total")] == [(0, 0.0), (2, 2.0)]
-    assert [event.value for event in found.Scalars("time/teacher")] == pytest.approx([0.5, 0.5])
-    assert all(event.value > 0 for event in found.Scalars("images_per_s"))
+    layout = Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == list(LAYOUT)
+    assert sum(len(category.chart) for category in layout.category) == sum(map(len, LAYOUT.values()))
+    for name, text in CARDS.items():
+        (card,) = found.Tensors(f"what the charts mean/{name}/text_summary")
+        assert card.tensor_proto.string_val[0].decode() == text.strip()
 
 
 def test_a_resumed_run_hides_the_points_it_repeats(tmp_path: Path) -> None:
     config = stub_config(tmp_path)
     first = Telemetry(config, total_steps=4, first_step=0)
     for step in range(4):
-        first.step(step, {}, {"loss/total": -1.0}, {})
+        first.points(step, {"loss/total": -1.0})
     first.close()
     second = Telemetry(config, total_steps=4, first_step=2)
     for step in range(2, 4):
-        second.step(step, {}, {"loss/total": 1.0}, {})
+        second.points(step, {"loss/total": 1.0})
     second.close()
     assert [event.value for event in events(tmp_path).Scalars("loss/total")] == [-1, -1, 1, 1]
 

@@ -73,8 +73,8 @@ def test_calibration_starts_at_the_highest_score_and_costs_one_full_pass(tmp_pat
     run(trainer)
     assert trainer.progress.trajectory == [(0, 2)]
     images, per_block = 4, 10
-    assert trainer.progress.flops == images * per_block * (DEPTH + 3 * 2)
-    assert trainer.progress.saved_fraction == pytest.approx(1 - (DEPTH + 3 * 2) / (3 * DEPTH))
+    assert trainer.costs.flops["teacher"] == images * per_block * (DEPTH + 3 * 2)
+    assert trainer.costs.teacher_saved == pytest.approx(1 - (DEPTH + 3 * 2) / (3 * DEPTH))
 
 
 def test_a_resumed_run_does_not_calibrate_and_continues_to_the_same_end(tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""What loader workers are asked for, and what they answer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from leap_dist.data.colours import Crops
+from leap_dist.data.faults import BadSample
+
+
+class Request(NamedTuple):
+    """What a worker is to read: the samples of one micro-batch, and shards that later ones will need.
+
+    ids, positions: (B,) int64; shards: int64.
+    """
+
+    epoch: int
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    shards: NDArray[np.int64]
+
+
+class Batch(NamedTuple):
+    """One rank's micro-batch, on the host.
+
+    images: (B, 3, S, S) float32, normalised; on the way to a GPU `Crops`, whose colours it will do (`Feed`);
+    labels: (B,) int64, -1 where the shards have none; ids: (B,) int64, index of the sample in the whole set;
+    positions: (B,) int64, place in the global batch;
+    bad: samples that could not be read. When training, others stand in for them under their ids.
+    """
+
+    images: Tensor | Crops
+    labels: Tensor
+    ids: Tensor
+    positions: Tensor
+    bad: tuple[BadSample, ...] = ()

@@ -1,0 +1,67 @@
+"""Batches on their way to the device: pinned memory, a stream of their own, one batch ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from leap_dist.config import DataConfig
+from leap_dist.data.batch import Batch
+from leap_dist.data.colours import Crops, recolour
+
+
+class Sent(NamedTuple):
+    """A batch whose images are being copied; ready: when they are there."""
+
+    batch: Batch
+    ready: torch.cuda.Event
+
+
+class Feed:
+    """Puts micro-batches on the device. On a CPU they are there already, and finished: nothing is done."""
+
+    def __init__(self, config: DataConfig, device: torch.device) -> None:
+        self._mean, self._std = config.mean, config.std
+        self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, their images on the device. The next one is copied while the last one given is worked on."""
+        if self._copies is None:
+            yield from batches
+            return
+        waiting: Optional[Sent] = None
+        for batch in batches:
+            sent, waiting = waiting, self._send(batch)
+            if sent is not None:
+                yield self._arrived(sent)
+        if waiting is not None:
+            yield self._arrived(waiting)
+
+    def images(self, batch: Batch) -> Tensor:
+        """(B, 3, S, S) float32, normalised; crops get their colours only now: they are a quarter of that size."""
+        if isinstance(batch.images, Crops):
+            return recolour(batch.images, self._mean, self._std)
+        return batch.images
+
+    def _send(self, batch: Batch) -> Sent:
+        ready = torch.cuda.Event()
+        with torch.cuda.stream(self._copies):
+            images = batch.images
+            if isinstance(images, Crops):  # colours stay on the host, which must know them to choose kernels
+                images = Crops(images.pixels.to(self._device, non_blocking=True), images.colours)
+            else:
+                images = images.to(self._device, non_blocking=True)
+            ready.record()
+        return Sent(batch._replace(images=images), ready)
+
+    def _arrived(self, sent: Sent) -> Batch:
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(sent.ready)
+        images = sent.batch.images
+        pixels = images.pixels if isinstance(images, Crops) else images
+        pixels.record_stream(stream)  # it was allocated on the other one, which must not reuse it too early
+        return sent.batch

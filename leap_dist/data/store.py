@@ -1,0 +1,270 @@
+"""The shards of one set, read in place or fetched into a local folder: MosaicML Streaming's index, readers, downloads.
+
+The one module that reads through `streaming` (3 s to import, so import this one late). Its `StreamingDataset` is not
+used. That class coordinates a node's processes through shared memory under names that runs of one user contend for,
+which a killed run leaves behind, and one failed shard ends its epoch early without an exception, or hangs it. Here
+processes share nothing but the folder: a shard appears in it by renaming, under a lock that ends with its owner.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from numpy.typing import NDArray
+from streaming import Stream
+from streaming.base.format import reader_from_json
+from streaming.base.storage import CloudDownloader
+from streaming.base.util import bytes_to_int, retry
+
+from leap_dist.config import DataConfig, is_remote
+from leap_dist.data.shards import INDEX, check_shards, read_index, require_hash
+from leap_dist.distributed import World, on_first
+from leap_dist.errors import UserError
+
+STAGING, LOCKS = ".staging", ".locks"  # in the folder that shards are fetched into
+ATTEMPTS = 4  # to download a file, with pauses of 1, 2 and 4 s
+DOWNLOAD_TIMEOUT_S = 60.0
+RETRY_AFTER_S = 300.0  # a shard that failed is left alone for so long; every process of the node would wait in turn
+FETCHERS = 4  # downloads at a time in each worker
+READ_ATTEMPTS = 8  # a shard may be evicted between its arrival and the read
+
+
+class FetchError(Exception):
+    """A shard that could not be brought into the folder, now or a short while ago."""
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of `error`, without the addresses of objects."""
+    return " ".join(re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}").split())
+
+
+class ShardStore:
+    """Random access to the samples of a set. Build it with `open_store`. Safe to use from forked workers.
+
+    size: samples; shard_sizes: (shards,) int64; fetches: whether shards may have to be fetched before they are read.
+    """
+
+    def __init__(self, source: str, config: DataConfig) -> None:
+        self.source = source
+        self.folder = _folder(source, config)
+        self.shards = [reader_from_json(str(self.folder), None, info) for info in read_index(self.folder)]
+        self.shard_sizes: NDArray[np.int64] = np.array([shard.samples for shard in self.shards], np.int64)
+        self.size = int(self.shard_sizes.sum())
+        self._in_place = config.cache is None
+        self.fetches = not self._in_place or any(shard.compression for shard in self.shards)
+        self._ends = self.shard_sizes.cumsum()
+        self._validate_hash = config.validate_hash
+        self._limit = bytes_to_int(config.cache_limit) if config.cache and config.cache_limit else None
+        self._stream: Optional[Stream] = None  # built by the process that uses it: cloud clients do not survive a fork
+        self._wanted: Optional[queue.SimpleQueue[int]] = None
+
+    def shards_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The shards that hold these samples, each once."""
+        return np.unique(np.searchsorted(self._ends, sample_ids, side="right"))
+
+    def shard_name(self, sample_id: int) -> str:
+        """File name of the shard that holds a sample."""
+        return self._raw(self._shard_of(sample_id)).basename
+
+    def read(self, sample_id: int) -> dict[str, Any]:
+        """The columns of a sample; blocks while its shard is fetched, and raises anything if it cannot be read.
+
+        UserError if the cache is too small for it to stay until then.
+        """
+        shard_id = self._shard_of(sample_id)
+        shard, path = self.shards[shard_id], self._path(shard_id)
+        for _ in range(READ_ATTEMPTS):
+            try:
+                sample = shard[sample_id - int(self._ends[shard_id]) + shard.samples]
+                if self._limit is not None:
+                    os.utime(path)  # what was read longest ago is evicted first
+                return sample
+            except FileNotFoundError:
+                self._fetch(shard_id)
+        raise UserError(f"data.cache_limit: too small, {path} is evicted again before it can be read")
+
+    def fetch_ahead(self, shard_ids: Iterable[int]) -> None:
+        """Fetch shards in the background. What fails here fails again, and is heard of, when it is read."""
+        if not self.fetches:
+            return
+        if self._wanted is None:  # threads do not survive a fork either
+            self._wanted = queue.SimpleQueue()
+            for _ in range(FETCHERS):
+                threading.Thread(target=self._keep_fetching, args=(self._wanted,), daemon=True).start()
+        for shard_id in shard_ids:
+            if not self._path(shard_id).exists():
+                self._wanted.put(int(shard_id))
+
+    def _keep_fetching(self, wanted: queue.SimpleQueue[int]) -> None:
+        while True:
+            with suppress(Exception):
+                self._fetch(wanted.get())
+
+    def _shard_of(self, sample_id: int) -> int:
+        return int(np.searchsorted(self._ends, sample_id, side="right"))
+
+    def _raw(self, shard_id: int) -> Any:
+        return self.shards[shard_id].file_pairs[0][0]
+
+    def _path(self, shard_id: int) -> Path:
+        return self.folder / self._raw(shard_id).basename
+
+    def _fetch(self, shard_id: int) -> None:
+        """Bring a shard into the folder, unless another process has just done so; FetchError if it fails."""
+        raw, packed = self.shards[shard_id].file_pairs[0]
+        target = self.folder / raw.basename
+        if self._in_place and packed is None:
+            raise FileNotFoundError(f"{target} is missing")
+        with _locked(self.folder, raw.basename) as note:
+            if target.exists():
+                return
+            _raise_recent(note)
+            try:
+                self._make_room(raw.bytes + (packed.bytes if packed else 0))
+                self._download(shard_id, target)
+            except Exception as error:
+                os.pwrite(note, one_line(error).encode(), 0)
+                raise FetchError(one_line(error)) from error
+
+    def _download(self, shard_id: int, target: Path) -> None:
+        """Download, check and unpack in the staging folder, then move to `target`. Call it under the shard's lock."""
+        shard, staging = self.shards[shard_id], self.folder / STAGING
+        raw, packed = shard.file_pairs[0]
+        for info in filter(None, (raw, packed)):
+            (staging / info.basename).unlink(missing_ok=True)  # of a process that was killed
+        if self._stream is None:
+            self._stream = Stream(
+                remote=self.source,
+                local=str(staging),
+                validate_hash=self._validate_hash,
+                download_retry=ATTEMPTS if is_remote(self.source) else 1,
+                download_timeout=DOWNLOAD_TIMEOUT_S,
+                keep_zip=False,
+            )
+        self._stream.prepare_shard(shard)
+        size = (staging / raw.basename).stat().st_size
+        if size != raw.bytes:
+            raise OSError(f"{raw.basename} arrived with {size} bytes where {INDEX} says {raw.bytes}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging / raw.basename, target)
+
+    def _make_room(self, needed: int) -> None:
+        """Evict what was read longest ago. Downloads under way are not counted, so the limit may be passed by those."""
+        if self._limit is None:
+            return
+        with _locked(self.folder, "room"):
+            present = []
+            for shard_id in range(len(self.shards)):
+                with suppress(FileNotFoundError):
+                    status = self._path(shard_id).stat()
+                    present.append((status.st_mtime_ns, status.st_size, shard_id))
+            excess = sum(size for _, size, _ in present) + needed - self._limit
+            for _, size, shard_id in sorted(present):
+                if excess <= 0:
+                    break
+                self._path(shard_id).unlink(missing_ok=True)
+                excess -= size
+
+    def tidy(self) -> None:
+        """Drop what killed runs left in the cache: cut shards, and notes of shards that could not be fetched."""
+        for shard_id in range(0 if self._in_place else len(self.shards)):
+            path = self._path(shard_id)
+            with suppress(FileNotFoundError):
+                if path.stat().st_size != self._raw(shard_id).bytes:
+                    path.unlink()
+        if (self.folder / LOCKS).is_dir():
+            for path in (self.folder / LOCKS).iterdir():
+                with suppress(FileNotFoundError):
+                    os.truncate(path, 0)
+
+    def check(self) -> None:
+        """Raise UserError where the options do not go with the set."""
+        for shard in self.shards:
+            raw, packed = shard.file_pairs[0]
+            if self._validate_hash:
+                require_hash(self._validate_hash, (packed or raw).hashes, self.source)
+        if self._in_place and self.fetches and not os.access(self.folder, os.W_OK):
+            raise UserError(
+                f"{self.folder}: its shards are compressed, to be unpacked where nobody may write; set data.cache"
+            )
+        largest = max(shard.get_max_size() for shard in self.shards)
+        if self._limit is not None and self._limit < 4 * largest:
+            raise UserError(
+                f"data.cache_limit: {self._limit} bytes are too few for {self.source}, whose largest shard takes "
+                f"{largest}; at least four must fit"
+            )
+
+
+def open_store(source: str, config: DataConfig, world: World) -> ShardStore:
+    """Check `source` (a folder or a URI) on one rank of each node, then open it on all ranks together.
+
+    UserError, on every rank, if it is not fit to be read.
+    """
+
+    def prepare() -> None:
+        if not is_remote(source):
+            check_shards(Path(source), config.validate_hash)
+        _fetch_index(source, _folder(source, config))
+        store = ShardStore(source, config)
+        store.check()
+        store.tidy()
+
+    on_first(prepare, world)
+    return ShardStore(source, config)
+
+
+def _folder(source: str, config: DataConfig) -> Path:
+    """Where the shards of `source` are read from: in place, or its own folder of the cache if there is one."""
+    if config.cache is None:
+        assert not is_remote(source), "the config refuses a remote source without data.cache"
+        return Path(source)
+    name = source.rstrip("/").rsplit("/", 1)[-1]
+    digest = hashlib.blake2s(source.encode(), digest_size=4).hexdigest()
+    return Path(config.cache) / f"{name}-{digest}"
+
+
+def _fetch_index(source: str, folder: Path) -> None:
+    """Bring the index into the cache, unless it is there."""
+    if (folder / INDEX).exists():
+        return
+    staged = folder / STAGING / INDEX
+    try:
+        with _locked(folder, INDEX):
+            staged.unlink(missing_ok=True)
+            download = retry(num_attempts=ATTEMPTS if is_remote(source) else 1)(CloudDownloader.direct_download)
+            download(f"{source.rstrip('/')}/{INDEX}", str(staged), DOWNLOAD_TIMEOUT_S)
+            os.replace(staged, folder / INDEX)
+    except Exception as error:  # every cloud's package has its own, down to a missing module
+        raise UserError(f"{source} cannot be opened: {one_line(error)}") from error
+
+
+@contextmanager
+def _locked(folder: Path, name: str) -> Iterator[int]:
+    """Hold the lock `name` of a folder against threads and processes; gives its open file. A kill releases it."""
+    path = folder / LOCKS / name.replace("/", "-")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _raise_recent(note: int) -> None:
+    """Raise what a shard failed of a short while ago, in whichever process; forget what is older."""
+    reason = os.pread(note, 4096, 0).decode(errors="replace")
+    if reason and time.time() - os.fstat(note).st_mtime < RETRY_AFTER_S:
+        raise FetchError(reason)
+    os.ftruncate(note, 0)

@@ -1,0 +1,104 @@
+"""Read finished shards from the first byte to the last, as training would."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leap_dist.data.parallel import parallel
+from leap_dist.data.sharding import CLASSES, QUARANTINE, RUN
+from leap_dist.data.shards import HASH, INDEX, read_index
+from leap_dist.data.transforms import decode
+from leap_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard in a folder's index."""
+
+    folder: Path
+    info: dict[str, Any]
+
+
+def stored_shards(out: Path) -> list[StoredShard]:
+    """All shards that the indices of `out`, or of the folders in it, list. UserError if a split or images are missing.
+
+    What was to be written is known from sharding.json, if tools/make_shards.py wrote `out`.
+    """
+    folders = [path.parent for path in (out / INDEX, *sorted(out.glob(f"*/{INDEX}"))) if path.exists()]
+    if not folders:
+        raise UserError(f"neither {out} nor a folder in it has an {INDEX}: no shards, or not all of them yet")
+    shards = [StoredShard(folder, info) for folder in folders for info in read_index(folder)]
+    if (out / RUN).exists():
+        planned = json.loads((out / RUN).read_text())["splits"]
+        _check_planned(out, {split: split_plan["images"] for split, split_plan in planned.items()}, shards)
+    return shards
+
+
+def _check_planned(out: Path, planned: dict[str, int], shards: list[StoredShard]) -> None:
+    """Compare the indices with the number of images that each split should have."""
+    for split in planned:
+        if not (out / split / INDEX).exists():
+            raise UserError(f"{out / split / INDEX} is missing, though {RUN} lists the split")
+    left_out = 0
+    if (out / QUARANTINE).exists():
+        with open(out / QUARANTINE, newline="") as file:
+            left_out = sum(1 for _ in csv.reader(file)) - 1
+    stored, wanted = sum(shard.info["samples"] for shard in shards), sum(planned.values())
+    if stored + left_out != wanted:
+        raise UserError(f"{out}: {stored} images in shards and {left_out} in quarantine, but {RUN} says {wanted}")
+
+
+def verify(shards: list[StoredShard], classes: int, workers: int) -> Iterator[Counter[int]]:
+    """Check every shard with `workers` processes; yield the labels of each as it is done. UserError at the first fault.
+
+    A shard must have its size and its hash, every image must decode, and every label be in 0 ... `classes` - 1.
+    """
+    import streaming  # noqa: F401  # 3 s to import: once, for all workers
+
+    for shard, labels in zip(shards, parallel(_read, shards, workers), strict=True):
+        strange = [label for label in labels if not 0 <= label < classes]
+        if strange:
+            raise UserError(f"{_path(shard)} has the label {strange[0]}, but {CLASSES} lists {classes} classes")
+        yield labels
+
+
+def count_classes(out: Path) -> int:
+    """How many classes the class index of `out` has."""
+    try:
+        return len(json.loads((out / CLASSES).read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / CLASSES} cannot be read: {error}") from None
+
+
+def _path(shard: StoredShard) -> Path:
+    return shard.folder / shard.info["raw_data"]["basename"]
+
+
+def _read(shard: StoredShard) -> Counter[int]:
+    from streaming.base.format import reader_from_json
+    from streaming.base.hashing import get_hash
+
+    path, expected = _path(shard), shard.info["raw_data"]
+    if shard.info["zip_data"]:
+        raise UserError(f"{path} is compressed: only shards as tools/make_shards.py writes them can be verified")
+    data = path.read_bytes()
+    if len(data) != expected["bytes"]:
+        raise UserError(f"{path} has {len(data)} bytes where {INDEX} says {expected['bytes']}")
+    if get_hash(HASH, data) != expected["hashes"].get(HASH):
+        raise UserError(f"{path} is corrupt: its {HASH} is not the one in {INDEX}")
+    reader = reader_from_json(str(shard.folder), None, shard.info)
+    labels = Counter()
+    for i in range(reader.size):
+        sample = reader[i]
+        try:
+            decode(sample["image"])
+        except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ...
+            raise UserError(f"{path}: sample {i} does not decode ({type(error).__name__}: {error})") from None
+        labels[int(sample["label"])] += 1
+    return labels

@@ -1,0 +1,99 @@
+"""Where the time of a step goes, without waiting for the device."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import nn
+from torch.profiler import record_function
+
+# In the order of a step. match: heads, loss, their gradients and the score. communication: of losses and score over
+# ranks. decide, broadcast: host time; the others are the device's on CUDA, but for data.
+PHASES = (
+    "data", "teacher", "student.forward", "match", "communication", "student.backward", "optimizer", "decide",
+    "broadcast",
+)  # fmt: skip
+
+
+class _Span(NamedTuple):
+    """A phase on the device's clock; `outer` is the phase around it, if any."""
+
+    name: str
+    outer: Optional[str]
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+
+
+class PhaseTimer:
+    """Seconds spent in named phases; device time on CUDA, wall time on CPU. Every second counts once: a phase inside
+    another is taken off it, where both are on one clock.
+
+    tracing: phases are also ranges of torch's profiler.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cuda = device.type == "cuda"
+        self.tracing = False
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._running: dict[bool, list[str]] = {True: [], False: []}  # by clock: the device's, the host's
+        self._unread: deque[_Span] = deque()
+
+    @contextmanager
+    def phase(self, name: str, host: bool = False) -> Iterator[None]:
+        """Time the body. `host`: wall time also on CUDA, for work the device has no part in."""
+        on_device = self.on_cuda and not host
+        running = self._running[on_device]
+        outer = running[-1] if running else None
+        running.append(name)
+        begin = _now(on_device)
+        with record_function(name) if self.tracing else nullcontext():
+            yield
+        end = _now(on_device)
+        running.pop()
+        if on_device:
+            self._unread.append(_Span(name, outer, begin, end))
+        else:
+            self._add(name, outer, end - begin)
+
+    def watch(self, module: nn.Module, name: str) -> None:
+        """Time every forward pass of `module` as phase `name`, wherever it is called from."""
+        running: list[AbstractContextManager[None]] = []
+
+        def begin(*_: Any) -> None:
+            running.append(self.phase(name))
+            running[-1].__enter__()
+
+        def end(*_: Any) -> None:
+            running.pop().__exit__(None, None, None)
+
+        module.register_forward_pre_hook(begin)
+        module.register_forward_hook(end)
+
+    def totals(self) -> dict[str, float]:
+        """Seconds so far by phase, of everything the device has finished; does not wait for the rest."""
+        while self._unread and self._unread[0].end.query():
+            span = self._unread.popleft()
+            self._add(span.name, span.outer, span.begin.elapsed_time(span.end) / 1e3)
+        return dict(self._seconds)
+
+    def carry_on(self, seconds: Mapping[str, float]) -> None:
+        """Count on from the `totals` of an earlier session of the run."""
+        self._seconds.update(seconds)
+
+    def _add(self, name: str, outer: Optional[str], seconds: float) -> None:
+        self._seconds[name] += seconds
+        if outer is not None:
+            self._seconds[outer] -= seconds
+
+
+def _now(on_device: bool) -> Any:
+    if not on_device:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

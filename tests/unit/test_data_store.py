@@ -1,0 +1,156 @@
+"""Where shards are read from: in place, unpacked, through a cache of limited size; what killed runs leave there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from test_data_loader import ALONE, SIZE, config, write
+
+from leap_dist.config import DataConfig
+from leap_dist.data.store import LOCKS, STAGING, ShardStore, open_store
+from leap_dist.errors import UserError
+
+
+def opened(folder: Path, **options: object) -> ShardStore:
+    return open_store(str(folder), config(folder, **options), ALONE)
+
+
+def labels(store: ShardStore) -> list[int]:
+    return [int(store.read(i)["label"]) for i in range(store.size)]
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def cached(tmp_path: Path) -> Path:
+    (folder,) = (tmp_path / "cache").iterdir()
+    return folder
+
+
+def test_a_raw_set_is_read_in_place_and_never_written_to(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set")
+    before = files(folder)
+    store = opened(folder, cache_limit="1kb")  # without a cache there is nothing to evict but the user's own files
+    store.fetch_ahead(range(len(store.shards)))
+    assert not store.fetches and labels(store) == list(range(SIZE))
+    assert files(folder) == before
+
+
+def test_a_compressed_set_is_unpacked_in_place(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", compression="zstd")
+    before = files(folder)
+    assert labels(opened(folder)) == list(range(SIZE))
+    raw = {name.removesuffix(".zstd") for name in before}
+    assert files(folder) == before | raw | {STAGING, LOCKS}
+    assert labels(opened(folder, validate_hash="xxh64")) == list(
+        range(SIZE)
+    )  # also what was unpacked goes by the index
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_compressed_set_in_a_read_only_folder_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", compression="zstd")
+    folder.chmod(0o500)
+    with pytest.raises(UserError, match=r"it is read-only; set data\.cache"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_cache_holds_each_shard_unpacked_and_survives_the_source(tmp_path: Path, compression: str | None) -> None:
+    folder = write(tmp_path / "set", compression=compression)
+    before = files(folder)
+    store = opened(folder, cache=str(tmp_path / "cache"), validate_hash="xxh64")
+    assert labels(store) == list(range(SIZE)) and files(folder) == before
+    assert files(cached(tmp_path)) == {name.removesuffix(".zstd") for name in before} | {STAGING, LOCKS}
+    for path in folder.glob("shard.*"):
+        path.unlink()
+    assert labels(store) == list(range(SIZE))
+
+
+def test_shards_wanted_ahead_arrive_in_the_background(tmp_path: Path) -> None:
+    store = opened(write(tmp_path / "set"), cache=str(tmp_path / "cache"))
+    store.fetch_ahead([0, 3, 5])
+    names = {f"shard.{i:05d}.mds" for i in (0, 3, 5)}
+    deadline = time.monotonic() + 10
+    while not names <= files(cached(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert {name for name in files(cached(tmp_path)) if name.startswith("shard.")} == names
+
+
+def test_what_was_read_longest_ago_is_evicted_first(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set")
+    store = opened(folder, cache=str(tmp_path / "cache"), cache_limit="4kb")
+    firsts = (store.shard_sizes.cumsum() - store.shard_sizes).tolist()
+    fitting = 4096 // max(shard.get_max_size() for shard in store.shards)
+    for first in firsts[:fitting]:
+        store.read(first)
+    store.read(firsts[0])
+    store.read(firsts[fitting])
+    left = {name for name in files(cached(tmp_path)) if name.startswith("shard.")}
+    assert left == {f"shard.{i:05d}.mds" for i in range(fitting + 1) if i != 1}
+
+
+def test_a_cache_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"cache_limit: 1024 bytes are too few for .*set, whose .* at least four must fit"
+    ):
+        opened(write(tmp_path / "set"), cache=str(tmp_path / "cache"), cache_limit="1kb")
+
+
+def test_a_cache_that_thrashes_is_not_taken_for_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(write(tmp_path / "set"), cache=str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "_fetch", lambda shard_id: None)  # there and gone again
+    with pytest.raises(UserError, match=r"data.cache_limit: too small, .*shard.00000.mds is evicted again"):
+        store.read(0)
+
+
+def test_leftovers_of_a_killed_run_are_cleared_away(tmp_path: Path) -> None:
+    """A cut shard in the cache, as some cloud clients leave one, and a half-done download in the staging folder."""
+    folder = write(tmp_path / "set")
+    store = opened(folder, cache=str(tmp_path / "cache"))
+    for name in ("shard.00001.mds", f"{STAGING}/shard.00002.mds", f"{STAGING}/shard.00002.mds.tmp"):
+        (cached(tmp_path) / name).write_bytes(b"half")
+    (cached(tmp_path) / LOCKS / "shard.00003.mds").write_text("OSError: the network was away")
+    store = opened(folder, cache=str(tmp_path / "cache"))
+    assert labels(store) == list(range(SIZE))
+    assert not files(cached(tmp_path) / STAGING)
+
+
+def test_a_shard_is_downloaded_once_for_all(tmp_path: Path) -> None:
+    """Others wait for its lock, and then find it there."""
+    store = opened(write(tmp_path / "set"), cache=str(tmp_path / "cache"))
+    with (cached(tmp_path) / LOCKS / "shard.00000.mds").open("w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        seen: list[int] = []
+        reader = threading.Thread(target=lambda: seen.append(int(store.read(0)["label"])), daemon=True)
+        reader.start()
+        time.sleep(0.2)
+        assert not seen
+        target = cached(tmp_path) / "shard.00000.mds"
+        target.write_bytes((tmp_path / "set" / target.name).read_bytes())
+        (tmp_path / "set" / target.name).unlink()
+    reader.join(timeout=10)
+    assert seen == [0]
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "oci", "hf", "azure", "nowhere"])
+def test_a_remote_that_cannot_be_reached_is_one_clear_line(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever each cloud's package raises, down to its absence."""
+
+    def unreachable(*_: object) -> None:
+        raise ModuleNotFoundError(f"No module\nnamed {scheme!r}")
+
+    monkeypatch.setattr("leap_dist.data.store.ATTEMPTS", 1)
+    monkeypatch.setattr("leap_dist.data.store.CloudDownloader.direct_download", unreachable)
+    data = DataConfig(train=f"{scheme}://bucket/set", cache=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=f"{scheme}://bucket/set cannot be opened: ModuleNotFound") as caught:
+        open_store(data.train, data, ALONE)
+    assert "\n" not in str(caught.value)
