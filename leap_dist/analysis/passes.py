@@ -124,11 +124,17 @@ class FirstPass:
             )
 
     def finish(self) -> Tensor:
-        """Cover all ranks' images; return the sample (S, 3, H, W), the same on every rank. Collective."""
+        """Cover all ranks' images; return the sample (S, 3, H, W), the same on every rank, S even. Collective.
+
+        Images that could not be read may leave it short. UserError if fewer than two are left.
+        """
         for totals in (*(block for blocks in self.blocks for block in blocks), *self.cka):
             totals.merge_over_ranks()
         sample = [item for part in gather_objects(self._sample, self._world) for item in part]
-        return torch.stack([image for _, image in sorted(sample, key=lambda item: item[0])])
+        if len(sample) < 2:
+            raise UserError(f"{len(sample)} of the {len(self._kept)} images to compare in pairs could be read")
+        whole_pairs = sorted(sample, key=lambda item: item[0])[: len(sample) // 2 * 2]
+        return torch.stack([image for _, image in whole_pairs])
 
     def _allocate(self, maps: list[list[Tensor]]) -> None:
         self.blocks = [[BlockTotals(tokens) for tokens in layers] for layers in maps]

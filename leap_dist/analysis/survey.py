@@ -54,7 +54,8 @@ def survey(
         Cka(names[student], names[goal], found.matrix().cpu().numpy())
         for (student, goal), found in zip(matched, first.cka, strict=True)
     ]
-    return Analysis(loader.num_samples, 2 * pairs, options.k, [model for model in models if model], cka)
+    seen = int(first.blocks[0][0].images["uncentred"].images)  # less than asked for where some cannot be read
+    return Analysis(seen, len(sample), options.k, [model for model in models if model], cka)
 
 
 def _look_closer(

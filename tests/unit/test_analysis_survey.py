@@ -217,6 +217,20 @@ def test_what_cannot_be_analysed_is_said_in_one_line(
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_images_that_cannot_be_read_leave_whole_pairs_of_the_rest() -> None:
+    readable = torch.arange(IMAGES) % 4 != 3
+
+    class Holed(Loader):
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in super().__iter__():
+                good = readable[batch.ids]
+                yield Batch(*(column[good] for column in batch[:4]))
+
+    left = survey([STUDENT], None, Holed(), ONE, replace(OPTIONS, pairs=IMAGES // 2))
+    assert (left.images, left.sample) == (17, 16)
+    check_spectra(left.models[0].blocks[0].views["uncentred"], STUDENT.layers(images())[0][readable].double().numpy())
+
+
 def test_one_image_is_not_enough() -> None:
     loader = Loader()
     loader.num_samples = 1
