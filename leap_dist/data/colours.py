@@ -72,8 +72,8 @@ def draw_colours(random: np.random.Generator) -> np.ndarray:
     return jitter(factors, order, random.random() < GREY)
 
 
-def recolour(crops: Crops, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Change colours and normalise: (B, 3, S, S) float32 on the device of the pixels."""
+def recolour(crops: Crops) -> Tensor:
+    """Change colours: (B, 3, S, S) float32, whole numbers from 0 to 255, on the device of the pixels."""
     x = crops.pixels.to(torch.float32, memory_format=torch.contiguous_format)
     parameters, table = _on(x.device, crops.colours)[:, :, None, None, None], crops.colours.tolist()
     for i in range(ROUNDS):
@@ -83,6 +83,11 @@ def recolour(crops: Crops, mean: Sequence[float], std: Sequence[float]) -> Tenso
         kinds = {row[ROUNDS + i] for row in table if row[i] != 1}
         if kinds:
             _blend(x, parameters[:, i], parameters[:, ROUNDS + i], kinds)
+    return x
+
+
+def normalise_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """x (B, 3, S, S) float32, 0 to 255, to (x / 255 - mean) / std by channel, in place."""
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
         x[:, channel].mul_(1 / (255 * s)).sub_(m / s)
     return x

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch
-from leap_dist.data.colours import Crops, recolour
+from leap_dist.data.colours import Crops, normalise_, recolour
 
 
 class Sent(NamedTuple):
@@ -21,7 +21,7 @@ class Sent(NamedTuple):
 
 
 class Feed:
-    """Puts micro-batches on the device. On a CPU they are there already, and finished: nothing is done."""
+    """Puts micro-batches on the device, where their images are finished. For a CPU only normalising is left."""
 
     def __init__(self, config: DataConfig, device: torch.device) -> None:
         self._mean, self._std = config.mean, config.std
@@ -42,9 +42,11 @@ class Feed:
             yield self._arrived(waiting)
 
     def images(self, batch: Batch) -> Tensor:
-        """(B, 3, S, S) float32, normalised; crops get their colours only now: they are a quarter of that size."""
+        """(B, 3, S, S) float32, normalised; until now they were bytes, a quarter of that size."""
         if isinstance(batch.images, Crops):
-            return recolour(batch.images, self._mean, self._std)
+            return normalise_(recolour(batch.images), self._mean, self._std)
+        if batch.images.dtype == torch.uint8:
+            return normalise_(batch.images.float(), self._mean, self._std)
         return batch.images
 
     def _send(self, batch: Batch) -> Sent:

@@ -25,7 +25,7 @@ class Transform(Protocol):
         """(3, H, W) uint8; raises whatever PIL raises."""
 
     def finish(self, pixels: Tensor, random: np.random.Generator) -> Tensor | Crops:
-        """(3, S, S) float32, normalised; or a crop, not stacked yet, that the device will finish."""
+        """(3, S, S): float32 and normalised, or uint8 still to be; or a crop, not stacked, still without its colours."""
 
 
 def sample_stream(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
@@ -61,7 +61,7 @@ class Augment:
     both do nothing, so neither is here. Its area interpolation is, on shrinking, an antialiased resize; antialiased
     bilinear takes that place. Pixels stay uint8 until they are normalised, as in the published code.
 
-    on_device: leave colours and normalisation to the device that gets the batch.
+    on_device: leave the colours to the device that gets the batch; normalising is left to it in any case.
     """
 
     config: DataConfig
@@ -79,7 +79,7 @@ class Augment:
         crop = Crops(pixels, torch.from_numpy(colours))
         if self.on_device:
             return crop
-        return recolour(Crops(*(part[None] for part in crop)), self.config.mean, self.config.std)[0]
+        return recolour(Crops(*(part[None] for part in crop)))[0].to(torch.uint8)
 
 
 def train_transform(config: DataConfig, device: torch.device) -> Transform:

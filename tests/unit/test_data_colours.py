@@ -11,7 +11,7 @@ import torch
 from scipy.stats import binomtest, chisquare, ks_2samp
 from torchvision.transforms import v2
 
-from leap_dist.data.colours import HUE, RANGES, ROUNDS, Crops, draw_colours, jitter, recolour, untouched
+from leap_dist.data.colours import HUE, RANGES, ROUNDS, Crops, draw_colours, jitter, normalise_, recolour, untouched
 
 OPERATIONS = (
     v2.functional.adjust_brightness,
@@ -29,8 +29,7 @@ def every_colour() -> torch.Tensor:
 
 
 def pixels(images: torch.Tensor, rows: list[np.ndarray]) -> torch.Tensor:
-    """`recolour` without normalisation, 0 to 255."""
-    return recolour(Crops(images, torch.from_numpy(np.stack(rows))), (0, 0, 0), (1, 1, 1)) * 255
+    return recolour(Crops(images, torch.from_numpy(np.stack(rows))))
 
 
 def reference(image: torch.Tensor, factors: list[float], order: tuple[int, ...], grey: bool) -> torch.Tensor:
@@ -68,7 +67,7 @@ def test_each_operation_alone_is_within_one_level(operation: int) -> None:
 
 def test_untouched_pixels_are_normalised_exactly_as_torchvision_does() -> None:
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    ours = recolour(Crops(every_colour()[None], torch.from_numpy(untouched())[None]), mean, std)[0]
+    ours = normalise_(recolour(Crops(every_colour()[None], torch.from_numpy(untouched())[None])), mean, std)[0]
     theirs = v2.functional.normalize(every_colour() / 255, mean, std)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
@@ -87,7 +86,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 
 def test_crops_stay_as_they_are() -> None:
     crops = Crops(every_colour()[None], torch.from_numpy(jitter(drawn_factors(0), range(4)))[None])
-    recolour(crops, (0, 0, 0), (1, 1, 1))
+    recolour(crops)
     assert torch.equal(crops.pixels[0], every_colour())
 
 

@@ -11,7 +11,7 @@ import torch
 
 from leap_dist.config import DataConfig
 from leap_dist.data import Batch, Feed
-from leap_dist.data.colours import Crops, draw_colours, recolour
+from leap_dist.data.colours import Crops, draw_colours, normalise_, recolour
 
 CONFIG = DataConfig(train="unused")
 
@@ -38,7 +38,7 @@ def test_crops_become_normalised_images() -> None:
     crops = Crops(pixels, torch.from_numpy(np.stack([draw_colours(random) for _ in pixels])))
     batch = Batch(crops, torch.zeros(6), torch.arange(6), torch.arange(6))
     images = Feed(CONFIG, torch.device("cpu")).images(batch)
-    assert images.dtype == torch.float32 and torch.equal(images, recolour(crops, CONFIG.mean, CONFIG.std))
+    assert images.dtype == torch.float32 and torch.equal(images, normalise_(recolour(crops), CONFIG.mean, CONFIG.std))
 
 
 class Watched(Feed):

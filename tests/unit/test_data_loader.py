@@ -120,7 +120,7 @@ def test_pixels_do_not_depend_on_workers_or_on_the_global_stream(build: Build, f
 def test_a_sample_is_augmented_anew_in_each_epoch(build: Build, folder: Path, workers: int) -> None:
     """Also in persistent workers, which were forked in the first one."""
     loader = build(config(folder, workers=workers))
-    images = torch.empty(2, SIZE, 3, 8, 8)
+    images = torch.empty(2, SIZE, 3, 8, 8, dtype=torch.uint8)
     for epoch in range(2):
         for batch in loader.epoch(epoch):
             images[epoch, batch.ids] = batch.images

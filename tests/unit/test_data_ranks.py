@@ -44,7 +44,7 @@ def read(data: DataConfig, world: World, *, accumulation: int = 1, starts: Seque
         for index, batch in enumerate(loader.epoch(epoch, start * accumulation)):
             step = index // accumulation
             mixed = mixup(
-                batch.images, batch.positions, global_batch=data.global_batch, group_size=data.mixup_group,
+                batch.images.float(), batch.positions, global_batch=data.global_batch, group_size=data.mixup_group,
                 generator=torch.Generator().manual_seed(1000 * epoch + start + step),
             )  # fmt: skip
             rows = zip(batch.ids.tolist(), map(checksum, batch.images), map(checksum, mixed), strict=True)

@@ -42,7 +42,8 @@ def run(transform: Transform, image: torch.Tensor, *key: int) -> torch.Tensor | 
 
 
 def draws(transform: Transform, image: torch.Tensor, count: int) -> torch.Tensor:
-    return torch.stack([run(transform, image, 0, 0, i) for i in range(count)])
+    """(count, 3, S, S) float32, 0 to 255."""
+    return torch.stack([run(transform, image, 0, 0, i) for i in range(count)]).float()
 
 
 def test_evaluation_is_resize_centre_crop_normalise() -> None:
@@ -65,16 +66,16 @@ def test_a_worker_finishes_for_a_cpu_and_leaves_the_rest_to_a_gpu(augment: str) 
     for i in range(30):
         finished.append(run(train_transform(options, CPU), image, 3, 1, i))
         crops.append(run(train_transform(options, CUDA), image, 3, 1, i))
-    assert finished[0].shape == (3, 20, 20) and finished[0].dtype == torch.float32 and finished[0].is_contiguous()
+    assert finished[0].shape == (3, 20, 20) and finished[0].dtype == torch.uint8 and finished[0].is_contiguous()
     assert crops[0].pixels.dtype == torch.uint8
     batch = Crops(*map(torch.stack, zip(*crops, strict=True)))
-    assert torch.equal(recolour(batch, options.mean, options.std), torch.stack(finished))
+    assert torch.equal(recolour(batch), torch.stack(finished).float())
 
 
 def test_crops_cover_the_stated_areas_and_ratios() -> None:
     options = config(augment="crop", image_size=64, crop_scale=(0.25, 0.5))
     images = draws(train_transform(options, CPU), ramps(200, 200), 300)
-    columns, rows = images[:, 0] * 255, images[:, 1] * 255
+    columns, rows = images[:, 0], images[:, 1]
     # A crop of w pixels shrunk or stretched to 64 spans about w - w/64 between the outermost pixel centres.
     width = (columns.amax((1, 2)) - columns.amin((1, 2))) / (1 - 1 / 64)
     height = (rows.amax((1, 2)) - rows.amin((1, 2))) / (1 - 1 / 64)
