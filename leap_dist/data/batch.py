@@ -27,8 +27,8 @@ class Request(NamedTuple):
 class Batch(NamedTuple):
     """One rank's micro-batch, on the host.
 
-    images: (B, 3, S, S), float32 and normalised, or uint8, which `Feed` normalises (a quarter of the memory that workers
-    fill and hand over); on the way to a GPU `Crops`, which gets its colours there too;
+    images: (B, 3, S, S), float32 and normalised, or uint8, which `Feed` normalises (a quarter of the memory for workers
+    to fill and hand over); on the way to a GPU `Crops`, which gets its colours there too;
     labels: (B,) int64, -1 where the shards have none; ids: (B,) int64, index of the sample in the whole set;
     positions: (B,) int64, place in the global batch;
     bad: samples that could not be read. When training, others stand in for them under their ids.
