@@ -25,7 +25,7 @@ class Transform(Protocol):
         """(3, H, W) uint8; raises whatever PIL raises."""
 
     def finish(self, pixels: Tensor, random: np.random.Generator) -> Tensor | Crops:
-        """(3, S, S): float32 and normalised, or uint8 still to be; or a crop, not stacked, whose colours are to come."""
+        """(3, S, S): float32 and normalised, or uint8 still to be; or a crop whose colours are still to come."""
 
 
 def sample_stream(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
