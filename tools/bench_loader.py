@@ -5,7 +5,7 @@ python tools/bench_loader.py /data/imagenet/val --config launch_configs/leap_vit
 
 The same images go through all pipelines, with the same augmentations (`data.augment=leap`), batch and workers:
 
-    leap_dist               MDS shards, this project's loader, for a CPU: colours in the workers
+    leap_dist               MDS shards, this project's loader, for a CPU: colours in the workers, normalised here
     leap_dist for a GPU     the same, but the workers leave colours and normalisation to the device
     ImageFolder, PIL        torchvision's ImageFolder, v2 transforms on PIL images, DataLoader
     ImageFolder, tensors    the same, with v2 transforms on tensors
@@ -41,7 +41,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from leap_dist.config import Config, DataConfig, load
-from leap_dist.data import TrainLoader, build_train_loader, write_shards
+from leap_dist.data import Feed, TrainLoader, build_train_loader, write_shards
 from leap_dist.data.colours import GREY, JITTER, RANGES
 from leap_dist.data.crops import RATIO
 from leap_dist.data.transforms import FLIP
@@ -163,6 +163,12 @@ def streaming_epochs(config: DataConfig, batch: int) -> Epoch:
     return lambda _: loader
 
 
+def fed_epochs(loader: TrainLoader, config: DataConfig) -> Epoch:
+    """The loader's batches as a trainer on a CPU takes them: images normalised in its own process."""
+    feed = Feed(config, torch.device("cpu"))
+    return lambda number: ((feed.images(batch), batch.labels) for batch in loader.epoch(number))
+
+
 def our_loader(config: DataConfig, batch: int, device: str) -> TrainLoader:
     """This project's loader, as the trainer opens it on one rank with such a device."""
     return build_train_loader(config, seed=0, micro_batch=batch, world=World(0, 1, 0, 1, torch.device(device)))
@@ -270,7 +276,8 @@ def measure(args: argparse.Namespace, config: DataConfig, folder: Path) -> dict[
     loaders = {OURS: our_loader(config, args.batch, "cpu"), FOR_GPU: our_loader(config, args.batch, "cuda")}
     tree = folder / "tree"
     pipelines: dict[str, Epoch] = {
-        **{name: loader.epoch for name, loader in loaders.items()},
+        OURS: fed_epochs(loaders[OURS], config),
+        FOR_GPU: loaders[FOR_GPU].epoch,
         PIL: folder_epochs(tree, config, args.batch, args.copies, on_tensors=False),
         TENSORS: folder_epochs(tree, config, args.batch, args.copies, on_tensors=True),
         STREAMING: streaming_epochs(config, args.batch),
