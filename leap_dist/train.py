@@ -93,7 +93,9 @@ def report_to_stderr(level: int) -> None:
 def complain(message: str, error: BaseException | None = None) -> None:
     """One line on stderr that says which rank speaks, with what was noted on the error."""
     notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
-    print(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {message}{notes}", file=sys.stderr, flush=True)
+    # One write: what ranks print in pieces can end up in one line.
+    sys.stderr.write(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {message}{notes}\n")
+    sys.stderr.flush()
 
 
 def main(argv: list[str] | None = None) -> int:

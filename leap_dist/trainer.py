@@ -7,7 +7,6 @@ its features, loss and score; the decision holds from the next step on (with `te
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import time
@@ -40,8 +39,6 @@ from leap_dist.reset import reset_heads
 from leap_dist.teacher import Teacher
 from leap_dist.telemetry import Telemetry, memory_bytes
 from leap_dist.timing import PhaseTimer
-
-log = logging.getLogger(__name__)
 
 MIXUP, DROPOUT, HEAD = range(3)  # streams of random numbers
 CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x 40 blocks are 2 GB in fp32
@@ -285,7 +282,8 @@ class Trainer:
         if trajectory and self.config.curriculum.reset_head:
             reset_heads(self.engine, self._seed(HEAD))
         trajectory.append((self.progress.step, block))
-        log.info("step %d: target block %d of %d", self.progress.step, block, self.teacher.spec.depth)
+        if self.telemetry is not None:
+            self.telemetry.say(f"step {self.progress.step}: target block {block} of {self.teacher.spec.depth}")
 
     def _work(self, step: int, batches: list[Batch]) -> Iterator[MicroBatch]:
         """Images and features of a step, micro-batch by micro-batch."""
