@@ -7,8 +7,9 @@ neither a profiler nor a hook.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, tensorboard_trace_handler
@@ -17,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from leap_dist.config import Config
 from leap_dist.distributed import World
 from leap_dist.errors import UserError
-from leap_dist.timing import PhaseTimer
+from leap_dist.timing import PhaseTimer, around_forward
 
 
 def check_window(config: Config, total_steps: int) -> None:
@@ -71,22 +72,8 @@ class ProfilerWindow:
 
     def _open(self) -> None:
         for number, block in enumerate(self._blocks, 1):
-            self._hooks += _name_range(block, f"teacher.block_{number}")
+            self._hooks += around_forward(block, partial(record_function, f"teacher.block_{number}"))
         self._timer.tracing = True
         handler = tensorboard_trace_handler(str(self._folder), worker_name=self._worker, use_gzip=True)
         self._profiler = profile(activities=self._activities, on_trace_ready=handler)
         self._profiler.start()
-
-
-def _name_range(module: nn.Module, name: str) -> list[RemovableHandle]:
-    """Make every forward pass of `module` a range of the profiler."""
-    running: list[record_function] = []
-
-    def begin(*_: Any) -> None:
-        running.append(record_function(name))
-        running[-1].__enter__()
-
-    def end(*_: Any) -> None:
-        running.pop().__exit__(None, None, None)
-
-    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
 from torch.profiler import record_function
+from torch.utils.hooks import RemovableHandle
 
 # In the order of a step. match: heads, loss, their gradients and the score. communication: of losses and score over
 # ranks. decide, broadcast: host time; the others are the device's on CUDA, but for data.
@@ -27,6 +28,20 @@ class _Span(NamedTuple):
     outer: Optional[str]
     begin: torch.cuda.Event
     end: torch.cuda.Event
+
+
+def around_forward(module: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> list[RemovableHandle]:
+    """Run every forward pass of `module` inside a new `context()`, until the handles are removed."""
+    running: list[AbstractContextManager[Any]] = []
+
+    def begin(*_: Any) -> None:
+        running.append(context())
+        running[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
 
 
 class PhaseTimer:
@@ -62,17 +77,7 @@ class PhaseTimer:
 
     def watch(self, module: nn.Module, name: str) -> None:
         """Time every forward pass of `module` as phase `name`, wherever it is called from."""
-        running: list[AbstractContextManager[None]] = []
-
-        def begin(*_: Any) -> None:
-            running.append(self.phase(name))
-            running[-1].__enter__()
-
-        def end(*_: Any) -> None:
-            running.pop().__exit__(None, None, None)
-
-        module.register_forward_pre_hook(begin)
-        module.register_forward_hook(end)
+        around_forward(module, lambda: self.phase(name))
 
     def totals(self) -> dict[str, float]:
         """Seconds so far by phase, of everything the device has finished; does not wait for the rest."""

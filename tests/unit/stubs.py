@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from leap_dist.checkpoint import Checkpoints
@@ -135,3 +136,10 @@ def stub_trainer(config: Config, teacher: StubTeacher | None = None, length: int
         timer=timer,
     )
     return Trainer(config, ONE, parts)
+
+
+def scalars(output: Path, tag: str) -> list[float]:
+    """The values of a TensorBoard tag, by step."""
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    return [event.value for event in events.Scalars(tag)]

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from stubs import DEPTH, GRID, SPEC, WIDTH, StubLoader, StubTeacher, stub_config, stub_trainer
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from stubs import DEPTH, GRID, SPEC, WIDTH, StubLoader, StubTeacher, scalars, stub_config, stub_trainer
 from torch import Tensor
 
 from leap_dist.config import Config
@@ -31,12 +30,6 @@ def run(config: Config, teacher: StubTeacher | None = None, length: int = STEPS)
     assert trainer.run()
     trainer.close()
     return trainer
-
-
-def scalars(output: Path, tag: str) -> list[float]:
-    events = EventAccumulator(str(output / "tensorboard"))
-    events.Reload()
-    return [event.value for event in events.Scalars(tag)]
 
 
 def simulated(config: Config, ahead: bool) -> tuple[list[int], list[float]]:

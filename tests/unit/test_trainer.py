@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from stubs import DEPTH, StubLoader, StubTeacher, stub_config, stub_trainer
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from stubs import DEPTH, StubLoader, StubTeacher, scalars, stub_config, stub_trainer
 from torch.nn.functional import mse_loss
 
 from leap_dist.errors import UserError
@@ -20,12 +19,6 @@ def run(trainer: Trainer) -> Trainer:
     assert trainer.run()
     trainer.close()
     return trainer
-
-
-def scalars(output: Path, tag: str) -> list[float]:
-    events = EventAccumulator(str(output / "tensorboard"))
-    events.Reload()
-    return [event.value for event in events.Scalars(tag)]
 
 
 def test_the_new_block_is_the_target_from_the_next_step_on(tmp_path: Path) -> None:
