@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,6 +33,7 @@ class Batch(NamedTuple):
     labels: (B,) int64, -1 where the shards have none; ids: (B,) int64, index of the sample in the whole set;
     positions: (B,) int64, place in the global batch;
     bad: samples that could not be read. When training, others stand in for them under their ids.
+    ready: set by `Feed` where the images are on their way to a GPU.
     """
 
     images: Tensor | Crops
@@ -39,3 +41,4 @@ class Batch(NamedTuple):
     ids: Tensor
     positions: Tensor
     bad: tuple[BadSample, ...] = ()
+    ready: Optional[torch.cuda.Event] = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -11,13 +11,6 @@ from torch import Tensor
 from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch
 from leap_dist.data.colours import Crops, normalise_, recolour
-
-
-class Sent(NamedTuple):
-    """A batch whose images are being copied; ready: when they are there."""
-
-    batch: Batch
-    ready: torch.cuda.Event
 
 
 class Feed:
@@ -33,37 +26,37 @@ class Feed:
         if self._copies is None:
             yield from batches
             return
-        waiting: Optional[Sent] = None
+        waiting: Optional[Batch] = None
         for batch in batches:
             sent, waiting = waiting, self._send(batch)
             if sent is not None:
-                yield self._arrived(sent)
+                yield sent
         if waiting is not None:
-            yield self._arrived(waiting)
+            yield waiting
 
     def images(self, batch: Batch) -> Tensor:
         """(B, 3, S, S) float32, normalised; until now they were bytes, a quarter of that size."""
+        self._receive(batch)
         if isinstance(batch.images, Crops):
             return normalise_(recolour(batch.images), self._mean, self._std)
         if batch.images.dtype == torch.uint8:
             return normalise_(batch.images.float(), self._mean, self._std)
         return batch.images
 
-    def _send(self, batch: Batch) -> Sent:
-        ready = torch.cuda.Event()
+    def _send(self, batch: Batch) -> Batch:
         with torch.cuda.stream(self._copies):
             images = batch.images
             if isinstance(images, Crops):  # colours stay on the host, which must know them to choose kernels
                 images = Crops(images.pixels.to(self._device, non_blocking=True), images.colours)
             else:
                 images = images.to(self._device, non_blocking=True)
-            ready.record()
-        return Sent(batch._replace(images=images), ready)
+            return batch._replace(images=images, ready=torch.cuda.current_stream().record_event())
 
-    def _arrived(self, sent: Sent) -> Batch:
+    def _receive(self, batch: Batch) -> None:
+        """Let the stream that uses the images, the teacher's own perhaps, wait for them, and their memory for it."""
+        if batch.ready is None:
+            return
         stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(sent.ready)
-        images = sent.batch.images
-        pixels = images.pixels if isinstance(images, Crops) else images
-        pixels.record_stream(stream)  # it was allocated on the other one, which must not reuse it too early
-        return sent.batch
+        stream.wait_event(batch.ready)
+        pixels = batch.images.pixels if isinstance(batch.images, Crops) else batch.images
+        pixels.record_stream(stream)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import launch, run_ok, scalars, write_config
 
 from leap_dist.ledger import LEDGER
+from runs import launch, run_ok, scalars, write_config
 
 
 @pytest.fixture(scope="module")
