@@ -50,6 +50,7 @@ def test_teacher_weights_of_another_shape(tmp_path: Path) -> None:
     assert str(path) in line and "60" in line and "48" in line
 
 
+@pytest.mark.slow  # the rule itself is a unit test
 def test_a_batch_larger_than_the_set(tmp_path: Path) -> None:
     line = refused(write_config(tmp_path), "data.global_batch=4000")[0]
     assert "data.global_batch" in line and "4000" in line and "1500" in line
@@ -152,6 +153,7 @@ def test_the_last_good_checkpoint_is_kept_and_continues(tmp_path: Path) -> None:
     assert scalars(tmp_path / "third", "loss/total")[22] == scalars(tmp_path / "run", "loss/total")[22]
 
 
+@pytest.mark.slow  # the rule itself is a unit test
 def test_a_folder_of_another_config(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     run_ok(config, processes=1)
