@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import timm
-from runs import TINY, launch, run_ok, scalars, write_config
 from safetensors.torch import save_file
 
 from leap_dist.data import write_shards
 from leap_dist.data.digits import digit_samples
+from runs import TINY, launch, run_ok, scalars, write_config
 
 PROMPTLY_S = 60
 

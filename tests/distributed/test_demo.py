@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from runs import ROOT, run_ok, scalars
 
 DEMO = ROOT / "launch_configs" / "demo.yaml"

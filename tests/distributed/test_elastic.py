@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from runs import command, environment, launch, run_ok, scalars, write_config
 
 SAVED = (5, 10, 15, 20, 23)

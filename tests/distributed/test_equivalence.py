@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from runs import run_ok, scalars, write_config
 
 TOLERANCE = 1e-4

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from runs import command, environment, write_config
 
 PROMPTLY_S = 60

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import timm
-from runs import run_ok, scalars, write_config
 from safetensors.torch import load_file
+
+from runs import run_ok, scalars, write_config
 
 MODES = {
     "bf16 at stage 3, cosine score": ("engine.precision=bf16", "engine.zero_stage=3", "curriculum.metric=cosine"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from runs import environment, run_ok, scalars, write_config
 
 SHORT = {"teacher": True, "probe_epochs": 2}

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from runs import command, environment, run_ok, scalars, write_config
 
 STEPS_PER_EPOCH = 23
