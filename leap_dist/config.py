@@ -102,11 +102,15 @@ class DataConfig:
     image_size: int = _option(224, "side of the square image teacher and student see, pixels")
     global_batch: int = _option(256, "images per optimizer step over all ranks and accumulation steps")
     workers: int = _option(8, "loader processes per rank")
-    augment: Literal["leap", "crop", "none"] = _option(
-        "leap", "leap: the published recipe; crop: random resized crop only; none: resize and centre crop"
+    augment: Literal["leap", "deit", "crop", "none"] = _option(
+        "leap",
+        "leap: the published recipe; deit: DeiT's, with RandAugment and random erasing; crop: random resized crop "
+        "only; none: resize and centre crop",
     )
     crop_scale: tuple[float, float] = _option((0.14, 1.0), "area range of the random resized crop")
-    mixup: bool = _option(True, "blend each image with another of its group, one lambda ~ U(0,1) per optimizer step")
+    mixup: bool = _option(True, "blend each image with another of its group, one lambda per optimizer step")
+    mixup_alpha: float = _option(1.0, "lambda ~ Beta(this, this); 1 = U(0,1), as LEAP; DeiT: 0.8")
+    cutmix_alpha: float = _option(0.0, "in half of the steps cut rather than blend, the same way; 0 = off; DeiT: 1")
     mixup_group: int = _option(8, "images that are mixed among themselves; must divide the micro-batch of a rank")
     mean: tuple[float, float, float] = _option((0.485, 0.456, 0.406), "normalisation mean, RGB in [0,1]")
     std: tuple[float, float, float] = _option((0.229, 0.224, 0.225), "normalisation standard deviation")
@@ -386,6 +390,7 @@ def _range_problems(config: Config) -> list[str]:
         "seed": config.seed,
         "data.workers": data.workers,
         "data.predownload": data.predownload,
+        "data.cutmix_alpha": data.cutmix_alpha,
         "objective.cls_weight": config.objective.cls_weight,
         "optim.weight_decay": optim.weight_decay,
         "optim.warmup_epochs": optim.warmup_epochs,
@@ -394,7 +399,12 @@ def _range_problems(config: Config) -> list[str]:
         "checkpoint.every_epochs": config.checkpoint.every_epochs,
         "checkpoint.every_steps": config.checkpoint.every_steps,
     }
-    above_zero = {"optim.lr": optim.lr, "evaluation.probe_lr": evaluation.probe_lr, "data.std": min(data.std)}
+    above_zero = {
+        "data.mixup_alpha": data.mixup_alpha,
+        "data.std": min(data.std),
+        "optim.lr": optim.lr,
+        "evaluation.probe_lr": evaluation.probe_lr,
+    }
     fractions = {
         "data.max_bad_fraction": data.max_bad_fraction,
         "optim.final_lr_fraction": optim.final_lr_fraction,
@@ -409,6 +419,7 @@ def _range_problems(config: Config) -> list[str]:
         *(f"{key}={value}: must be between 0 and 1" for key, value in fractions.items() if not 0 <= value <= 1),
         *([] if config.seed < 2**32 else [f"seed={config.seed}: must be below 2**32"]),
         *([] if betas_hold else [f"optim.betas={list(optim.betas)}: each must be in [0, 1)"]),
+        *(["data.cutmix_alpha: needs data.mixup=true"] if data.cutmix_alpha and not data.mixup else []),
         *([] if 0 < low <= high <= 1 else [f"data.crop_scale=[{low}, {high}]: must satisfy 0 < low <= high <= 1"]),
     ]
 

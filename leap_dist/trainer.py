@@ -25,7 +25,7 @@ from leap_dist.accounting import Accountant, Costs, configured_peaks
 from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config
 from leap_dist.coordinator import Coordinator
-from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, mixup
+from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, draw_mix
 from leap_dist.distributed import World, sum_over_ranks
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features
@@ -298,13 +298,8 @@ class Trainer:
         images, data = self.feed.images(batch), self.config.data
         if not data.mixup:
             return images
-        return mixup(
-            images,
-            batch.positions,
-            global_batch=data.global_batch,
-            group_size=data.mixup_group,
-            generator=torch.Generator().manual_seed(self._seed(MIXUP, step=step)),
-        )
+        generator = torch.Generator().manual_seed(self._seed(MIXUP, step=step))
+        return draw_mix(data, batch.positions, generator).images(images)
 
     def _targets(self, images: Tensor) -> list[Features]:
         if self.config.curriculum.mode == "all_layers":
