@@ -33,7 +33,7 @@ LAYERS = [
         "reset",
         "telemetry",
     },
-    {"accounting", "curriculum", "dashboard", "evidence", "ledger", "profiling", "teacher", "universal"},
+    {"accounting", "curriculum", "dashboard", "evidence", "heads", "ledger", "profiling", "teacher", "universal"},
     {"flops"},
     {"student"},
     {"alignment", "backbone", "planning"},

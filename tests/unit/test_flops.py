@@ -165,3 +165,23 @@ def test_a_step_has_a_head_per_target_and_a_score_of_its_metric() -> None:
     layers = step_flops(configured("curriculum.mode=all_layers"))
     assert (layers.match, layers.evidence) == (3 * one.match, 3 * one.evidence)
     assert layers.teacher == one.teacher
+
+
+@pytest.mark.parametrize("remedy", ["none", "lift", "wide_last"])
+def test_a_remedys_work_equals_the_closed_form(remedy: str) -> None:
+    """DeiT-Tiny at 224 pixels to CaiT-S24's 384 channels, from the widths."""
+    narrow, wide = (attention_flops(197, width) + mlp_flops(197, width, 4 * width) for width in (192, 384))
+    blocks = {"none": 12 * narrow, "lift": 12 * narrow, "wide_last": 11 * narrow + wide}[remedy]
+    projection = 0 if remedy == "none" else 2 * 197 * 192 * 384
+    found = student_flops(StudentConfig(model="deit_tiny_patch16_224", remedy=remedy), 224, 384)
+    assert found == 2 * 196 * 768 * 192 + blocks + projection
+
+
+def test_matching_without_a_projection_costs_the_moments_only() -> None:
+    lifted = step_flops(configured("student.remedy=lift"))
+    assert (lifted.match, lifted.evidence, lifted.cka) == (0, 2 * 4 * 3 * 48**2, 0)
+    pooled = step_flops(configured("objective.head=pooled"))
+    assert (pooled.match, pooled.evidence, pooled.cka) == (0, 2 * 4 * 3 * 24**2, 0)
+    assert step_flops(configured("objective.head=pooled", "curriculum.metric=cosine")).evidence == 0
+    projected = step_flops(configured("student.remedy=lift", "objective.head=linear"))
+    assert projected.match == 6 * 5 * 48 * 48

@@ -17,7 +17,8 @@ from leap_dist.errors import UserError
 from leap_dist.evidence import CkaEvidence, CosineEvidence
 from leap_dist.export import export_student, load_student
 from leap_dist.features import Features
-from leap_dist.objective import MatchingHead, Objective
+from leap_dist.heads import MatchingHead
+from leap_dist.objective import Objective
 from leap_dist.student import build_student
 
 SMALL = {"patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 2}
