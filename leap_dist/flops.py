@@ -81,7 +81,7 @@ class StepFlops:
 def step_flops(config: Config) -> StepFlops:
     """Count a step of the configured run; loads no weights."""
     size, every_layer = config.data.image_size, config.curriculum.mode == "all_layers"
-    backbone = _backbone(config.teacher, size)
+    backbone = _backbone(config.teacher, size, config.teacher_classes)
     spec, width = backbone.spec, build_student(config.student, size, backbone.spec.dim, _META).width
     tokens, heads = spec.grid[0] * spec.grid[1], spec.depth if every_layer else 1
     head = matching_head(config.objective, config.student.remedy)
@@ -130,13 +130,19 @@ def student_flops(config: StudentConfig, image_size: int, width: Optional[int] =
 def student_step_flops(
     config: StudentConfig, image_size: int, width: Optional[int] = None, every_layer: bool = False
 ) -> StudentFlops:
-    """Count the configured student, forward and backward, a remedy included.
+    """Count the configured student, forward and backward, remedy and classifier included.
 
     width: see `build_student`. every_layer: with the tokens of all its blocks, not the last one's only.
     """
     student, images = build_student(config, image_size, width, _META), _images(image_size)
-    forward, views = _counted(lambda: student.every_layer(images) if every_layer else [student(images)])
-    total = torch.stack([tokens.sum() for view in views for tokens in view if tokens is not None]).sum()
+
+    def run() -> list[torch.Tensor]:
+        views = student.every_layer(images) if every_layer else [student(images)]
+        logits = [student.classify(views[-1])] if config.num_classes else []
+        return logits + [tokens for view in views for tokens in view if tokens is not None]
+
+    forward, outputs = _counted(run)
+    total = torch.stack([output.sum() for output in outputs]).sum()
     return StudentFlops(forward, _counted(total.backward)[0])
 
 

@@ -38,6 +38,7 @@ def problems(config: Config) -> list[str]:
         *_range_problems(config),
         *_curriculum_problems(config.curriculum),
         *_matching_problems(config),
+        *_label_problems(config),
         *_placement_problems(config),
         *_engine_problems(config),
         *_telemetry_problems(config.telemetry),
@@ -72,6 +73,7 @@ def _range_problems(config: Config) -> list[str]:
         "data.predownload": data.predownload,
         "data.cutmix_alpha": data.cutmix_alpha,
         "objective.cls_weight": config.objective.cls_weight,
+        "objective.feature_weight": config.objective.feature_weight,
         "optim.weight_decay": optim.weight_decay,
         "optim.warmup_epochs": optim.warmup_epochs,
         "engine.clip": config.engine.clip,
@@ -81,11 +83,14 @@ def _range_problems(config: Config) -> list[str]:
     }
     above_zero = {
         "data.mixup_alpha": data.mixup_alpha,
+        "objective.kd_tau": config.objective.kd_tau,
         "data.std": min(data.std),
         "optim.lr": optim.lr,
         "evaluation.probe_lr": evaluation.probe_lr,
     }
     fractions = {
+        "objective.kd_alpha": config.objective.kd_alpha,
+        "objective.label_smoothing": config.objective.label_smoothing,
         "data.max_bad_fraction": data.max_bad_fraction,
         "optim.final_lr_fraction": optim.final_lr_fraction,
         "optim.momentum": optim.momentum,
@@ -99,7 +104,6 @@ def _range_problems(config: Config) -> list[str]:
         *(f"{key}={value}: must be between 0 and 1" for key, value in fractions.items() if not 0 <= value <= 1),
         *([] if config.seed < 2**32 else [f"seed={config.seed}: must be below 2**32"]),
         *([] if betas_hold else [f"optim.betas={list(optim.betas)}: each must be in [0, 1)"]),
-        *(["data.cutmix_alpha: needs data.mixup=true"] if data.cutmix_alpha and not data.mixup else []),
         *([] if 0 < low <= high <= 1 else [f"data.crop_scale=[{low}, {high}]: must satisfy 0 < low <= high <= 1"]),
     ]
 
@@ -131,6 +135,21 @@ def _matching_problems(config: Config) -> list[str]:
     if remedy == "wide_last" and config.curriculum.mode == "all_layers":
         problems.append(
             "student.remedy=wide_last with curriculum.mode=all_layers: the blocks before the last have another width"
+        )
+    return problems
+
+
+def _label_problems(config: Config) -> list[str]:
+    objective, problems = config.objective, []
+    if config.data.cutmix_alpha and not config.data.mixup:
+        problems.append(f"data.cutmix_alpha={config.data.cutmix_alpha}: only used with data.mixup=true")
+    for key, value in (("kd_alpha", objective.kd_alpha), ("label_smoothing", objective.label_smoothing)):
+        if value and not config.student.num_classes:
+            problems.append(f"objective.{key}={value}: needs a classifier; set student.num_classes")
+    if not objective.feature_weight and not (objective.kd_alpha and config.curriculum.mode == "fixed"):
+        problems.append(
+            "objective.feature_weight=0: nothing would train what the curriculum scores; it may be 0 in soft "
+            "distillation alone, with curriculum.mode=fixed and objective.kd_alpha above 0"
         )
     return problems
 

@@ -59,8 +59,19 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Feature matching (LEAP, section 3)."""
+    """Feature matching (LEAP, section 3) and, with student.num_classes, labels (arXiv 2511.15572)."""
 
+    feature: Literal["mse", "spectral"] = _option(
+        "mse", "error of the patch tokens: mean square, or that of the 2-D spectra over the token grid"
+    )
+    feature_weight: float = _option(1.0, "weight of feature matching beside the labels' terms")
+    kd_alpha: float = _option(
+        0.0,
+        "share of soft distillation from the teacher's logits, the labels' cross-entropy has the rest; all of it until "
+        "the target is the last block, which alone has logits",
+    )
+    kd_tau: float = _option(1.0, "temperature of soft distillation")
+    label_smoothing: float = _option(0.0, "of the labels in the cross-entropy; DeiT: 0.1")
     head: Optional[Literal["linear", "none", "pooled"]] = _option(
         None,
         "how tokens meet the teacher's. linear: a learned projection, dropped after training; none: as they are; "
@@ -205,6 +216,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def teacher_classes(self) -> int:
+        """Classes of the logits that the teacher is to give; 0 = it gives none."""
+        return self.student.num_classes if self.objective.kd_alpha else 0
 
 
 def matching_head(objective: ObjectiveConfig, remedy: str) -> str:

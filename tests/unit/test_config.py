@@ -80,9 +80,7 @@ def test_combinations_that_cannot_be() -> None:
         load(None, [*NEEDED, "objective.head=pooled", "student.remedy=lift"])
     with pytest.raises(UserError, match=r"reset_head=true with objective.head=none: there is no head to reset"):
         load(None, [*NEEDED, "curriculum.reset_head=true", "student.remedy=lift"])
-    with pytest.raises(
-        UserError, match=r"remedy=wide_last with curriculum.mode=all_layers: the blocks before"
-    ):
+    with pytest.raises(UserError, match=r"remedy=wide_last with curriculum.mode=all_layers: the blocks before"):
         load(None, [*NEEDED, "curriculum.mode=all_layers", "student.remedy=wide_last"])
     with pytest.raises(UserError, match=r"teacher.memory_budget=-1.0: must be above 0"):
         load(None, [*NEEDED, "teacher.placement=auto", "teacher.memory_budget=-1"])

@@ -108,7 +108,10 @@ def test_a_stream_depends_on_every_part_of_the_key_and_on_nothing_else() -> None
 
 
 def test_deit_is_timms_recipe_with_draws_of_the_sample_alone() -> None:
-    """Bit for bit what timm's transform makes of the same image, and the same whatever was drawn before."""
+    """Bit for bit what timm's transform makes of the same image, and the same whatever was drawn before.
+
+    But for one image in 60, whose magnitude timm would cap at 10: none of these 40, and the last that is made here.
+    """
     options = DataConfig(train="unused", augment="deit", image_size=24, crop_scale=(0.3, 0.9))
     image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     timms = create_transform(
@@ -130,3 +133,4 @@ def test_deit_is_timms_recipe_with_draws_of_the_sample_alone() -> None:
     # What is erased is normal noise: beyond anything that white or black pixels become.
     beyond = [output.abs().amax() > 2.7 for output in outputs]
     assert 3 < sum(beyond) < 20
+    assert run(train_transform(options, CPU), image, 3, 1, 374).isfinite().all()
