@@ -53,7 +53,9 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
         warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
     flops = step_flops(config)
-    teacher = build_teacher(config.teacher, config.data.image_size, world.device, world, flops.teacher)
+    teacher = build_teacher(
+        config.teacher, config.data.image_size, world.device, world, flops.teacher, config.teacher_classes
+    )
     data = resolve(config.data, Path(config.output), world)
     loader = build_train_loader(
         data, seed=config.seed, micro_batch=batch, accumulation=config.engine.accumulation, world=world
@@ -98,6 +100,11 @@ def check_pair(config: Config, spec: TeacherSpec) -> None:
         raise UserError(
             f"curriculum.mode=all_layers: needs equal depths, student.model={config.student.model} has {student.depth} "
             f"blocks and teacher.model={config.teacher.model} {spec.depth}"
+        )
+    if config.objective.kd_alpha and config.curriculum.block not in (None, spec.depth):
+        raise UserError(
+            f"objective.kd_alpha={config.objective.kd_alpha} with curriculum.block={config.curriculum.block}: the "
+            f"teacher has logits at its last block only, which is {spec.depth}"
         )
     check_widths(matching_head(config.objective, config.student.remedy), student.width, spec.dim)
     layered = inspect.signature(student.backbone.forward_intermediates).parameters

@@ -1,7 +1,8 @@
 """How the student's tokens meet the teacher's: three modules with one interface, of which forward gives the loss.
 
 Forward takes tokens (..., Ds) and target (..., Dt) and gives the mean squared error over all elements (0-d, float32)
-and, if asked, evidence of the alignment. None of them is needed after training.
+and, if asked, evidence of the alignment. With a `grid`, for maps (B, N, ...), the error is that of their spectra; the
+evidence is of the tokens all the same. None of them is needed after training.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 
 from leap_dist.errors import UserError
 from leap_dist.evidence import CkaEvidence, CosineEvidence, Evidence
+from leap_dist.losses import spectral_loss
 from leap_kernels import alignment_moments, feature_match
 
 Metric = Literal["cka", "cosine"]
+Grid = tuple[int, int]
+Answer = tuple[Tensor, Optional[Evidence]]
 
 
 class MatchingHead(nn.Linear):
@@ -35,7 +39,13 @@ class MatchingHead(nn.Linear):
         nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
-    def forward(self, tokens: Tensor, target: Tensor, with_evidence: bool = False) -> tuple[Tensor, Optional[Evidence]]:
+    def forward(
+        self, tokens: Tensor, target: Tensor, with_evidence: bool = False, grid: Optional[Grid] = None
+    ) -> Answer:
+        if grid is not None:
+            loss = spectral_loss(F.linear(tokens, self.weight, self.bias), target, grid)
+            with torch.no_grad():
+                return loss, self.forward(tokens, target, True)[1] if with_evidence else None
         tokens, target = tokens.flatten(0, -2), target.flatten(0, -2)
         if not with_evidence:
             return feature_match(tokens, self.weight, self.bias, target, impl=self.impl), None
@@ -55,9 +65,11 @@ class DirectHead(nn.Module):
         super().__init__()
         self.metric = metric
 
-    def forward(self, tokens: Tensor, target: Tensor, with_evidence: bool = False) -> tuple[Tensor, Optional[Evidence]]:
+    def forward(
+        self, tokens: Tensor, target: Tensor, with_evidence: bool = False, grid: Optional[Grid] = None
+    ) -> Answer:
+        loss = spectral_loss(tokens, target, grid) if grid else F.mse_loss(tokens.float(), target.float())
         tokens, target = tokens.flatten(0, -2), target.flatten(0, -2)
-        loss = F.mse_loss(tokens.float(), target.float())
         if not with_evidence:
             return loss, None
         if self.metric == "cosine":
@@ -68,8 +80,10 @@ class DirectHead(nn.Module):
 class PooledHead(DirectHead):
     """The teacher's channels averaged to the student's width, Ds runs of neighbours: the weak baseline of the paper."""
 
-    def forward(self, tokens: Tensor, target: Tensor, with_evidence: bool = False) -> tuple[Tensor, Optional[Evidence]]:
-        return super().forward(tokens, F.adaptive_avg_pool1d(target, tokens.shape[-1]), with_evidence)
+    def forward(
+        self, tokens: Tensor, target: Tensor, with_evidence: bool = False, grid: Optional[Grid] = None
+    ) -> Answer:
+        return super().forward(tokens, F.adaptive_avg_pool1d(target, tokens.shape[-1]), with_evidence, grid)
 
 
 def build_head(kind: str, width: int, teacher_width: int, impl: str, metric: Metric) -> nn.Module:

@@ -36,7 +36,7 @@ LAYERS = [
     {"accounting", "curriculum", "dashboard", "evidence", "heads", "ledger", "profiling", "teacher", "universal"},
     {"flops"},
     {"student"},
-    {"alignment", "backbone", "planning"},
+    {"alignment", "backbone", "losses", "planning"},
     {"distributed", "features", "files", "timing"},
     {"config"},
     {"errors"},

@@ -38,6 +38,7 @@ def problems(config: Config) -> list[str]:
         *_range_problems(config),
         *_curriculum_problems(config.curriculum),
         *_matching_problems(config),
+        *_label_problems(config),
         *_placement_problems(config),
         *_engine_problems(config),
         *_telemetry_problems(config.telemetry),
@@ -70,7 +71,9 @@ def _range_problems(config: Config) -> list[str]:
         "student.num_classes": config.student.num_classes,
         "data.workers": data.workers,
         "data.predownload": data.predownload,
+        "data.cutmix_alpha": data.cutmix_alpha,
         "objective.cls_weight": config.objective.cls_weight,
+        "objective.feature_weight": config.objective.feature_weight,
         "optim.weight_decay": optim.weight_decay,
         "optim.warmup_epochs": optim.warmup_epochs,
         "engine.clip": config.engine.clip,
@@ -78,8 +81,16 @@ def _range_problems(config: Config) -> list[str]:
         "checkpoint.every_epochs": config.checkpoint.every_epochs,
         "checkpoint.every_steps": config.checkpoint.every_steps,
     }
-    above_zero = {"optim.lr": optim.lr, "evaluation.probe_lr": evaluation.probe_lr, "data.std": min(data.std)}
+    above_zero = {
+        "data.mixup_alpha": data.mixup_alpha,
+        "objective.kd_tau": config.objective.kd_tau,
+        "data.std": min(data.std),
+        "optim.lr": optim.lr,
+        "evaluation.probe_lr": evaluation.probe_lr,
+    }
     fractions = {
+        "objective.kd_alpha": config.objective.kd_alpha,
+        "objective.label_smoothing": config.objective.label_smoothing,
         "data.max_bad_fraction": data.max_bad_fraction,
         "optim.final_lr_fraction": optim.final_lr_fraction,
         "optim.momentum": optim.momentum,
@@ -124,6 +135,21 @@ def _matching_problems(config: Config) -> list[str]:
     if remedy == "wide_last" and config.curriculum.mode == "all_layers":
         problems.append(
             "student.remedy=wide_last with curriculum.mode=all_layers: the blocks before the last have another width"
+        )
+    return problems
+
+
+def _label_problems(config: Config) -> list[str]:
+    objective, problems = config.objective, []
+    if config.data.cutmix_alpha and not config.data.mixup:
+        problems.append(f"data.cutmix_alpha={config.data.cutmix_alpha}: only used with data.mixup=true")
+    for key, value in (("kd_alpha", objective.kd_alpha), ("label_smoothing", objective.label_smoothing)):
+        if value and not config.student.num_classes:
+            problems.append(f"objective.{key}={value}: needs a classifier; set student.num_classes")
+    if not objective.feature_weight and not (objective.kd_alpha and config.curriculum.mode == "fixed"):
+        problems.append(
+            "objective.feature_weight=0: nothing would train what the curriculum scores; it may be 0 in soft "
+            "distillation alone, with curriculum.mode=fixed and objective.kd_alpha above 0"
         )
     return problems
 

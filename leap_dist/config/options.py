@@ -59,8 +59,19 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Feature matching (LEAP, section 3)."""
+    """Feature matching (LEAP, section 3) and, with student.num_classes, labels (arXiv 2511.15572)."""
 
+    feature: Literal["mse", "spectral"] = _option(
+        "mse", "error of the patch tokens: mean square, or that of the 2-D spectra over the token grid"
+    )
+    feature_weight: float = _option(1.0, "weight of feature matching beside the labels' terms")
+    kd_alpha: float = _option(
+        0.0,
+        "share of soft distillation from the teacher's logits, the labels' cross-entropy has the rest; all of it until "
+        "the target is the last block, which alone has logits",
+    )
+    kd_tau: float = _option(1.0, "temperature of soft distillation")
+    label_smoothing: float = _option(0.0, "of the labels in the cross-entropy; DeiT: 0.1")
     head: Optional[Literal["linear", "none", "pooled"]] = _option(
         None,
         "how tokens meet the teacher's. linear: a learned projection, dropped after training; none: as they are; "
@@ -103,11 +114,15 @@ class DataConfig:
     image_size: int = _option(224, "side of the square image teacher and student see, pixels")
     global_batch: int = _option(256, "images per optimizer step over all ranks and accumulation steps")
     workers: int = _option(8, "loader processes per rank")
-    augment: Literal["leap", "crop", "none"] = _option(
-        "leap", "leap: the published recipe; crop: random resized crop only; none: resize and centre crop"
+    augment: Literal["leap", "deit", "crop", "none"] = _option(
+        "leap",
+        "leap: the published recipe; deit: DeiT's, with RandAugment and random erasing; crop: random resized crop "
+        "only; none: resize and centre crop",
     )
     crop_scale: tuple[float, float] = _option((0.14, 1.0), "area range of the random resized crop")
-    mixup: bool = _option(True, "blend each image with another of its group, one lambda ~ U(0,1) per optimizer step")
+    mixup: bool = _option(True, "blend each image with another of its group, one lambda per optimizer step")
+    mixup_alpha: float = _option(1.0, "lambda ~ Beta(this, this); 1 = U(0,1), as LEAP; DeiT: 0.8")
+    cutmix_alpha: float = _option(0.0, "in half of the steps cut rather than blend, the same way; 0 = off; DeiT: 1")
     mixup_group: int = _option(8, "images that are mixed among themselves; must divide the micro-batch of a rank")
     mean: tuple[float, float, float] = _option((0.485, 0.456, 0.406), "normalisation mean, RGB in [0,1]")
     std: tuple[float, float, float] = _option((0.229, 0.224, 0.225), "normalisation standard deviation")
@@ -201,6 +216,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def teacher_classes(self) -> int:
+        """Classes of the logits that the teacher is to give; 0 = it gives none."""
+        return self.student.num_classes if self.objective.kd_alpha else 0
 
 
 def matching_head(objective: ObjectiveConfig, remedy: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from test_backbone import FAMILIES, SMALL
 from torch.nn.functional import linear, mse_loss
@@ -87,6 +88,16 @@ def test_every_family_equals_the_closed_form(name: str, image_size: int, kwargs:
     assert flops.embed == pytest.approx(2 * patches * model.patch_embed.proj.weight.numel(), rel=0.01)
     assert flops.attention == pytest.approx((attention_flops(tokens, dim) + mixing,) * 3, rel=0.01)
     assert flops.blocks == pytest.approx((flops.attention[0] + 2 * tokens * sum(matrices),) * 3, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["deit_small_patch16_224", "deit_small_distilled_patch16_224", "cait_s24_224"])
+def test_the_whole_teacher_with_its_classifier_is_timms_forward(name: str) -> None:
+    flops = teacher_flops(TeacherConfig(model=name, kwargs=SMALL), 48, classes=10)
+    model = timm.create_model(name, img_size=48, num_classes=10, device="meta", **SMALL).eval()
+    with torch.no_grad():
+        assert flops.upto(3) == counted(lambda: model(torch.empty(1, 3, 48, 48, device="meta")))
+    assert flops.classifier > 0
+    assert flops.upto(2) == teacher_flops(TeacherConfig(model=name, kwargs=SMALL), 48).upto(2)
 
 
 def test_vit_g_has_the_published_cost() -> None:

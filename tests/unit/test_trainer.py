@@ -118,7 +118,7 @@ def test_the_score_at_the_last_block_is_only_computed_when_shown(tmp_path: Path)
     trainer = stub_trainer(config)
     asked = []
     forward = trainer.engine.module.forward
-    trainer.engine.module.forward = lambda images, targets, scored: (
+    trainer.engine.module.forward = lambda images, targets, scored, labels: (
         asked.append(scored),
         forward(images, targets, scored),
     )[1]
