@@ -52,9 +52,10 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
 
 
 def load_student(path: Path, device: torch.device) -> Student:
-    """The exported student, ready to extract features."""
+    """The exported student, ready to extract features; or a teacher of train_teacher without its classifier."""
     about = json.loads(path.with_suffix(".json").read_text())
     kwargs = {key: value for key, value in about["kwargs"].items() if key not in ("num_classes", "img_size")}
     student = build_student(StudentConfig(model=about["model"], kwargs=kwargs), about["image_size"])
-    student.backbone.load_state_dict(load_file(path))
+    state = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("head.")}
+    student.backbone.load_state_dict(state)
     return student.to(device).eval()

@@ -43,11 +43,11 @@ def train_shards(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.config, options.overrides)
     from leap_dist.pretraining.training import train_on_shards  # torch: seconds, only for a recipe that holds
 
-    record = train_on_shards(recipe)
-    if record is None:
+    accuracy = train_on_shards(recipe)
+    if accuracy is None:
         print(f"{recipe.output}: stopped, everything is saved; the same command goes on")
     else:
-        print(f"{recipe.output}: validation accuracy {record['val_accuracy']:.1%}")
+        print(f"{recipe.output}: validation accuracy {accuracy:.1%}")
 
 
 def train_demo(options: argparse.Namespace) -> None:

@@ -97,16 +97,13 @@ def _problems(recipe: Recipe) -> list[str]:
         "embed_std": recipe.embed_std,
         "init_std": 1.0 if recipe.init_std is None else recipe.init_std,
     }
-    fractions = {
-        "label_smoothing": recipe.label_smoothing,
-        "mix_prob": recipe.mix_prob,
-        "ema_decay": recipe.ema_decay,
-    }
+    fractions = {"label_smoothing": recipe.label_smoothing, "ema_decay": recipe.ema_decay}
     odd = recipe.mix_prob > 0 and recipe.data.global_batch % 2 == 1
     return [
         *(f"{key}={value}: must be at least 1" for key, value in at_least_one.items() if not value >= 1),
         *(f"{key}={value}: must be above 0" for key, value in above_zero.items() if not value > 0),
         *(f"{key}={value}: must be in [0, 1)" for key, value in fractions.items() if not 0 <= value < 1),
+        *([] if 0 <= recipe.mix_prob <= 1 else [f"mix_prob={recipe.mix_prob}: must be in [0, 1]"]),
         *([f"data.global_batch={recipe.data.global_batch}: must be even with mix_prob > 0"] if odd else []),
         *(["data.val is required: held-out labelled shards"] if recipe.data.val is None else []),
         *problems(_as_run(recipe)),

@@ -74,7 +74,7 @@ class Session:
         self.average.update(self.model, self.step)
         self._losses += loss.detach()
         if self.step - self._looked_at >= LOSS_STEPS:
-            self._look_at_loss()
+            self.look_at_loss()
 
     def is_save_due(self) -> bool:
         """Whether `save_minutes` have passed since the last checkpoint."""
@@ -82,7 +82,7 @@ class Session:
 
     def save(self) -> None:
         """Replace the checkpoint by renaming; UserError instead if the loss is not finite."""
-        self._look_at_loss()
+        self.look_at_loss()
         state = {
             "model": self.model.state_dict(),
             "average": self.average.module.state_dict(),
@@ -122,7 +122,8 @@ class Session:
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
-    def _look_at_loss(self) -> None:
+    def look_at_loss(self) -> None:
+        """Wait for the device and note the loss; UserError if it is not finite."""
         steps = self.step - self._looked_at
         if steps == 0:
             return

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -107,10 +105,3 @@ def test_only_the_main_process_shows_progress(
     monkeypatch.setenv("RANK", rank)
     train_teacher(dataclasses.replace(TINY, epochs=1), tmp_path / "teacher.safetensors")
     assert ("training the demo teacher" in capsys.readouterr().err) == shown
-
-
-def test_tool_explains_itself() -> None:
-    tool = Path(__file__).parents[2] / "tools" / "train_teacher.py"
-    done = subprocess.run([sys.executable, tool, "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    assert "--out" in done.stdout
