@@ -134,7 +134,7 @@ def with_demo_teacher(config: Config, world: World) -> Config:
     """Resolve teacher.weights=demo to the cached file, trained by the first rank of this node if it is missing."""
     if config.teacher.weights != DEMO_TEACHER:
         return config
-    from leap_dist.pretraining import ensure_demo_teacher
+    from leap_dist.pretraining.demo import ensure_demo_teacher
 
     cache = Path(config.output).parent / "demo-teacher"
     if world.local_rank == 0:

@@ -4,15 +4,19 @@
         --data /data/imagenet-mds/val --out runs/leap/analysis
     python tools/analyze.py run vit_small_patch14_dinov2 --data /data/imagenet-mds/val --out runs/dinov2-small
     python tools/analyze.py compare A.safetensors B.safetensors --teacher T --data ... --out runs/a-and-b
+    python tools/analyze.py blocks runs/teacher/teacher.safetensors --train /data/cifar10-mds/train \\
+        --data /data/cifar10-mds/test --out runs/teacher/blocks
 
 MODEL is one of
 
-    PATH/student.safetensors          a student that a run exported, with its .json beside it
+    PATH/student.safetensors          a student that a run exported, with its .json beside it; or a teacher of
+                                      tools/train_teacher.py
     PATH/config.yaml                  the teacher of a run, as its config names it
     NAME, NAME=random, NAME=FILE      a timm model with its pretrained, with random or with a file's weights
 
 Also under torchrun or deepspeed, on several processes. OUT appears when everything is in it: blocks.csv, cka.csv,
-curves.npz, analysis.json, figures as PNG and PDF, and tensorboard/. docs/analysis.md explains what they show.
+curves.npz, analysis.json, figures as PNG and PDF, and tensorboard/. docs/analysis.md explains what they show, and
+docs/teachers.md those of `blocks`.
 """
 
 from __future__ import annotations
@@ -25,12 +29,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from leap_dist.config import HUB, Config, DataConfig, TeacherConfig, is_remote, load
+from leap_dist.config import HUB, Config, DataConfig, EvaluationConfig, TeacherConfig, is_remote, load
 from leap_dist.errors import UserError
 
 if TYPE_CHECKING:
     from leap_dist.analysis import Analysis, Subject
-    from leap_dist.data import EvalLoader
     from leap_dist.distributed import World
 
 EXPORTED, RECORD = ".safetensors", (".yaml", ".yml")
@@ -47,23 +50,33 @@ def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
     run.add_argument("models", nargs=1, metavar="MODEL")
     compare = commands.add_parser("compare", help="two students on the same images, in one table and one picture")
     compare.add_argument("models", nargs=2, metavar=("A", "B"))
+    blocks = commands.add_parser("blocks", help="what each block of one model can do, and how alike they are")
+    blocks.add_argument("models", nargs=1, metavar="MODEL")
+    blocks.add_argument("--train", required=True, help="labelled shards on which a probe per block is trained")
+    blocks.add_argument("--train-images", type=int, default=10_000, help="evenly strided over them (default: 10000)")
+    for command in (run, compare, blocks):
+        _add_common_options(command)
     for command in (run, compare):
-        _add_options(command)
+        _add_survey_options(command)
     return parser.parse_args(argv)
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def _add_common_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", required=True, help="folder or URI of MDS shards, or 'digits': its 297 held-out images")
     add("--out", required=True, type=Path, help="new folder for tables and figures")
-    add("--teacher", metavar="MODEL", help="for the CKA of every pair of blocks, and beside the others in every figure")
     add("--images", type=int, default=1000, help="evenly strided over the set (default: 1000)")
-    add("--pairs", type=int, default=64, help="pairs of images whose subspaces are compared (default: 64)")
-    add("--subspace", type=int, default=16, help="dimensions of those subspaces (default: 16)")
     add("--batch", type=int, default=16, help="images per process at a time (default: 16)")
     add("--image-size", type=int, help="pixels, for timm models; default: a student's or a run's own, else the model's")
     add("--workers", type=int, default=2, help="loader processes per rank (default: 2)")
     add("--cache", help="local folder for the shards of a URI")
+
+
+def _add_survey_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--teacher", metavar="MODEL", help="for the CKA of every pair of blocks, and beside the others in every figure")
+    add("--pairs", type=int, default=64, help="pairs of images whose subspaces are compared (default: 64)")
+    add("--subspace", type=int, default=16, help="dimensions of those subspaces (default: 16)")
 
 
 @dataclass(frozen=True)
@@ -85,23 +98,24 @@ def request(text: str) -> Request:
     if text.endswith(EXPORTED) and "=" not in text:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        return Request(path.absolute().parent.name if path.stem == "student" else path.stem, student=path)
+        return Request(path.absolute().parent.name if path.stem in ("student", "teacher") else path.stem, student=path)
     name, _, weights = text.partition("=")
     return Request(name, teacher=TeacherConfig(model=name, weights=weights or HUB))
 
 
 def check(args: argparse.Namespace) -> list[Request]:
     """Everything that can be wrong before anything is loaded. UserError in one line."""
-    for option in ("images", "pairs", "subspace", "batch"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option} {getattr(args, option)}: at least 1")
+    for option in ("images", "train_images", "pairs", "subspace", "batch"):
+        if getattr(args, option, 1) < 1:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: at least 1")
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: at least 0")
-    if is_remote(args.data) and not args.cache:
-        raise UserError(f"--data {args.data}: a URI needs --cache, a local folder for its shards")
+    for option in ("data", "train"):
+        if is_remote(getattr(args, option, "")) and not args.cache:
+            raise UserError(f"--{option} {getattr(args, option)}: a URI needs --cache, a local folder for its shards")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out {args.out}: exists and is not empty; name a new folder")
-    return [request(text) for text in (*args.models, *([args.teacher] if args.teacher else []))]
+    return [request(text) for text in (*args.models, *filter(None, [getattr(args, "teacher", None)]))]
 
 
 def open_subjects(requests: list[Request], image_size: Optional[int], world: World) -> list[Subject]:
@@ -135,36 +149,68 @@ def _open_timm(asked: Request, size: int, world: World) -> Subject:
     return replace(subject, normalisation=(tuple(asked.run.data.mean), tuple(asked.run.data.std)))
 
 
-def open_images(args: argparse.Namespace, subject: Subject, world: World) -> EvalLoader:
+def open_data(args: argparse.Namespace, subject: Subject, world: World) -> DataConfig:
     """The images, of the size and normalisation that `subject` takes."""
-    from leap_dist.data import build_eval_loader, resolve
+    from leap_dist.data import resolve
 
     mean, std = subject.normalisation
     config = DataConfig(
-        train=args.data, val=args.data, cache=args.cache, image_size=subject.image_size, workers=args.workers,
-        augment="none", mean=mean, std=std,
+        train=getattr(args, "train", args.data), val=args.data, cache=args.cache, image_size=subject.image_size,
+        workers=args.workers, augment="none", mean=mean, std=std,
     )  # fmt: skip
-    config = resolve(config, args.out.absolute().parent, world)
-    return build_eval_loader(config.val, config, batch=args.batch, world=world, limit=args.images)
+    return resolve(config, args.out.absolute().parent, world)
 
 
 def analyse(args: argparse.Namespace) -> None:
     """From the command line to the folder of results."""
     requests = _named_apart(check(args))
-    from leap_dist.analysis import SurveyOptions, survey
     from leap_dist.distributed import initialise, shutdown
 
     world = initialise()
     subjects = open_subjects(requests, args.image_size, world)
+    (look_at_blocks if args.command == "blocks" else look_at_tokens)(args, subjects, world)
+    shutdown()
+
+
+def look_at_blocks(args: argparse.Namespace, subjects: list[Subject], world: World) -> None:
+    """Probe, kNN and CKA of one model's blocks, on labelled images."""
+    from leap_dist.analysis import report_blocks, report_table, write_report
+    from leap_dist.analysis.plots import block_figure
+    from leap_dist.data import build_eval_loader
+    from leap_dist.data.shards import complete_or_absent
+    from leap_dist.files import write_text
+
+    data = open_data(args, subjects[0], world)
+    train, held_out = (
+        build_eval_loader(source, data, batch=args.batch, world=world, limit=limit)
+        for source, limit in ((data.train, args.train_images), (data.val, args.images))
+    )
+    report = report_blocks(subjects[0], train, held_out, EvaluationConfig(), world)
+    if report is None:
+        return
+    text = report_table(report)
+    with complete_or_absent(args.out) as folder:
+        write_report(report, folder)
+        write_text(folder / "table.txt", text + "\n")
+        block_figure(report).savefig(folder / "blocks.png")
+    print(f"{text}\n\n{args.out}")
+
+
+def look_at_tokens(args: argparse.Namespace, subjects: list[Subject], world: World) -> None:
+    """Spectra, rotation and SEP of every model, and the CKA of students' blocks with a teacher's."""
+    from leap_dist.analysis import SurveyOptions, survey
+    from leap_dist.data import build_eval_loader
+
     for subject in subjects[1:]:
         if subject.normalisation != subjects[0].normalisation and world.is_main:
             say(f"{subject.name} expects another normalisation than {subjects[0].name}, whose images it gets")
     students, teacher = (subjects[:-1], subjects[-1]) if args.teacher else (subjects, None)
     options = SurveyOptions(pairs=args.pairs, k=args.subspace, batch=args.batch)
-    found = survey(students, teacher, open_images(args, subjects[0], world), world, options)
+    data = open_data(args, subjects[0], world)
+    images = build_eval_loader(data.val, data, batch=args.batch, world=world, limit=args.images)
+    found = survey(students, teacher, images, world, options)
     if found is not None:
         write(found, args)
-    shutdown()
 
 
 def _named_apart(requests: list[Request]) -> list[Request]:

@@ -6,6 +6,7 @@ Definitions from "From Per-Image Low-Rank to Encoding Mismatch" (arXiv 2511.1557
 
 from __future__ import annotations
 
+from leap_dist.analysis.blocks import BlockReport, report_blocks, report_table, write_report
 from leap_dist.analysis.results import Analysis, last_block_table, write_tables
 from leap_dist.analysis.subjects import Subject, exported_subject, native_image_size, timm_subject
 from leap_dist.analysis.summary import token_summary
@@ -13,13 +14,17 @@ from leap_dist.analysis.survey import SurveyOptions, survey
 
 __all__ = [
     "Analysis",
+    "BlockReport",
     "Subject",
     "SurveyOptions",
     "exported_subject",
     "last_block_table",
     "native_image_size",
+    "report_blocks",
+    "report_table",
     "survey",
     "timm_subject",
     "token_summary",
+    "write_report",
     "write_tables",
 ]

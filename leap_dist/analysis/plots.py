@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from leap_dist.analysis import sep
+from leap_dist.analysis.blocks import BlockReport
 from leap_dist.analysis.results import Analysis, Band, Cka, Model
 from leap_dist.analysis.spectra import CENTRINGS, LEVELS
 
@@ -57,6 +58,22 @@ def write_figures(analysis: Analysis, folder: Path) -> None:
             figure.savefig(folder / f"{name}.png")
             figure.savefig(folder / f"{name}.pdf")
             writer.add_figure(f"analysis/{name}", figure)
+
+
+def block_figure(report: BlockReport) -> Figure:
+    """Probe and kNN of every block, and how alike the blocks are."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+        scores, cka = figure.subplots(1, 2)
+        blocks = range(1, len(report.probe) + 1)
+        for values, label, colour in zip((report.probe, report.knn), ("linear probe", "kNN"), COLOURS, strict=False):
+            scores.plot(blocks, 100 * values, "o-", color=colour, label=label, markersize=3)
+        title = f"{report.name}: mean patch of a block, {report.held_out} images"
+        scores.set(title=title, xlabel="block", ylabel="accuracy, %")
+        scores.xaxis.set_major_locator(MaxNLocator(integer=True))
+        scores.legend(loc="lower right")
+        _cka(cka, Cka(report.name, report.name, report.cka))
+    return figure
 
 
 def _panels(analysis: Analysis) -> dict[str, Callable[[Axes], None]]:

@@ -220,19 +220,20 @@ def arrays(analysis: Analysis) -> Iterator[tuple[str, np.ndarray]]:
 
 def write_tables(analysis: Analysis, folder: Path) -> None:
     """`blocks.csv`, `cka.csv` where there is a teacher, and `curves.npz`."""
-    _write_csv(folder / "blocks.csv", rows(analysis))
+    write_csv(folder / "blocks.csv", rows(analysis))
     if analysis.cka:
         cells = (
             {"student": c.student, "teacher": c.teacher, "student_block": i, "teacher_block": j, "cka": value}
             for c in analysis.cka
             for (i, j), value in (((i + 1, j + 1), value) for (i, j), value in np.ndenumerate(c.matrix))
         )
-        _write_csv(folder / "cka.csv", cells)
+        write_csv(folder / "cka.csv", cells)
     # Not a mapping of keywords: model names may hold anything but a slash.
     np.savez_compressed(folder / "curves.npz", **dict(arrays(analysis)))
 
 
-def _write_csv(path: Path, items: Iterable[dict[str, Any]]) -> None:
+def write_csv(path: Path, items: Iterable[dict[str, Any]]) -> None:
+    """Write rows of the same keys, at least one; floats with six digits."""
     items = [{key: _short(value) for key, value in item.items()} for item in items]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(items[0]))

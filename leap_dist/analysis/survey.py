@@ -43,7 +43,7 @@ def survey(
     _check(subjects, loader, world, options)
     pairs = min(options.pairs, loader.num_samples // 2)
     first = FirstPass(subjects, matched, loader.num_samples, 2 * pairs, world)
-    for batch in _progress(loader, "all images", world):
+    for batch in progress(loader, "all images", world):
         first.update(batch)
     sample = first.finish()
     models = [_look_closer(subject, index, first, sample, world, options) for index, subject in enumerate(subjects)]
@@ -67,7 +67,7 @@ def _look_closer(
     pairs = len(sample) // 2
     mine = sample[2 * (pairs * world.rank // world.size) : 2 * (pairs * (world.rank + 1) // world.size)]
     batches = mine.split(max(2, options.batch // 2 * 2)) if len(mine) else ()
-    looks = [second.look(images) for images in _progress(batches, f"{subject.name}: pairs", world)]
+    looks = [second.look(images) for images in progress(batches, f"{subject.name}: pairs", world)]
     found = [look for part in collect_objects(looks, world) for look in part]
     if not world.is_main:
         return None
@@ -92,5 +92,6 @@ def _check(subjects: list[Subject], loader: EvalLoader, world: World, options: S
             raise UserError(f"subspaces of {options.k} dimensions: {subject.name} has room for 1 to {least}")
 
 
-def _progress(items: Iterable[Any], what: str, world: World) -> Iterable[Any]:
+def progress(items: Iterable[Any], what: str, world: World) -> Iterable[Any]:
+    """The items, with a bar on rank 0."""
     return tqdm(items, what, disable=not world.is_main, mininterval=bar_interval(), unit="batch", dynamic_ncols=True)

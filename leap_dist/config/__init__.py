@@ -3,7 +3,8 @@
 Imports no torch, so a mistyped key is reported in well under a second.
 """
 
-from leap_dist.config.loading import describe, differences, flat, load, option_fields, to_yaml
+from leap_dist.config.checks import problems
+from leap_dist.config.loading import describe, differences, flat, load, merge, option_fields, to_yaml
 from leap_dist.config.options import (
     DEMO_TEACHER,
     DIGITS,
@@ -46,6 +47,8 @@ __all__ = [
     "is_remote",
     "load",
     "matching_head",
+    "merge",
     "option_fields",
+    "problems",
     "to_yaml",
 ]

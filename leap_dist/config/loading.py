@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from leap_dist.config.checks import problems
 from leap_dist.config.options import Config
 from leap_dist.errors import UserError
+
+_T = TypeVar("_T")
 
 # What may change between the two halves of one run: where things are and how they are watched, not what is computed.
 OPERATIONAL = (
@@ -33,24 +36,29 @@ def load(path: Optional[Path], overrides: list[str], check: bool = True) -> Conf
     Raises:
         UserError: unknown key, wrong type, missing value or impossible combination; one line that names it.
     """
-    config = OmegaConf.structured(Config)
-    for source, layer in (*_yaml_layers(path), *_override_layers(overrides)):
-        for key, value in _leaves(layer):
-            _require_known(key, source)
-            try:
-                config = OmegaConf.merge(config, _nested(key, value))
-            except OmegaConfBaseException:
-                raise UserError(f"{key}={value!r} ({source}): expected {_expected(key)}") from None
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"{missing[0]} is required: {option_fields()[missing[0]].metadata['doc']}")
-    resolved = _to_object(config)
+    resolved = merge(Config, path, overrides)
     for problem in problems(resolved) if check else []:
         raise UserError(problem)
     return resolved
 
 
-def _to_object(config: Any) -> Config:
+def merge(schema: type[_T], path: Optional[Path], overrides: list[str]) -> _T:
+    """What `load` does for any dataclass of options, but for the checks. UserError likewise."""
+    config, known = OmegaConf.structured(schema), option_fields(schema)
+    for source, layer in (*_yaml_layers(path), *_override_layers(overrides)):
+        for key, value in _leaves(layer, known):
+            _require_known(key, source, list(known))
+            try:
+                config = OmegaConf.merge(config, _nested(key, value))
+            except OmegaConfBaseException:
+                raise UserError(f"{key}={value!r} ({source}): expected {_expected(known[key])}") from None
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} is required: {known[missing[0]].metadata['doc']}")
+    return _to_object(config)
+
+
+def _to_object(config: Any) -> Any:
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
@@ -100,13 +108,13 @@ def option_fields(owner: type = Config, prefix: str = "") -> dict[str, dataclass
     return found
 
 
-def _leaves(layer: Any, prefix: str = "") -> list[tuple[str, Any]]:
+def _leaves(layer: Any, known: Collection[str], prefix: str = "") -> list[tuple[str, Any]]:
     """(dotted key, value) of a nested mapping, stopping at options that are mappings themselves."""
-    known, leaves = option_fields(), []
+    leaves = []
     for name, value in layer.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key not in known:
-            leaves += _leaves(value, f"{key}.") if value else [(key, value)]
+            leaves += _leaves(value, known, f"{key}.") if value else [(key, value)]
         else:
             leaves.append((key, value))
     return leaves
@@ -119,8 +127,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _require_known(key: str, source: str) -> None:
-    known = list(option_fields())
+def _require_known(key: str, source: str, known: list[str]) -> None:
     if key in known:
         return
     sections = {name.split(".")[0] for name in known if "." in name}
@@ -137,11 +144,11 @@ def _nearest(key: str, known: list[str]) -> str:
     return close[0] if close else difflib.get_close_matches(key, known, 1, 0.0)[0]
 
 
-def _expected(key: str) -> str:
+def _expected(option: dataclasses.Field) -> str:
     """What a value of this option must be, in words, from its annotation."""
     words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
     words["tuple[int, int]"] = "two whole numbers"
-    annotation = str(option_fields()[key].type)
+    annotation = str(option.type)
     optional = annotation.startswith("Optional[")
     annotation = annotation.removeprefix("Optional[").removesuffix("]") if optional else annotation
     if annotation.startswith("Literal"):
@@ -151,15 +158,15 @@ def _expected(key: str) -> str:
     return f"{text} or null" if optional else text
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that `load` takes back."""
+def to_yaml(config: Any) -> str:
+    """A resolved config, of any schema, as YAML that `merge` takes back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """Dotted key -> value."""
+def flat(config: Any) -> dict[str, Any]:
+    """Dotted key -> value, of any schema."""
     values = {}
-    for key in option_fields():
+    for key in option_fields(type(config)):
         node: Any = config
         for part in key.split("."):
             node = getattr(node, part)
@@ -167,7 +174,7 @@ def flat(config: Config) -> dict[str, Any]:
     return values
 
 
-def differences(old: Config, new: Config) -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """Keys whose change would make the continued run another run, as ``key: old -> new``."""
     before, after = flat(old), flat(new)
     return [
@@ -177,10 +184,10 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
-def describe() -> str:
+def describe(schema: type = Config) -> str:
     """All options with their defaults, by section: the body of ``--help``."""
     lines, section = [], None
-    for key, option in option_fields().items():
+    for key, option in option_fields(schema).items():
         owner = key.rpartition(".")[0]
         if owner != section:
             section = owner

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from leap_dist import pretraining
-from leap_dist.pretraining import TeacherTraining, ensure_demo_teacher, train_teacher
+from leap_dist.pretraining import demo
+from leap_dist.pretraining.demo import TeacherTraining, ensure_demo_teacher, train_teacher
 
 TINY = TeacherTraining(
     kwargs={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "mlp_ratio": 2}, epochs=6, batch=25, lr=3e-3
@@ -62,7 +60,7 @@ def test_training_depends_on_its_seed_alone_and_keeps_the_callers_random_state(t
 
 
 def test_every_block_writes_more_than_the_one_before() -> None:
-    model = pretraining._initial_model(TeacherTraining())
+    model = demo._initial_model(TeacherTraining())
     spreads = [(b.attn.proj.weight.std().item(), b.mlp.fc2.weight.std().item()) for b in model.blocks]
     for depth, (attention, mlp) in enumerate(spreads):
         assert attention == pytest.approx(0.1 * 0.14 * 1.44**depth, rel=0.05)
@@ -76,8 +74,8 @@ def test_cache_is_reused_until_the_recipe_changes(tmp_path: Path, monkeypatch: p
         trainings.append(config.seed)
         return train_teacher(dataclasses.replace(TINY, epochs=1, seed=config.seed), out)
 
-    monkeypatch.setattr(pretraining, "train_teacher", train)
-    monkeypatch.setattr(pretraining, "TeacherTraining", lambda seed: dataclasses.replace(TINY, epochs=1, seed=seed))
+    monkeypatch.setattr(demo, "train_teacher", train)
+    monkeypatch.setattr(demo, "TeacherTraining", lambda seed: dataclasses.replace(TINY, epochs=1, seed=seed))
     path = ensure_demo_teacher(tmp_path)
     assert ensure_demo_teacher(tmp_path) == path
     assert trainings == [0]
@@ -94,7 +92,7 @@ def test_an_interrupted_training_leaves_no_cache(tmp_path: Path, monkeypatch: py
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretraining, "_accuracy", interrupted)
+    monkeypatch.setattr(demo, "_accuracy", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_teacher(dataclasses.replace(TINY, epochs=1), tmp_path / "teacher.safetensors")
     assert not list(tmp_path.iterdir())
@@ -107,10 +105,3 @@ def test_only_the_main_process_shows_progress(
     monkeypatch.setenv("RANK", rank)
     train_teacher(dataclasses.replace(TINY, epochs=1), tmp_path / "teacher.safetensors")
     assert ("training the demo teacher" in capsys.readouterr().err) == shown
-
-
-def test_tool_explains_itself() -> None:
-    tool = Path(__file__).parents[2] / "tools" / "train_teacher.py"
-    done = subprocess.run([sys.executable, tool, "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    assert "--out" in done.stdout

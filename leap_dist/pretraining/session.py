@@ -1,0 +1,159 @@
+"""What a supervised training consists of: weights, their average, optimizer, and how far they have come.
+
+What is drawn in a step is a function of (seed, step), so a training that was killed and started again takes the steps
+that it would have taken: on a CPU in fp32 the very same.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leap_dist.errors import UserError
+from leap_dist.files import write_whole
+from leap_dist.optim import build_optimizer, lr_factor, peak_lr
+from leap_dist.pretraining.recipe import Recipe
+
+LOSS_STEPS = 50  # between looks at the loss, for which the host waits for the device
+
+
+class Session:
+    """One training, in memory and in its checkpoint.
+
+    step: optimizer steps taken; seconds: in them; loss: mean since the last look; history: a row per evaluation.
+
+    Args:
+        model: on its device. steps_per_epoch: in a pass over the shards. checkpoint: file to save to.
+    """
+
+    def __init__(self, recipe: Recipe, model: VisionTransformer, steps_per_epoch: int, checkpoint: Path) -> None:
+        self.recipe, self.model = recipe, model.train()
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, recipe.epochs * steps_per_epoch
+        self.average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
+        self.step, self.seconds, self.loss = 0, 0.0, math.nan
+        self.history: list[dict[str, Any]] = []
+        self._checkpoint, self._saved_at = checkpoint, time.monotonic()
+        self._device = next(model.parameters()).device
+        self._optimizer = build_optimizer(recipe.optim, model)
+        self._mix = Mixup(
+            recipe.mixup_alpha, recipe.cutmix_alpha, prob=recipe.mix_prob,
+            label_smoothing=recipe.label_smoothing, num_classes=recipe.classes,
+        )  # fmt: skip
+        self._losses, self._looked_at = torch.zeros((), device=self._device), 0
+        if self._device.type == "cpu" and recipe.precision == "bf16":
+            _unfuse_attention(model)
+
+    def advance(self, images: Tensor, labels: Tensor) -> None:
+        """One optimizer step. images (B, 3, S, S), normalised, on the device; labels (B,) int64, on the host.
+
+        UserError for labels that are no classes, and at a look at the loss if it is not finite.
+        """
+        check_labels(labels, self.recipe.classes)
+        self._seed()
+        images, targets = self._mix(images, labels.to(self._device))
+        self._set_lr()
+        with self._autocast():
+            logits = self.model.head(self.model.forward_features(images))
+        loss = token_loss(logits.float(), targets, self.model.num_prefix_tokens)
+        self._optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self._optimizer.step()
+        self.step += 1
+        self.average.update(self.model, self.step)
+        self._losses += loss.detach()
+        if self.step - self._looked_at >= LOSS_STEPS:
+            self.look_at_loss()
+
+    def is_save_due(self) -> bool:
+        """Whether `save_minutes` have passed since the last checkpoint."""
+        return time.monotonic() - self._saved_at > 60 * self.recipe.save_minutes
+
+    def save(self) -> None:
+        """Replace the checkpoint by renaming; UserError instead if the loss is not finite."""
+        self.look_at_loss()
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.module.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+        write_whole(self._checkpoint, lambda partial: torch.save(state, partial))
+        self._saved_at = time.monotonic()
+
+    def restore(self) -> None:
+        """Become what was saved, if anything was."""
+        if not self._checkpoint.is_file():
+            return
+        state = torch.load(self._checkpoint, map_location=self._device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.average.module.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self._looked_at = self.step
+
+    def _seed(self) -> None:
+        """timm's Mixup draws from NumPy's global generator, drop path and dropout from torch's."""
+        state = np.random.SeedSequence([self.recipe.seed, self.step]).generate_state(1).item()
+        np.random.seed(state)
+        torch.manual_seed(state)
+
+    def _set_lr(self) -> None:
+        recipe = self.recipe
+        factor = lr_factor(
+            recipe.optim, step=self.step, total_steps=self.total_steps, epochs=recipe.epochs, advanced_at=None
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = factor * peak_lr(recipe.optim, recipe.data.global_batch)
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+
+    def look_at_loss(self) -> None:
+        """Wait for the device and note the loss; UserError if it is not finite."""
+        steps = self.step - self._looked_at
+        if steps == 0:
+            return
+        self.loss = self._losses.item() / steps
+        if not math.isfinite(self.loss):
+            raise UserError(f"the loss is not finite by step {self.step}; try a lower optim.lr or clip")
+        self._losses.zero_()
+        self._looked_at = self.step
+
+
+def token_loss(logits: Tensor, targets: Tensor, prefix: int) -> Tensor:
+    """Cross-entropy, one half for the class token, one for the mean patch, which kNN and probe look at.
+
+    logits (B, P+N, classes) of all tokens, of which `prefix` = P precede the patches; targets (B, classes).
+    """
+    cls, patch = logits[:, 0], logits[:, prefix:].mean(1)
+    return (F.cross_entropy(cls, targets) + F.cross_entropy(patch, targets)) / 2
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """UserError for labels (B,) that are not 0 to classes - 1; shards without labels give -1."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        raise UserError(f"classes={classes}: a sample has the label {wrong} (-1: the shards have none)")
+
+
+def _unfuse_attention(model: nn.Module) -> None:
+    """torch 2.15's CPU kernel of the fused attention takes half of a bf16 step in its backward: 75 against 133 images
+    per core-second (12 blocks of width 192, 65 tokens; fp32: 54 and 57)."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False

@@ -1,0 +1,180 @@
+"""Supervised training of a ViT on labelled shards: a teacher of one's own.
+
+OUT/recipe.yaml              the recipe this folder belongs to
+OUT/checkpoint.pt            where the training stands; replaced by renaming
+OUT/teacher.safetensors      the average of the weights: backbone, and head.* for the class token
+OUT/teacher.json             how to rebuild it, its accuracy at every evaluation, the recipe
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from tqdm import tqdm
+
+from leap_dist.backbone import outline
+from leap_dist.config import to_yaml
+from leap_dist.data import EvalLoader, Feed, TrainLoader, build_eval_loader, build_train_loader, resolve
+from leap_dist.distributed import World
+from leap_dist.errors import UserError
+from leap_dist.files import write_json, write_text, write_whole
+from leap_dist.pretraining.initial import initialise
+from leap_dist.pretraining.recipe import Recipe, changes, load_recipe
+from leap_dist.pretraining.session import Session
+from leap_dist.telemetry import bar_interval
+from leap_dist.trainer import Interrupt
+
+RECIPE, CHECKPOINT, WEIGHTS = "recipe.yaml", "checkpoint.pt", "teacher.safetensors"
+
+
+def train_on_shards(recipe: Recipe) -> Optional[float]:
+    """Train on `recipe.data.train`, from the start or from where an earlier call was stopped, and write the teacher.
+
+    Returns its accuracy on `recipe.data.val`, 0 to 1, or None if SIGTERM came first: everything is saved then, and the
+    same call goes on. One process, one device. Raises UserError for a model, labels or a folder that do not fit, and
+    where the loss is not finite (the last checkpoint stays).
+    """
+    output = Path(recipe.output)
+    world = World(0, 1, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = build_model(recipe).to(world.device)
+    data = resolve(recipe.data, output, world)
+    loader = build_train_loader(data, seed=recipe.seed, micro_batch=data.global_batch, world=world)
+    held_out = build_eval_loader(data.val, data, batch=data.global_batch, world=world)
+    _claim(output, recipe)
+    session = Session(recipe, model, len(loader), output / CHECKPOINT)
+    session.restore()
+    feed = Feed(data, world.device)
+    try:
+        with _bar(session) as bar, Interrupt() as interrupt:
+            while not _is_finished(session):
+                if not _finish_epoch(session, loader, feed, bar, interrupt):
+                    return None
+                if _is_evaluation_due(session):
+                    session.look_at_loss()  # before spoilt weights become a teacher
+                    publish(session, accuracy(session.average.module, held_out, world.device), output)
+                    session.save()
+    finally:
+        loader.close()
+    return session.history[-1]["val_accuracy"]
+
+
+def build_model(recipe: Recipe) -> VisionTransformer:
+    """timm's model with a classifier on its class token and the recipe's initial weights, on the host."""
+    sketch = outline(recipe.model, recipe.kwargs, recipe.data.image_size, side="teacher")
+    if not isinstance(sketch, VisionTransformer) or sketch.cls_token is None:
+        raise UserError(f"model={recipe.model}: not a VisionTransformer with a class token")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = timm.create_model(recipe.model, **_kwargs(recipe))
+        initialise(model, recipe)
+    return model
+
+
+def _kwargs(recipe: Recipe) -> dict[str, Any]:
+    """Arguments with which `timm.create_model(recipe.model, ...)` rebuilds the teacher and its classifier."""
+    return {"num_classes": recipe.classes, "img_size": recipe.data.image_size, **recipe.kwargs}
+
+
+def _claim(output: Path, recipe: Recipe) -> None:
+    """Note the recipe in a new folder; UserError if the folder is another training's."""
+    noted = output / RECIPE
+    if noted.is_file():
+        changed = changes(load_recipe(noted, [], check=False), recipe)
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(f"output={output}: holds a teacher of another recipe ({'; '.join(changed[:3])}{more})")
+    write_text(noted, to_yaml(recipe))
+
+
+def _bar(session: Session) -> tqdm:
+    batch = session.recipe.data.global_batch
+    return tqdm(
+        total=session.total_steps * batch, initial=session.step * batch, unit=" images", unit_scale=True,
+        mininterval=bar_interval(), dynamic_ncols=True,
+    )  # fmt: skip
+
+
+def _is_finished(session: Session) -> bool:
+    """Whether the last step's weights have been evaluated."""
+    return bool(session.history) and session.history[-1]["step"] == session.total_steps
+
+
+def _is_evaluation_due(session: Session) -> bool:
+    epochs = session.step // session.steps_per_epoch
+    return epochs % session.recipe.evaluate_every == 0 or session.step == session.total_steps
+
+
+def _finish_epoch(session: Session, loader: TrainLoader, feed: Feed, bar: tqdm, interrupt: Interrupt) -> bool:
+    """Take the steps left of the epoch the session is in; False, with everything saved, if SIGTERM came first."""
+    epoch, done = divmod(session.step, session.steps_per_epoch)
+    if epoch == session.recipe.epochs:  # stopped between the last step and its evaluation
+        return True
+    since = time.monotonic()
+    for batch in feed.ahead(loader.epoch(epoch, done)):
+        session.advance(feed.images(batch), batch.labels)
+        now = time.monotonic()
+        session.seconds, since = session.seconds + now - since, now
+        bar.set_postfix(epoch=epoch + 1, loss=f"{session.loss:.3f}", accuracy=_last_accuracy(session), refresh=False)
+        bar.update(len(batch.labels))
+        if interrupt.requested or session.is_save_due():
+            session.save()
+        if interrupt.requested:
+            return False
+    return True
+
+
+def _last_accuracy(session: Session) -> str:
+    return f"{session.history[-1]['val_accuracy']:.1%}" if session.history else "?"
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, loader: EvalLoader, device: torch.device) -> float:
+    """Share of the set that `model`, images (B, 3, S, S) -> logits (B, classes), classifies correctly, 0 to 1."""
+    right = total = 0
+    for batch in loader:
+        predicted = model(batch.images.to(device)).argmax(dim=1).cpu()
+        right, total = right + int((predicted == batch.labels).sum()), total + len(predicted)
+    return right / total
+
+
+def publish(session: Session, val_accuracy: float, output: Path) -> None:
+    """Add a row to the history; write the average of the weights and, last, its record."""
+    batch = session.recipe.data.global_batch
+    session.history.append(
+        {
+            "epoch": session.step // session.steps_per_epoch,
+            "step": session.step,
+            "val_accuracy": val_accuracy,
+            "loss": session.loss,
+            "images_per_s": session.step * batch / session.seconds,
+        }
+    )
+    state = {key: value.cpu().contiguous() for key, value in session.average.module.state_dict().items()}
+    write_whole(output / WEIGHTS, lambda partial: save_file(state, partial))
+    write_json((output / WEIGHTS).with_suffix(".json"), _record(session))
+
+
+def _record(session: Session) -> dict[str, Any]:
+    """What rebuilds the teacher, as of an exported student, and how it came about."""
+    recipe = session.recipe
+    return {
+        "model": recipe.model,
+        "kwargs": _kwargs(recipe),
+        "image_size": recipe.data.image_size,
+        "mean": list(recipe.data.mean),
+        "std": list(recipe.data.std),
+        "val_accuracy": session.history[-1]["val_accuracy"],
+        "finished": _is_finished(session),
+        "train_seconds": session.seconds,
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "history": session.history,
+        "recipe": dataclasses.asdict(recipe),
+    }
