@@ -46,4 +46,4 @@ def mixup(
     assert (rows >= 0).all(), "a mixup group is split over micro-batches"
     if images.is_cuda:  # a copy from pageable memory may make the host wait for the stream
         rows = rows.pin_memory().to(images.device, non_blocking=True)
-    return torch.lerp(images[rows], images, lam)
+    return images.index_select(0, rows).lerp_(images, lam)
