@@ -122,11 +122,6 @@ def teacher_flops(config: TeacherConfig, image_size: int, classes: int = 0) -> T
     return _count(_backbone(config, image_size, classes), image_size)
 
 
-def student_flops(config: StudentConfig, image_size: int, width: Optional[int] = None) -> int:
-    """Forward FLOPs per image of the configured student, without its head. width: see `build_student`."""
-    return student_step_flops(config, image_size, width).forward
-
-
 def student_step_flops(
     config: StudentConfig, image_size: int, width: Optional[int] = None, every_layer: bool = False
 ) -> StudentFlops:

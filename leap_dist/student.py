@@ -7,7 +7,8 @@ its `forward` and its classifier work on the wide tokens, and a plain timm model
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
 import timm
@@ -126,6 +127,26 @@ def assemble(recipe: Recipe) -> Student:
         model.blocks[-1] = nn.Sequential(*_widening(model.embed_dim, recipe.width), wide.blocks[-1])
         model.norm, model.fc_norm, model.head = wide.norm, wide.fc_norm, wide.head
     return Student(model, recipe)
+
+
+def uniform_control(config: StudentConfig, image_size: int, width: int) -> StudentConfig:
+    """A student without the remedy and with as many parameters: every block a little wider (arXiv 2511.15572).
+
+    It has the number of heads of the configured student, the width is the multiple of it that comes nearest.
+    """
+    meta = torch.device("meta")
+
+    def parameters(student: StudentConfig) -> int:
+        return sum(parameter.numel() for parameter in build_student(student, image_size, width, meta).parameters())
+
+    def uniform(embed_dim: int) -> StudentConfig:
+        return replace(config, remedy="none", kwargs={**config.kwargs, "embed_dim": embed_dim})
+
+    heads = outline(config.model, config.kwargs, image_size, side="student").blocks[-1].attn.num_heads
+    wanted, widths = parameters(config), range(heads, width + heads, heads)
+    above = bisect_left(widths, wanted, key=lambda embed_dim: parameters(uniform(embed_dim)))
+    nearest = min(widths[max(0, above - 1) : above + 1], key=lambda w: abs(parameters(uniform(w)) - wanted))
+    return uniform(nearest)
 
 
 def _widening(width: int, wider: int) -> nn.Sequential:
