@@ -15,7 +15,7 @@ _NEVER, _DEFAULT_TRIM, _DEFAULT_MMAPS = -1, 128 * 2**10, 65536
 def keep_freed_memory() -> None:
     """Have freed tensors make room for new ones, as on a GPU.
 
-    By default glibc hands the end of its heap back after every step, and every tensor above 32 MiB when it is freed. The
+    By default glibc hands the end of its heap back after every step, and every tensor above 32 MiB when freed. The
     next step then faults all those pages in again: 56,000 of them, 60 to 80 of 1600 ms, in a step of ViT-S -> ViT-T.
     """
     _call("mallopt", _MMAP_MAX, 0)
