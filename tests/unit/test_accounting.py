@@ -105,7 +105,7 @@ def test_every_chart_of_the_layout_shows_a_tag_that_is_written(tmp_path: Path) -
     accountant.charge(costs, block=1, scored=True)
     costs.seconds, costs.phases = 1.0, dict.fromkeys(PHASES, 0.1)
     written = accountant.scalars(0, 1, costs).keys()
-    trainers = {"loss/total", "loss/patch", "loss/cls", "lr", "memory/peak_gib"}
+    trainers = {"loss/total", "loss/patch", "loss/cls", "loss/ce", "loss/kd", "lr", "memory/peak_gib"}
     trainers |= {"curriculum/block", "curriculum/cka", "curriculum/cosine", "curriculum/ema"}
     patterns = [tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags]
     for pattern in patterns:
