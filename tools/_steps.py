@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leap_dist.allocator import keep_freed_memory
 from leap_dist.assembly import build_objective, check_pair
 from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config, load
@@ -155,7 +156,9 @@ def aim(trainer: Trainer, teacher: ReplicatedTeacher, block: int) -> None:
 
 
 def held_teacher(config: Config, device: torch.device) -> tuple[LazyBackbone, HeldTeacher]:
-    """The whole teacher on the device, and the blocks it is made of."""
+    """The whole teacher on the device, and the blocks it is made of; the rest as `build_teacher` has it."""
+    if device.type == "cpu":
+        keep_freed_memory()
     lazy = LazyBackbone(config.teacher, config.data.image_size, device)
     return lazy, HeldTeacher(lazy)
 
