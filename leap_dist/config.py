@@ -164,6 +164,7 @@ class TelemetryConfig:
     """TensorBoard and the terminal."""
 
     every: int = _option(10, "steps between TensorBoard points")
+    spectra_every: int = _option(0, "steps between looks at the spectra of student tokens and target; 0 = never")
     progress: bool = _option(True, "progress bar on rank 0")
     profile_steps: Optional[tuple[int, int]] = _option(
         None, "first and last step of a torch.profiler trace, e.g. [20,30]"
@@ -393,6 +394,7 @@ def _range_problems(config: Config) -> list[str]:
         "engine.silence_s": config.engine.silence_s,
         "checkpoint.every_epochs": config.checkpoint.every_epochs,
         "checkpoint.every_steps": config.checkpoint.every_steps,
+        "telemetry.spectra_every": config.telemetry.spectra_every,
     }
     above_zero = {"optim.lr": optim.lr, "evaluation.probe_lr": evaluation.probe_lr, "data.std": min(data.std)}
     fractions = {

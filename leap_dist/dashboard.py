@@ -16,6 +16,12 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "target block": ["Multiline", ["curriculum/block$"]],
         "score and its average": ["Multiline", ["curriculum/cka", "curriculum/cosine", "curriculum/ema"]],
     },
+    "spectra": {
+        "dimensions of an image's tokens at 90 % energy": ["Multiline", ["spectra/.*/dims_90$"]],
+        "dimensions of an image's tokens at 99 % energy": ["Multiline", ["spectra/.*/dims_99$"]],
+        "effective rank of an image's tokens": ["Multiline", ["spectra/.*/effective_rank$"]],
+        "share of channel frequencies with 90 % energy": ["Multiline", ["spectra/.*/sep_90$"]],
+    },
     "speed": {
         "images per second": ["Multiline", ["images_per_s"]],
         "seconds per step by phase": ["Multiline", [f"time/{phase}$".replace(".", r"\.") for phase in PHASES]],
@@ -44,6 +50,14 @@ Losses on different blocks are not comparable; compare runs by accuracy at the e
 alike student and target are on the step's own batch, 0 to 1; **curriculum/ema** is its running average after the
 decision, so it falls to 0 at an advance. The block moves on when the average reaches `curriculum.threshold`, or after
 `curriculum.max_epochs_per_block` epochs. `curriculum.jsonl` in the run folder has every decision with its reason.
+""",
+    "spectra": """
+With `telemetry.spectra_every`, of four images: **spectra/student/...** are the student's tokens as they meet the head,
+**spectra/target/...** those of the target block, so these *jump at an advance*. **dims_80** to **dims_99**: the fewest
+directions that hold that share of the energy of one image's tokens about their mean. **effective_rank** counts
+directions without a threshold. **sep_50**, **sep_90**: the share of a token's channel frequencies below which half, or
+90 %, of its energy lies; 0.5 and 0.9 mean evenly spread. A student whose numbers stay below its target's cannot say all
+that the target says. `docs/analysis.md` explains them; `tools/analyze.py` measures them over a whole set.
 """,
     "speed": """
 **images_per_s** counts wall time between two points, all ranks together. **time/...** are seconds per step on rank 0,

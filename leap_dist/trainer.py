@@ -30,12 +30,14 @@ from leap_dist.distributed import World, sum_over_ranks
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features
 from leap_dist.flops import StepFlops
+from leap_dist.latch import Latch
 from leap_dist.ledger import Ledger
 from leap_dist.lookahead import Lookahead, MicroBatch, Work
 from leap_dist.objective import Match
 from leap_dist.optim import lr_factor, peak_lr
 from leap_dist.profiling import ProfilerWindow
 from leap_dist.reset import reset_heads
+from leap_dist.spectroscope import Spectroscope
 from leap_dist.teacher import Teacher
 from leap_dist.telemetry import Telemetry, memory_bytes
 from leap_dist.timing import PhaseTimer
@@ -62,25 +64,6 @@ class Progress:
     def advanced_at(self) -> Optional[int]:
         """First step on the current block, if there was an advance."""
         return self.trajectory[-1][0] if len(self.trajectory) > 1 else None
-
-
-class Latch:
-    """Scalars on their way from the device to the host: copied without waiting, read when they are needed."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._ready: Optional[torch.cuda.Event] = None
-        if values.is_cuda:
-            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._host.copy_(values, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
-        else:
-            self._host = values
-
-    def read(self) -> list[float]:
-        if self._ready is not None:
-            self._ready.synchronize()
-        return self._host.tolist()
 
 
 class Pending(NamedTuple):
@@ -146,6 +129,7 @@ class Trainer:
             self.timer.watch(head, "match")
         self.accountant = Accountant(config, parts.flops, world.size, configured_peaks(config, world.device))
         self.profiler = ProfilerWindow(config, world, self.timer, parts.teacher.blocks)
+        self.spectroscope = Spectroscope(config, world, parts.engine.module.heads[-1])
         self.lookahead = Lookahead(parts.teacher, self._work, world.device, ahead=config.teacher.prefetch > 0)
         self.progress = Progress()
         self.costs = Costs()
@@ -258,6 +242,7 @@ class Trainer:
         self._enter(work.block)
         torch.manual_seed(self._seed(DROPOUT, self.world.rank))  # drop path and dropout: the same after a resume
         lr = self._set_lr()
+        self.spectroscope.before(self.progress.step)
         scored, evidence, losses = self._wants_score(), None, []
         for index, (images, targets) in enumerate(work.micro_batches):
             with self.timer.phase("student.forward"):
@@ -456,6 +441,7 @@ class Trainer:
             "teacher FLOPs saved": f"{self.costs.teacher_saved:.0%}",
         }
         self.telemetry.step(shown)
+        self.telemetry.points(pending.step, self.spectroscope.scalars())
         if not self.telemetry.is_due(pending.step):
             return
         scalars = {
