@@ -174,13 +174,15 @@ class TelemetryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured at the end of the run (needs data.val)."""
+    """What is measured at the end of the run, and between its epochs (needs data.val)."""
 
     knn_k: int = _option(20, "neighbours")
     probe_epochs: int = _option(100, "epochs of the linear probe on frozen features")
     probe_lr: float = _option(0.1, "SGD learning rate of the probe")
     max_train_images: Optional[int] = _option(50_000, "training images used for kNN and probe; null = all")
     teacher: bool = _option(True, "evaluate the teacher's last block too")
+    every_epochs: int = _option(0, "epochs between evaluations by kNN while training; 0 = only at the end")
+    quick_images: int = _option(5_000, "images of data.train and of data.val used for those, at most")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,6 +382,7 @@ def _range_problems(config: Config) -> list[str]:
         "telemetry.every": config.telemetry.every,
         "evaluation.knn_k": evaluation.knn_k,
         "evaluation.probe_epochs": evaluation.probe_epochs,
+        "evaluation.quick_images": evaluation.quick_images,
         "evaluation.max_train_images": 1 if evaluation.max_train_images is None else evaluation.max_train_images,
         "optim.batch_reference": 1 if optim.batch_reference is None else optim.batch_reference,
     }
@@ -395,6 +398,7 @@ def _range_problems(config: Config) -> list[str]:
         "checkpoint.every_epochs": config.checkpoint.every_epochs,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "telemetry.spectra_every": config.telemetry.spectra_every,
+        "evaluation.every_epochs": evaluation.every_epochs,
     }
     above_zero = {"optim.lr": optim.lr, "evaluation.probe_lr": evaluation.probe_lr, "data.std": min(data.std)}
     fractions = {
@@ -494,6 +498,8 @@ def is_remote(source: str) -> bool:
 
 def _path_problems(config: Config) -> list[str]:
     problems = []
+    if config.evaluation.every_epochs and config.data.val is None:
+        problems.append(f"evaluation.every_epochs={config.evaluation.every_epochs}: needs data.val")
     for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
         if source is None or source == DIGITS:
             continue

@@ -10,6 +10,7 @@ from leap_dist.timing import PHASES
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "progress": {
         "loss": ["Multiline", ["loss/total", "loss/patch", "loss/cls"]],
+        "accuracy of the student": ["Multiline", ["evaluation/knn"]],
         "learning rate": ["Multiline", ["^lr$"]],
     },
     "curriculum": {
@@ -43,7 +44,8 @@ CARDS = {
     "progress": """
 **loss/total** is what is minimised: **loss/patch** (mean squared error of the projected patch tokens against those of
 the target block) plus `objective.cls_weight` times **loss/cls**. It *jumps at every advance*: the target has changed.
-Losses on different blocks are not comparable; compare runs by accuracy at the end.
+Losses on different blocks are not comparable; compare runs by accuracy: with `evaluation.every_epochs`
+**evaluation/knn** is the student's by nearest neighbours, on `evaluation.quick_images` images of each set.
 """,
     "curriculum": """
 **curriculum/block** is the teacher block that is imitated, 1 the shallowest. **curriculum/cka** (or **cosine**) is how

@@ -41,6 +41,7 @@ from leap_dist.spectroscope import Spectroscope
 from leap_dist.teacher import Teacher
 from leap_dist.telemetry import Telemetry, memory_bytes
 from leap_dist.timing import PhaseTimer
+from leap_dist.validation import Validation
 
 MIXUP, DROPOUT, HEAD = range(3)  # streams of random numbers
 CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x 40 blocks are 2 GB in fp32
@@ -51,7 +52,7 @@ class Progress:
     """Where the run is; saved in every checkpoint.
 
     trajectory: (first step, block) of every target block so far. next_block: the next step's, where its work has begun
-    (`leap_dist.lookahead`).
+    (`leap_dist.lookahead`). validations: lines of `leap_dist.validation`.
     """
 
     step: int = 0
@@ -59,6 +60,7 @@ class Progress:
     step_in_epoch: int = 0
     trajectory: list[tuple[int, int]] = field(default_factory=list)
     next_block: Optional[int] = None
+    validations: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def advanced_at(self) -> Optional[int]:
@@ -104,6 +106,7 @@ class Parts:
     coordinator: Coordinator
     checkpoints: Checkpoints
     timer: PhaseTimer
+    validation: Validation
 
 
 class Trainer:
@@ -120,6 +123,7 @@ class Trainer:
         self.coordinator = parts.coordinator
         self.curriculum = parts.coordinator.curriculum
         self.checkpoints = parts.checkpoints
+        self.validation = parts.validation
         self.accumulation = config.engine.accumulation
         self.steps_per_epoch = len(parts.loader) // self.accumulation
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -165,6 +169,7 @@ class Trainer:
         self._clock_zero = time.perf_counter() - self.costs.seconds
         self.accountant.begin(self.progress.step, self.costs)
         if self.progress.step:
+            self._validate()
             self._save()
         with Interrupt() as interrupt:
             while self.progress.epoch < self.config.epochs and not self.stopping:
@@ -200,6 +205,7 @@ class Trainer:
             self._record(self.progress.step - 1, target, math.nan, advanced=True)
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
+        self._validate()
         if self._is_save_due(self.progress.epoch, self.config.checkpoint.every_epochs):
             self._save()
 
@@ -458,6 +464,34 @@ class Trainer:
         known = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
         self.ledger.flush()
         self.telemetry.points(pending.step, known | self.accountant.scalars(pending.step, pending.block, self.costs))
+
+    def _validate(self) -> None:
+        """Evaluate the student between two epochs, if that is due and not done; the run's clock stands. Collective."""
+        progress, costs = self.progress, self.costs
+        done = any(line["epoch"] == progress.epoch for line in progress.validations)
+        if done or self.stopping or progress.step_in_epoch or not self.validation.is_due(progress.epoch):
+            return
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        self._read_clocks()
+        begin = time.perf_counter()
+        knn = self.validation.knn(self.engine)
+        spent = time.perf_counter() - begin
+        self._clock_zero += spent
+        progress.validations.append(
+            {
+                "epoch": progress.epoch,
+                "step": progress.step,
+                "knn": knn,
+                "teacher_flops": costs.flops["teacher"],
+                "flops": costs.total_flops,
+                "seconds": costs.seconds,
+                "evaluation_seconds": spent,
+            }
+        )
+        if self.telemetry is not None:
+            self.validation.write(progress.validations)
+            self.telemetry.points(progress.step - 1, {"evaluation/knn": knn})
 
     def _read_clocks(self) -> None:
         """Bring the seconds of `costs` up to now."""

@@ -33,6 +33,7 @@ LAYERS = [
         "reset",
         "spectroscope",
         "telemetry",
+        "validation",
     },
     {"accounting", "curriculum", "dashboard", "evidence", "ledger", "profiling", "teacher", "universal"},
     {"flops"},
