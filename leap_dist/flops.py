@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Optional, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from leap_dist.backbone import DTYPES, Backbone, build_model, split
-from leap_dist.config import Config, StudentConfig, TeacherConfig
+from leap_dist.config import Config, StudentConfig, TeacherConfig, matching_head
 from leap_dist.planning import TeacherCosts
 from leap_dist.student import build_student
 
@@ -80,16 +80,20 @@ def step_flops(config: Config) -> StepFlops:
     """Count a step of the configured run; loads no weights."""
     size, every_layer = config.data.image_size, config.curriculum.mode == "all_layers"
     backbone = _backbone(config.teacher, size)
-    spec, width = backbone.spec, build_student(config.student, size, _META).width
+    spec, width = backbone.spec, build_student(config.student, size, backbone.spec.dim, _META).width
     tokens, heads = spec.grid[0] * spec.grid[1], spec.depth if every_layer else 1
-    cosine = config.curriculum.metric == "cosine"
-    evidence = 2 * tokens * width * spec.dim if cosine else moments_flops(tokens, width, spec.dim)
+    head = matching_head(config.objective, config.student.remedy)
+    linear, target_width = head == "linear", width if head == "pooled" else spec.dim
+    if config.curriculum.metric == "cosine":
+        evidence, cka = 2 * tokens * width * spec.dim * linear, 0
+    else:
+        evidence, cka = moments_flops(tokens, width, target_width), cka_flops(width, spec.dim) * linear
     return StepFlops(
         teacher=_count(backbone, size),
-        student=student_step_flops(config.student, size, every_layer),
-        match=heads * match_flops(tokens + (config.objective.cls_weight > 0), width, spec.dim),
+        student=student_step_flops(config.student, size, spec.dim, every_layer),
+        match=heads * match_flops(tokens + (config.objective.cls_weight > 0), width, spec.dim) * linear,
         evidence=heads * evidence,
-        cka=0 if cosine else cka_flops(width, spec.dim),
+        cka=cka,
     )
 
 
@@ -113,17 +117,14 @@ def teacher_flops(config: TeacherConfig, image_size: int) -> TeacherFlops:
     return _count(_backbone(config, image_size), image_size)
 
 
-def student_flops(config: StudentConfig, image_size: int) -> int:
-    """Forward FLOPs per image of the configured student, without its head."""
-    return student_step_flops(config, image_size).forward
+def student_step_flops(
+    config: StudentConfig, image_size: int, width: Optional[int] = None, every_layer: bool = False
+) -> StudentFlops:
+    """Count the configured student, forward and backward, a remedy included.
 
-
-def student_step_flops(config: StudentConfig, image_size: int, every_layer: bool = False) -> StudentFlops:
-    """Count the configured student, forward and backward.
-
-    every_layer: with the tokens of all its blocks, not the last one's only.
+    width: see `build_student`. every_layer: with the tokens of all its blocks, not the last one's only.
     """
-    student, images = build_student(config, image_size, _META), _images(image_size)
+    student, images = build_student(config, image_size, width, _META), _images(image_size)
     forward, views = _counted(lambda: student.every_layer(images) if every_layer else [student(images)])
     total = torch.stack([tokens.sum() for view in views for tokens in view if tokens is not None]).sum()
     return StudentFlops(forward, _counted(total.backward)[0])

@@ -1,22 +1,22 @@
-"""The trainable module: student and linear head(s), matched to teacher tokens (LEAP, section 3).
+"""The trainable module: student and head(s), matched to teacher tokens (LEAP, section 3).
 
 loss = MSE(head(student patch), teacher patch) + cls_weight * MSE(head(student CLS), teacher CLS)
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Optional
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leap_dist.config import ObjectiveConfig
+from leap_dist.config import ObjectiveConfig, matching_head
 from leap_dist.errors import UserError
-from leap_dist.evidence import CkaEvidence, CosineEvidence, Evidence
+from leap_dist.evidence import Evidence
 from leap_dist.features import Features
+from leap_dist.heads import build_head
 from leap_dist.student import Student
-from leap_kernels import feature_match
 
 
 class Match(NamedTuple):
@@ -26,36 +26,6 @@ class Match(NamedTuple):
     patch_loss: Tensor
     cls_loss: Tensor
     evidence: list[Evidence]
-
-
-class MatchingHead(nn.Linear):
-    """Linear map from student to teacher width that is only ever used to match: forward gives the loss.
-
-    Loss and gradients come from the fused op, which does not form the projection. The op is called inside this
-    module's own forward so that ZeRO-3 has the weight gathered there.
-    """
-
-    def __init__(self, width: int, teacher_width: int, impl: str, metric: Literal["cka", "cosine"]) -> None:
-        self.impl, self.metric = impl, metric
-        super().__init__(width, teacher_width)
-
-    def reset_parameters(self) -> None:
-        """Truncated normal of std 0.02, bias 0: the published initialisation."""
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, tokens: Tensor, target: Tensor, with_evidence: bool = False) -> tuple[Tensor, Optional[Evidence]]:
-        """tokens (..., Ds), target (..., Dt) -> mean squared error (0-d), and evidence of the alignment if asked."""
-        tokens, target = tokens.flatten(0, -2), target.flatten(0, -2)
-        if not with_evidence:
-            return feature_match(tokens, self.weight, self.bias, target, impl=self.impl), None
-        if self.metric == "cosine":
-            with torch.no_grad():
-                evidence: Evidence = CosineEvidence.of(F.linear(tokens, self.weight, self.bias), target)
-            return feature_match(tokens, self.weight, self.bias, target, impl=self.impl), evidence
-        loss, moments = feature_match(tokens, self.weight, self.bias, target, impl=self.impl, moments=True)
-        # A copy: the optimizer step changes the weight before the score is read, and ZeRO-3 takes it away.
-        return loss, CkaEvidence(moments, self.weight.detach().clone())
 
 
 class Objective(nn.Module):
@@ -84,8 +54,9 @@ class Objective(nn.Module):
         self.teacher_grid = teacher_grid
         self.cls_weight = config.cls_weight
         self.every_layer = num_targets > 1
+        kind = matching_head(config, student.recipe.remedy)
         self.heads = nn.ModuleList(
-            MatchingHead(student.width, teacher_width, config.impl, metric) for _ in range(num_targets)
+            build_head(kind, student.width, teacher_width, config.impl, metric) for _ in range(num_targets)
         )
 
     def forward(self, images: Tensor, targets: list[Features], with_evidence: bool = False) -> Match:

@@ -35,7 +35,7 @@ LAYERS = [
         "telemetry",
         "validation",
     },
-    {"accounting", "curriculum", "dashboard", "evidence", "ledger", "profiling", "teacher", "universal"},
+    {"accounting", "curriculum", "dashboard", "evidence", "heads", "ledger", "profiling", "teacher", "universal"},
     {"flops"},
     {"student"},
     {"alignment", "backbone", "planning"},
