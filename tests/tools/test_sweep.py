@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import statistics
@@ -17,6 +18,8 @@ import sweep
 import yaml
 from _sweep_plan import read_plan
 from fake_run import summary
+
+from runs import write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake_run.py")
@@ -231,3 +234,39 @@ def test_parallel_launchers_need_ports(tmp_path: Path, capsys: pytest.CaptureFix
 def test_the_sweeps_that_are_delivered_hold_together(path: Path) -> None:
     plan = read_plan(path, None, ["data.train=digits", "data.val=digits", "teacher.weights=random"])
     assert len(plan.runs) >= 12
+
+
+@pytest.mark.slow
+def test_real_runs_are_killed_continued_and_told_as_they_were(tmp_path: Path) -> None:
+    """Two rows, two seeds on digits. Sweep and run are killed in the second run, after a checkpoint of its own."""
+    out = tmp_path / "out"
+    base = write_config(
+        tmp_path, epochs=3, data={"val": "digits"}, evaluation={"every_epochs": 1, "probe_epochs": 2, "teacher": False}
+    )
+    rows = {"fixed": ["curriculum.mode=fixed", "curriculum.start=null"], "leap": []}
+    path = write_sweep(tmp_path, rows, base=base.name, launcher="python", seeds=[0, 1])
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "sweep.py"), str(path)], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while not (out / "runs/fixed-s1/checkpoints/latest").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    os.killpg(
+        int(subprocess.check_output(["pgrep", "-f", f"{out}/configs/fixed-s1"], text=True).split()[0]), signal.SIGKILL
+    )
+    process.wait()
+    saved = (out / "runs/fixed-s1/checkpoints/latest").read_text()
+    before = (out / "runs/fixed-s0/summary.json").stat().st_mtime_ns
+    assert sweep.main([str(path)]) == 0
+    assert (out / "runs/fixed-s0/summary.json").stat().st_mtime_ns == before, "made twice"
+    assert saved != "step00000069"
+    for (row, seed), line in table(tmp_path).items():
+        said = json.loads((out / f"runs/{row}-s{seed}/summary.json").read_text())
+        evaluated = (out / f"runs/{row}-s{seed}/evaluation.jsonl").read_text().splitlines()
+        assert [json.loads(text)["epoch"] for text in evaluated] == [1, 2, 3]
+        assert float(line["student_knn"]) == said["student_knn"] == json.loads(evaluated[-1])["knn"]
+        assert float(line["flops"]) == sum(said["flops"].values())
+    knn = [100 * float(line["student_knn"]) for (row, _), line in table(tmp_path).items() if row == "leap"]
+    assert cells(tmp_path, "leap")[2] == f"{statistics.mean(knn):.2f} ± {statistics.stdev(knn):.2f}"
