@@ -91,7 +91,7 @@ def test_a_run_killed_in_an_evaluation_makes_it_again(fails_at: int, tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         run(validated(tmp_path / "cut", fails_at=fails_at))
     resumed = validated(tmp_path / "cut", "resume=auto")
-    resumed.restore(tmp_path / "cut" / "checkpoints" / f"step{3 + 6 * fails_at:08d}")
+    resumed.restore(tmp_path / "cut" / "checkpoints" / f"step{3 + 3 * fails_at:08d}")
     run(resumed)
     assert [without_seconds(line) for line in lines(tmp_path / "cut")] == [
         without_seconds(line) for line in lines(tmp_path / "uncut")
