@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +84,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Runs by name, in the order of the table. launcher: see `tools/sweep.py`; show: summary keys for the table."""
+    """Runs by name, in the order of the table. launcher: see `tools/sweep.py`; show: columns of the table."""
 
     runs: dict[str, Run]
     rows: dict[str, Row]
@@ -152,9 +153,10 @@ def _rows(spec: Any, seeds: tuple[int, ...], where: str) -> dict[str, Row]:
         raise UserError(f"{where}: rows: expected names with lists of overrides")
     rows: dict[str, Row] = {}
     for name, value in spec.items():
-        rows[str(name)] = _row(
-            str(name), {"overrides": value} if isinstance(value, list) else value, rows, seeds, where
-        )
+        if not re.fullmatch(r"[\w.+-]+", str(name)):
+            raise UserError(f"{where}: row {name}: a name of letters, digits and _ . + - is expected, folders bear it")
+        known = {"overrides": value} if isinstance(value, list) else value
+        rows[str(name)] = _row(str(name), known, rows, seeds, where)
     return rows
 
 

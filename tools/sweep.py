@@ -98,7 +98,7 @@ class Sweep:
             return
         whole = with_budget(run, self.plan)
         fault = conflict(whole)
-        if fault:
+        if fault or result(run, self.plan) is not None:  # another sweep has made it meanwhile
             self._close(run, fault, bar)
             return
         process = launch(whole, self.plan.launcher, self._slots[0])
@@ -111,7 +111,7 @@ class Sweep:
     def _end(self, job: Job, bar: tqdm) -> None:
         self._jobs.remove(job)
         self._slots.append(job.slot)
-        finished = job.process.returncode == 0 and job.run.summary() is not None
+        finished = result(job.run, self.plan) is not None
         bar.write(f"{job.run.name}: {time.monotonic() - job.begun:.0f} s", file=sys.stderr)
         self._close(job.run, None if finished else complaint(job.run.log, job.process.returncode), bar)
 
@@ -129,9 +129,8 @@ def launch(run: Run, launcher: str, slot: int) -> Optional[subprocess.Popen[byte
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("ab") as log:
         try:
-            fcntl.flock(
-                log, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the run's processes inherit it, and outlive a killed sweep
+            # The run's processes inherit the lock, and hold it also when the sweep is killed.
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
         log.truncate(0)
@@ -156,7 +155,9 @@ def environment() -> dict[str, str]:
 
 
 def check_launcher(launcher: str, jobs: int) -> None:
-    """Raise UserError for a program that is not there, or one whose jobs would meet on one port."""
+    """Raise UserError for a program that is not there, one whose jobs would meet on one port, or no jobs."""
+    if jobs < 1:
+        raise UserError(f"--jobs={jobs}: must be at least 1")
     program = shlex.split(launcher)[0]
     if shutil.which(program, path=environment()["PATH"]) is None:
         raise UserError(f"launcher={launcher}: {program} is not a program here")

@@ -207,6 +207,7 @@ MISTAKES = {
     "a cost": ({"rows": {"a": [], "b": {"like": "a", "epochs_as": {"of": "a", "by": "euro"}}}}, "one of teacher_flops"),
     "no like": ({"rows": {"a": [], "b": {"epochs_as": {"of": "a", "by": "flops"}}}}, "epochs_as needs `like`"),
     "a leap": ({"rows": {"a": [], "b": {"like": "a", "epochs_as": {"of": "a", "by": "flops"}}}}, "is not known before"),
+    "a name": ({"rows": {"a/b": []}}, "row a/b: a name of letters, digits"),
     "a column": ({"rows": {"a": []}, "show": ["knn"]}, "show: knn is none of student_knn"),
     "a program": ({"rows": {"a": []}, "launcher": "nosuch --n 2"}, "nosuch is not a program here"),
 }
@@ -226,6 +227,8 @@ def test_parallel_launchers_need_ports(tmp_path: Path, capsys: pytest.CaptureFix
     path = write_sweep(tmp_path, {"a": []}, launcher="deepspeed --num_gpus 1")
     assert sweep.main([str(path), "--jobs", "2"]) == 2
     assert "--jobs=2 needs a port for each" in capsys.readouterr().err
+    assert sweep.main([str(path), "--jobs", "0"]) == 2
+    assert "--jobs=0: must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
