@@ -117,9 +117,11 @@ def read_plan(path: Path, out: Optional[Path], overrides: Sequence[str]) -> Plan
     common = (*_listed(spec, "common", str, str(path)), *overrides)
     runs = {}
     for row in rows.values():
+        config = _config(row, path.parent / spec["base"], common)
         for seed in row.seeds:
-            run = _run(row, seed, path.parent / spec["base"], common, out)
-            runs[run.name] = run
+            name = run_name(row.name, seed)
+            own = replace(config, seed=seed, output=str(out / "runs" / name))
+            runs[name] = Run(row=row, seed=seed, config=own, out=out)
     for run in runs.values():
         missing = [name for name in run.needs() if name not in runs]
         if missing:
@@ -180,22 +182,17 @@ def _row(name: str, value: Any, above: dict[str, Row], seeds: tuple[int, ...], w
     return replace(row, epochs_as=(epochs_as["of"], epochs_as["by"]))
 
 
-def _run(row: Row, seed: int, base: Path, common: Sequence[str], out: Path) -> Run:
-    own = [
-        f"seed={seed}",
-        f"output={out / 'runs' / run_name(row.name, seed)}",
-        "resume=auto",
-        "telemetry.progress=false",
-    ]
+def _config(row: Row, base: Path, common: Sequence[str]) -> Config:
+    """A row's config, checked; seed and output are still to be set."""
     try:
-        config = load(base, [*common, *row.overrides, *own])
+        config = load(
+            base, [*common, *row.overrides, f"seed={row.seeds[0]}", "resume=auto", "telemetry.progress=false"]
+        )
     except UserError as error:
         raise UserError(f"row {row.name}: {error}") from None
     if row.epochs_as and config.curriculum.mode == "leap":
-        raise UserError(
-            f"row {row.name}: epochs_as: what an epoch of curriculum.mode=leap costs is not known before it"
-        )
-    return Run(row=row, seed=seed, config=config, out=out)
+        raise UserError(f"row {row.name}: epochs_as: what an epoch of a curriculum costs is not known before it")
+    return config
 
 
 def with_budget(run: Run, plan: Plan) -> Run:
