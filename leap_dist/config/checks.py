@@ -41,6 +41,7 @@ def problems(config: Config) -> list[str]:
         *_placement_problems(config),
         *_engine_problems(config),
         *_telemetry_problems(config.telemetry),
+        *_evaluation_problems(config),
         *_path_problems(config),
     ]
 
@@ -60,10 +61,6 @@ def _range_problems(config: Config) -> list[str]:
         "engine.accumulation": config.engine.accumulation,
         "checkpoint.keep": config.checkpoint.keep,
         "telemetry.every": config.telemetry.every,
-        "evaluation.knn_k": evaluation.knn_k,
-        "evaluation.probe_epochs": evaluation.probe_epochs,
-        "evaluation.quick_images": evaluation.quick_images,
-        "evaluation.max_train_images": 1 if evaluation.max_train_images is None else evaluation.max_train_images,
         "optim.batch_reference": 1 if optim.batch_reference is None else optim.batch_reference,
     }
     at_least_zero = {
@@ -79,7 +76,6 @@ def _range_problems(config: Config) -> list[str]:
         "checkpoint.every_epochs": config.checkpoint.every_epochs,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "telemetry.spectra_every": config.telemetry.spectra_every,
-        "evaluation.every_epochs": evaluation.every_epochs,
     }
     above_zero = {"optim.lr": optim.lr, "evaluation.probe_lr": evaluation.probe_lr, "data.std": min(data.std)}
     fractions = {
@@ -142,6 +138,22 @@ def _telemetry_problems(telemetry: TelemetryConfig) -> list[str]:
     return problems
 
 
+def _evaluation_problems(config: Config) -> list[str]:
+    evaluation = config.evaluation
+    at_least_one = {
+        "knn_k": evaluation.knn_k,
+        "probe_epochs": evaluation.probe_epochs,
+        "quick_images": evaluation.quick_images,
+        "max_train_images": 1 if evaluation.max_train_images is None else evaluation.max_train_images,
+    }
+    problems = [f"evaluation.{key}={value}: must be at least 1" for key, value in at_least_one.items() if value < 1]
+    if evaluation.every_epochs < 0:
+        problems.append(f"evaluation.every_epochs={evaluation.every_epochs}: must not be negative")
+    if evaluation.every_epochs > 0 and config.data.val is None:
+        problems.append(f"evaluation.every_epochs={evaluation.every_epochs}: needs data.val")
+    return problems
+
+
 def _placement_problems(config: Config) -> list[str]:
     teacher, mode = config.teacher, config.curriculum.mode
     problems = []
@@ -188,8 +200,6 @@ def _engine_problems(config: Config) -> list[str]:
 
 def _path_problems(config: Config) -> list[str]:
     problems = []
-    if config.evaluation.every_epochs and config.data.val is None:
-        problems.append(f"evaluation.every_epochs={config.evaluation.every_epochs}: needs data.val")
     for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
         if source is None or source == DIGITS:
             continue
