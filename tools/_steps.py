@@ -33,6 +33,7 @@ from leap_dist.teacher.lazy import LazyBackbone
 from leap_dist.teacher.replicated import ReplicatedTeacher
 from leap_dist.timing import PhaseTimer
 from leap_dist.trainer import Parts, Trainer
+from leap_dist.validation import Validation
 
 STEPS_PER_EPOCH = 10**6
 # Instead of the run's own; overrides on the tool's command line come later and win.
@@ -134,6 +135,7 @@ def build_conducted(config: Config, world: World, teacher: ReplicatedTeacher, im
         coordinator=Coordinator(build_curriculum(config.curriculum, spec.depth), world, timer=timer),
         checkpoints=Checkpoints(config, world, num_samples=len(images)),
         timer=timer,
+        validation=Validation(config, world),
     )
     return Trainer(config, world, parts)
 
