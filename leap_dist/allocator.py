@@ -16,7 +16,7 @@ def keep_freed_memory() -> None:
 
     By default glibc hands the end of its heap back after every step, and every tensor above 32 MiB when it is freed;
     the next step faults all those pages in again. In a step of ViT-S/14 -> ViT-T/14 that was 52,000 pages, some 60 of
-    1640 ms; with a teacher of ViT-g's width 89,000, some 400 of 6330 ms.
+    1640 ms; with a teacher of ViT-g's width 89,000, some 400 of 6330 ms (a virtual machine, where a fault is dear).
     """
     _call("mallopt", _MMAP_MAX, 0)
     _call("mallopt", _TRIM_THRESHOLD, -1)
