@@ -10,6 +10,7 @@ width D at N rows: 0.43 at N=512, D=384. The plain mean of per-rank scores carri
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ MIN_DENOMINATOR = 1e-12
 
 
 @torch.no_grad()
-def linear_cka(moments: Moments, weight: Tensor) -> Tensor:
+def linear_cka(moments: Moments, weight: Optional[Tensor]) -> Tensor:
     """Linear CKA of the projected student S W^T and the teacher T, from the moments of (S, T).
 
         ||W Cst||_F^2 / (||W Css W^T||_F ||Ctt||_F)
@@ -30,13 +31,17 @@ def linear_cka(moments: Moments, weight: Tensor) -> Tensor:
     Never wider than Ds: with A = W^T W, ||W Cst||_F^2 = <Cts A, Cts> and ||W Css W^T||_F^2 = tr(Css A Css A).
     In float64, which neither overflows (LEAP's product of squared norms does in float32), nor is touched by autocast
     or TF32. 0-d float64 on the moments' device, no host synchronisation; 0 where the denominator is below 1e-12.
+    weight=None: S is matched as it is, A is the identity.
     """
-    w, css, cts = weight.double(), moments.css.double(), moments.cts.double()
-    a = w.T @ w
-    b = css @ a
-    norm_p = (b * b.T).sum().clamp_min(0).sqrt()
+    css, cts = moments.css.double(), moments.cts.double()
+    css_a, cts_a = css, cts
+    if weight is not None:
+        w = weight.double()
+        a = w.T @ w
+        css_a, cts_a = css @ a, cts @ a
+    norm_p = (css_a * css_a.T).sum().clamp_min(0).sqrt()
     norm_t = torch.linalg.vector_norm(moments.ctt, dtype=torch.float64)
-    return _ratio(((cts @ a) * cts).sum(), norm_p, norm_t)
+    return _ratio((cts_a * cts).sum(), norm_p, norm_t)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from leap_dist.checkpoint import Checkpoints, find_resume
-from leap_dist.config import DEMO_TEACHER, Config
+from leap_dist.config import DEMO_TEACHER, Config, matching_head
 from leap_dist.coordinator import Coordinator
 from leap_dist.curriculum import build_curriculum
 from leap_dist.data import BadSamples, build_train_loader, check_groups, check_sources, resolve
@@ -18,6 +18,7 @@ from leap_dist.distributed import World, barrier
 from leap_dist.engine import build_engine, micro_batch
 from leap_dist.errors import UserError
 from leap_dist.flops import step_flops
+from leap_dist.heads import check_widths
 from leap_dist.ledger import replayed_schedule
 from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer
@@ -52,7 +53,9 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
         warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
     flops = step_flops(config)
-    teacher = build_teacher(config.teacher, config.data.image_size, world.device, world, flops.teacher)
+    teacher = build_teacher(
+        config.teacher, config.data.image_size, world.device, world, flops.teacher, config.teacher_classes
+    )
     data = resolve(config.data, Path(config.output), world)
     loader = build_train_loader(
         data, seed=config.seed, micro_batch=batch, accumulation=config.engine.accumulation, world=world
@@ -85,19 +88,25 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
 def build_objective(config: Config, spec: TeacherSpec) -> Objective:
     """Student and heads, initialised from the seed alone, so that every rank and world size starts equal."""
     torch.manual_seed(config.seed)
-    student = build_student(config.student, config.data.image_size)
+    student = build_student(config.student, config.data.image_size, spec.dim)
     targets = spec.depth if config.curriculum.mode == "all_layers" else 1
     return Objective(student, spec.dim, spec.grid, config.objective, config.curriculum.metric, targets)
 
 
 def check_pair(config: Config, spec: TeacherSpec) -> None:
     """Raise UserError where teacher and student do not go together, before either is loaded."""
-    student: Student = build_student(config.student, config.data.image_size, torch.device("meta"))
+    student: Student = build_student(config.student, config.data.image_size, spec.dim, torch.device("meta"))
     if config.curriculum.mode == "all_layers" and student.depth != spec.depth:
         raise UserError(
             f"curriculum.mode=all_layers: needs equal depths, student.model={config.student.model} has {student.depth} "
             f"blocks and teacher.model={config.teacher.model} {spec.depth}"
         )
+    if config.objective.kd_alpha and config.curriculum.block not in (None, spec.depth):
+        raise UserError(
+            f"objective.kd_alpha={config.objective.kd_alpha} with curriculum.block={config.curriculum.block}: the "
+            f"teacher has logits at its last block only, which is {spec.depth}"
+        )
+    check_widths(matching_head(config.objective, config.student.remedy), student.width, spec.dim)
     layered = inspect.signature(student.backbone.forward_intermediates).parameters
     if config.curriculum.mode == "all_layers" and "return_prefix_tokens" not in layered:
         raise UserError(f"curriculum.mode=all_layers: student.model={config.student.model} cannot give every layer")

@@ -54,19 +54,26 @@ class TeacherSpec:
 
 class Backbone(nn.Module):
     """What the families share. `stem` is the timm model without its blocks: patch embedding, prefix tokens,
-    position embedding and final norm, which every target block needs; `blocks` are the rest.
+    position embedding and final norm, which every target block needs, and the classifier, if it was kept; `blocks` are
+    the rest.
+
+    classes: of the classifier, 0 without one.
     """
 
     # Arguments of timm.create_model that fix the grid at construction, where a family would else allow any.
     build_kwargs: ClassVar[dict[str, Any]] = {}
     # timm's converter from a published checkpoint's names, grid and layout to the model's.
     checkpoint_filter: ClassVar[Callable[..., dict[str, Tensor]]]
-    # Leading parts of checkpoint keys that belong to heads and pre-training, never to the features of a block.
+    # Leading parts of checkpoint keys that belong to heads and pre-training: not in a model without its head.
     unused_keys: ClassVar[tuple[str, ...]] = ("head", "head_dist", "fc_norm", "attn_pool", "mask_token", "lm_head")
+
+    # Whether the class token joins after the last block only.
+    late_cls: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.spec = _spec(model)
+        self.spec = _spec(model, self.late_cls)
+        self.classes: int = model.num_classes
         self.blocks = nn.ModuleList(model.blocks)
         model.blocks = nn.ModuleList()  # so that moving the stem moves no block
         self.stem = model
@@ -84,22 +91,29 @@ class Backbone(nn.Module):
         """Tokens (B, P+N, D) through block `index`, counted from 0."""
         return self.blocks[index](tokens)
 
-    def finish(self, tokens: Tensor) -> Features:
+    def finish(self, tokens: Tensor, block: int) -> Features:
         """Apply the teacher's final norm (LEAP, section 3: at every target block) and cut the prefix tokens off.
 
         Where a model's only norm belongs to its pooling head (timm's `fc_norm`) the tokens stay as they are,
         as in `forward_intermediates(norm=True)`.
+
+        block: the 1-indexed one that `tokens` come from. The last one's are classified, if there is a classifier.
         """
+        logits = self.classify(tokens) if self.classes and block == self.spec.depth else None
         tokens = self.stem.norm(tokens)
         cls = tokens[:, 0] if self.spec.has_cls else None
-        return Features(tokens[:, self.stem.num_prefix_tokens :], cls)
+        return Features(tokens[:, 0 if self.late_cls else self.stem.num_prefix_tokens :], cls, logits)
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, P+N, D) of the last block to logits (B, classes): the rest of timm's own forward."""
+        return self.stem.forward_head(self.stem.norm(tokens))
 
     def forward(self, images: Tensor, block: int) -> Features:
         """Features of 1-indexed `block`; the blocks after it are not run."""
         tokens, context = self.embed(images), self.context()
         for index in range(block):
             tokens = self.run_block(index, tokens, context)
-        return self.finish(tokens)
+        return self.finish(tokens, block)
 
 
 class VitBackbone(Backbone):
@@ -142,9 +156,13 @@ class CaitBackbone(Backbone):
 
     checkpoint_filter = staticmethod(cait.checkpoint_filter_fn)
     unused_keys = (*Backbone.unused_keys, "cls_token", "blocks_token_only")
+    late_cls = True
 
     def embed(self, images: Tensor) -> Tensor:
         return self.stem.pos_drop(self.stem.patch_embed(images) + self.stem.pos_embed)
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        return super().classify(self.stem.forward_cls(tokens))
 
 
 class BeitBackbone(Backbone):
@@ -178,19 +196,21 @@ def build_model(
     kwargs: Mapping[str, Any],
     image_size: int,
     *,
+    classes: int = 0,
     device: torch.device | str = "cpu",
     pretrained: bool = False,
     side: str = "teacher",
 ) -> nn.Module:
-    """Build timm's `name` for square images of `image_size` pixels, without its head and pooling.
+    """Build timm's `name` for square images of `image_size` pixels, without its head and pooling, or for `classes`.
 
     The position embedding has the grid of that size from the start, so no forward resamples it.
     Raises `UserError` as `outline` does.
     """
     fixed = family(outline(name, kwargs, image_size, side=side)).build_kwargs
-    fixed = fixed | {"img_size": image_size, "num_classes": 0}
+    fixed = fixed | {"img_size": image_size, "num_classes": classes}
     model = timm.create_model(name, pretrained=pretrained, device=device, **kwargs, **fixed)
-    model.prune_intermediate_layers(len(model.blocks), prune_head=True)
+    if not classes:
+        model.prune_intermediate_layers(len(model.blocks), prune_head=True)
     return model
 
 
@@ -237,14 +257,14 @@ def _supported() -> str:
     return "supported families: " + ", ".join(timm_class.__name__ for timm_class in FAMILIES)
 
 
-def _spec(model: nn.Module) -> TeacherSpec:
+def _spec(model: nn.Module, late_cls: bool) -> TeacherSpec:
     pretrained = model.pretrained_cfg
     return TeacherSpec(
         model=pretrained["architecture"],
         depth=len(model.blocks),
         dim=model.embed_dim,
         grid=tuple(model.patch_embed.grid_size),
-        has_cls=model.cls_token is not None,
+        has_cls=model.cls_token is not None and not late_cls,
         mean=tuple(pretrained["mean"]),
         std=tuple(pretrained["std"]),
     )

@@ -9,7 +9,7 @@ from leap_dist.timing import PHASES
 # Of the tab "Custom Scalars": category -> chart -> tags (as regular expressions, escaped where they hold a dot).
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "progress": {
-        "loss": ["Multiline", ["loss/total", "loss/patch", "loss/cls"]],
+        "loss": ["Multiline", ["loss/total", "loss/patch", "loss/cls", "loss/ce", "loss/kd"]],
         "learning rate": ["Multiline", ["^lr$"]],
     },
     "curriculum": {
@@ -35,9 +35,11 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 # Of the tab "Text".
 CARDS = {
     "progress": """
-**loss/total** is what is minimised: **loss/patch** (mean squared error of the projected patch tokens against those of
-the target block) plus `objective.cls_weight` times **loss/cls**. It *jumps at every advance*: the target has changed.
-Losses on different blocks are not comparable; compare runs by accuracy at the end.
+**loss/total** is what is minimised: **loss/patch** (error of the projected patch tokens against those of the target
+block) plus `objective.cls_weight` times **loss/cls**; with a classifier, `objective.feature_weight` times that, plus
+**loss/ce** (cross-entropy with the labels) and, from the last block on, **loss/kd** (soft distillation). It *jumps at
+every advance*: the target has changed. Losses on different blocks are not comparable; compare runs by accuracy at the
+end.
 """,
     "curriculum": """
 **curriculum/block** is the teacher block that is imitated, 1 the shallowest. **curriculum/cka** (or **cosine**) is how

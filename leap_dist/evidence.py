@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -22,10 +22,13 @@ Summed = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class CkaEvidence:
-    """Moments of student (M,Ds) and teacher (M,Dt) tokens, and the head's weight (Dt,Ds) they were matched with."""
+    """Moments of student (M,Ds) and teacher (M,Dt) tokens, and the head's weight (Dt,Ds) they were matched with.
+
+    weight: None where they were matched as they are.
+    """
 
     moments: Moments
-    weight: Tensor
+    weight: Optional[Tensor]
 
     def merged(self, other: CkaEvidence) -> CkaEvidence:
         return CkaEvidence(alignment.merge(self.moments, other.moments), self.weight)

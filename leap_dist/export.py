@@ -1,13 +1,12 @@
 """The trained student as a file that plain timm loads: safetensors plus a JSON with the arguments that rebuild it.
 
-meta = json.load(open("student.json"))
-model = timm.create_model(meta["model"], **meta["kwargs"])
-model.load_state_dict(safetensors.torch.load_file("student.safetensors"))
+docs/students.md has the lines that load it, without and with a remedy.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from leap_dist.config import Config, StudentConfig
+from leap_dist.config import Config
 from leap_dist.distributed import World, barrier
 from leap_dist.files import write_json, write_whole
-from leap_dist.student import Student, build_student, student_kwargs
+from leap_dist.student import Recipe, Student, assemble
 
 STUDENT = "student.safetensors"
 
@@ -36,12 +35,12 @@ def gathered_state(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
 def export_student(engine: Any, config: Config, world: World) -> Path:
     """Write `student.safetensors` and `student.json` to the run folder. Collective."""
     path = Path(config.output) / STUDENT
-    state = gathered_state(engine.module.student.backbone, world)
+    student: Student = engine.module.student
+    state = gathered_state(student.backbone, world)
     if world.is_main:
         write_whole(path, lambda partial: save_file(state, partial))
         about = {
-            "model": config.student.model,
-            "kwargs": student_kwargs(config.student, config.data.image_size),
+            **asdict(replace(student.recipe, width=student.width)),
             "image_size": config.data.image_size,
             "mean": list(config.data.mean),
             "std": list(config.data.std),
@@ -52,10 +51,8 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
 
 
 def load_student(path: Path, device: torch.device) -> Student:
-    """The exported student, ready to extract features; or a teacher of train_teacher without its classifier."""
+    """The exported student, ready to extract features."""
     about = json.loads(path.with_suffix(".json").read_text())
-    kwargs = {key: value for key, value in about["kwargs"].items() if key not in ("num_classes", "img_size")}
-    student = build_student(StudentConfig(model=about["model"], kwargs=kwargs), about["image_size"])
-    state = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("head.")}
-    student.backbone.load_state_dict(state)
+    student = assemble(Recipe(**{key.name: about[key.name] for key in fields(Recipe) if key.name in about}))
+    student.backbone.load_state_dict(load_file(path))
     return student.to(device).eval()

@@ -12,7 +12,9 @@ class Features(NamedTuple):
 
     patch: (B, N, D), in row-major order of the token grid; prefix tokens (CLS, registers) are cut off.
     cls:   (B, D), or None where the backbone has no class token at that depth.
+    logits: (B, classes), a teacher's own, at its last block and where they are wanted.
     """
 
     patch: Tensor
     cls: Optional[Tensor]
+    logits: Optional[Tensor] = None

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Optional, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from leap_dist.backbone import DTYPES, Backbone, build_model, split
-from leap_dist.config import Config, StudentConfig, TeacherConfig
+from leap_dist.config import Config, StudentConfig, TeacherConfig, matching_head
 from leap_dist.planning import TeacherCosts
 from leap_dist.student import build_student
 
@@ -31,7 +31,8 @@ _META = torch.device("meta")
 
 @dataclass(frozen=True)
 class TeacherFlops:
-    """Forward FLOPs per image: of the embedding, of each block from the shallowest on, and of the final norm.
+    """Forward FLOPs per image: of the embedding, of each block from the shallowest on, of the final norm, and of the
+    classifier, which follows the last block.
 
     attention: what of each block is its attention (projections and scores); the rest is its MLP. 0 where a block runs
     both as one product (timm's parallel blocks).
@@ -41,10 +42,11 @@ class TeacherFlops:
     blocks: tuple[int, ...]
     norm: int
     attention: tuple[int, ...] = ()
+    classifier: int = 0
 
     def upto(self, block: int) -> int:
         """FLOPs of the features of 1-indexed `block`."""
-        return self.embed + sum(self.blocks[:block]) + self.norm
+        return self.embed + sum(self.blocks[:block]) + self.norm + (block == len(self.blocks)) * self.classifier
 
     def saved_fraction(self, block: int) -> float:
         """Share of the whole teacher that is not run when `block` is the target: 0 at the last one."""
@@ -79,17 +81,21 @@ class StepFlops:
 def step_flops(config: Config) -> StepFlops:
     """Count a step of the configured run; loads no weights."""
     size, every_layer = config.data.image_size, config.curriculum.mode == "all_layers"
-    backbone = _backbone(config.teacher, size)
-    spec, width = backbone.spec, build_student(config.student, size, _META).width
+    backbone = _backbone(config.teacher, size, config.teacher_classes)
+    spec, width = backbone.spec, build_student(config.student, size, backbone.spec.dim, _META).width
     tokens, heads = spec.grid[0] * spec.grid[1], spec.depth if every_layer else 1
-    cosine = config.curriculum.metric == "cosine"
-    evidence = 2 * tokens * width * spec.dim if cosine else moments_flops(tokens, width, spec.dim)
+    head = matching_head(config.objective, config.student.remedy)
+    linear, target_width = head == "linear", width if head == "pooled" else spec.dim
+    if config.curriculum.metric == "cosine":
+        evidence, cka = 2 * tokens * width * spec.dim * linear, 0
+    else:
+        evidence, cka = moments_flops(tokens, width, target_width), cka_flops(width, spec.dim) * linear
     return StepFlops(
         teacher=_count(backbone, size),
-        student=student_step_flops(config.student, size, every_layer),
-        match=heads * match_flops(tokens + (config.objective.cls_weight > 0), width, spec.dim),
+        student=student_step_flops(config.student, size, spec.dim, every_layer),
+        match=heads * match_flops(tokens + (config.objective.cls_weight > 0), width, spec.dim) * linear,
         evidence=heads * evidence,
-        cka=0 if cosine else cka_flops(width, spec.dim),
+        cka=cka,
     )
 
 
@@ -108,30 +114,36 @@ def cka_flops(width: int, teacher_width: int) -> int:
     return 4 * teacher_width * width**2 + 2 * width**3
 
 
-def teacher_flops(config: TeacherConfig, image_size: int) -> TeacherFlops:
-    """Count the configured teacher at square images of `image_size` pixels; loads no weights."""
-    return _count(_backbone(config, image_size), image_size)
+def teacher_flops(config: TeacherConfig, image_size: int, classes: int = 0) -> TeacherFlops:
+    """Count the configured teacher at square images of `image_size` pixels; loads no weights.
 
-
-def student_flops(config: StudentConfig, image_size: int) -> int:
-    """Forward FLOPs per image of the configured student, without its head."""
-    return student_step_flops(config, image_size).forward
-
-
-def student_step_flops(config: StudentConfig, image_size: int, every_layer: bool = False) -> StudentFlops:
-    """Count the configured student, forward and backward.
-
-    every_layer: with the tokens of all its blocks, not the last one's only.
+    classes: with a classifier of so many after the last block.
     """
-    student, images = build_student(config, image_size, _META), _images(image_size)
-    forward, views = _counted(lambda: student.every_layer(images) if every_layer else [student(images)])
-    total = torch.stack([tokens.sum() for view in views for tokens in view if tokens is not None]).sum()
+    return _count(_backbone(config, image_size, classes), image_size)
+
+
+def student_step_flops(
+    config: StudentConfig, image_size: int, width: Optional[int] = None, every_layer: bool = False
+) -> StudentFlops:
+    """Count the configured student, forward and backward, remedy and classifier included.
+
+    width: see `build_student`. every_layer: with the tokens of all its blocks, not the last one's only.
+    """
+    student, images = build_student(config, image_size, width, _META), _images(image_size)
+
+    def run() -> list[torch.Tensor]:
+        views = student.every_layer(images) if every_layer else [student(images)]
+        logits = [student.classify(views[-1])] if config.num_classes else []
+        return logits + [tokens for view in views for tokens in view if tokens is not None]
+
+    forward, outputs = _counted(run)
+    total = torch.stack([output.sum() for output in outputs]).sum()
     return StudentFlops(forward, _counted(total.backward)[0])
 
 
-def teacher_costs(config: TeacherConfig, image_size: int, flops: TeacherFlops) -> TeacherCosts:
+def teacher_costs(config: TeacherConfig, image_size: int, flops: TeacherFlops, classes: int = 0) -> TeacherCosts:
     """What planning knows of a teacher: its FLOPs, as counted, and bytes in its dtype. Loads no weights."""
-    backbone, images = _backbone(config, image_size), _images(image_size)
+    backbone, images = _backbone(config, image_size, classes), _images(image_size)
     size = DTYPES[config.dtype].itemsize
     return TeacherCosts(
         embed_flops=flops.embed,
@@ -147,8 +159,8 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _backbone(config: TeacherConfig, image_size: int) -> Backbone:
-    return split(build_model(config.model, config.kwargs, image_size, device=_META))
+def _backbone(config: TeacherConfig, image_size: int, classes: int = 0) -> Backbone:
+    return split(build_model(config.model, config.kwargs, image_size, classes=classes, device=_META))
 
 
 def _images(image_size: int) -> torch.Tensor:
@@ -165,8 +177,9 @@ def _count(backbone: Backbone, image_size: int) -> TeacherFlops:
             tokens = backbone.run_block(index, tokens, context)
         blocks.append(counter.get_total_flops())
         attention.append(_attention(counter))
-    norm, _ = _counted(lambda: backbone.finish(tokens))
-    return TeacherFlops(embed, tuple(blocks), norm, tuple(attention))
+    norm, _ = _counted(lambda: backbone.stem.norm(tokens))
+    classifier = _counted(lambda: backbone.classify(tokens))[0] if backbone.classes else 0
+    return TeacherFlops(embed, tuple(blocks), norm, tuple(attention), classifier)
 
 
 def _attention(counter: FlopCounterMode) -> int:

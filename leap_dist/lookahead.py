@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -24,10 +24,13 @@ from leap_dist.teacher import Teacher
 
 
 class MicroBatch(NamedTuple):
-    """What one forward of the student takes: images (B, 3, H, W) on the device, and the features to match."""
+    """What one forward of the student takes: images (B, 3, H, W) on the device, the features to match, and, where it
+    classifies, soft labels (B, classes).
+    """
 
     images: Tensor
     targets: list[Features]
+    labels: Optional[Tensor] = None
 
 
 class Work(NamedTuple):
@@ -102,4 +105,5 @@ def _handed_over(queue: deque[tuple[MicroBatch, torch.cuda.Event]]) -> Iterator[
 
 
 def _tensors(item: MicroBatch) -> list[Tensor]:
-    return [item.images, *(part for features in item.targets for part in features if part is not None)]
+    found = [item.images, item.labels, *(part for features in item.targets for part in features)]
+    return [tensor for tensor in found if tensor is not None]

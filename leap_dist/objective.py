@@ -1,6 +1,10 @@
-"""The trainable module: student and linear head(s), matched to teacher tokens (LEAP, section 3).
+"""The trainable module: student and head(s), matched to teacher tokens (LEAP, section 3), and to labels.
 
-loss = MSE(head(student patch), teacher patch) + cls_weight * MSE(head(student CLS), teacher CLS)
+loss    = feature_weight * feature + (1 - kd_alpha) * CE + kd_alpha * KD          (arXiv 2511.15572)
+feature = error(head(student patch), teacher patch) + cls_weight * MSE(head(student CLS), teacher CLS)
+
+CE and KD are there where the student has a classifier. A teacher has logits at its last block only: until the
+curriculum is there, KD's share is CE's.
 """
 
 from __future__ import annotations
@@ -11,51 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leap_dist.config import ObjectiveConfig
+from leap_dist.config import ObjectiveConfig, matching_head
 from leap_dist.errors import UserError
-from leap_dist.evidence import CkaEvidence, CosineEvidence, Evidence
+from leap_dist.evidence import Evidence
 from leap_dist.features import Features
+from leap_dist.heads import build_head
+from leap_dist.losses import soft_distillation
 from leap_dist.student import Student
-from leap_kernels import feature_match
 
 
 class Match(NamedTuple):
-    """Losses of one micro-batch (0-d, float32; the mean over targets) and, on request, evidence for each target."""
+    """Losses of one micro-batch (0-d, float32; the mean over targets) and, on request, evidence for each target.
 
-    loss: Tensor
-    patch_loss: Tensor
-    cls_loss: Tensor
-    evidence: list[Evidence]
-
-
-class MatchingHead(nn.Linear):
-    """Linear map from student to teacher width that is only ever used to match: forward gives the loss.
-
-    Loss and gradients come from the fused op, which does not form the projection. The op is called inside this
-    module's own forward so that ZeRO-3 has the weight gathered there.
+    terms: what `loss` is made of, before weights and without gradient: patch, cls and, with labels, ce and kd.
     """
 
-    def __init__(self, width: int, teacher_width: int, impl: str, metric: Literal["cka", "cosine"]) -> None:
-        self.impl, self.metric = impl, metric
-        super().__init__(width, teacher_width)
-
-    def reset_parameters(self) -> None:
-        """Truncated normal of std 0.02, bias 0: the published initialisation."""
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, tokens: Tensor, target: Tensor, with_evidence: bool = False) -> tuple[Tensor, Optional[Evidence]]:
-        """tokens (..., Ds), target (..., Dt) -> mean squared error (0-d), and evidence of the alignment if asked."""
-        tokens, target = tokens.flatten(0, -2), target.flatten(0, -2)
-        if not with_evidence:
-            return feature_match(tokens, self.weight, self.bias, target, impl=self.impl), None
-        if self.metric == "cosine":
-            with torch.no_grad():
-                evidence: Evidence = CosineEvidence.of(F.linear(tokens, self.weight, self.bias), target)
-            return feature_match(tokens, self.weight, self.bias, target, impl=self.impl), evidence
-        loss, moments = feature_match(tokens, self.weight, self.bias, target, impl=self.impl, moments=True)
-        # A copy: the optimizer step changes the weight before the score is read, and ZeRO-3 takes it away.
-        return loss, CkaEvidence(moments, self.weight.detach().clone())
+    loss: Tensor
+    terms: dict[str, Tensor]
+    evidence: list[Evidence]
 
 
 class Objective(nn.Module):
@@ -82,31 +59,56 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self.teacher_grid = teacher_grid
-        self.cls_weight = config.cls_weight
+        self.config = config
+        self.patch_grid = teacher_grid if config.feature == "spectral" else None
         self.every_layer = num_targets > 1
+        kind = matching_head(config, student.recipe.remedy)
         self.heads = nn.ModuleList(
-            MatchingHead(student.width, teacher_width, config.impl, metric) for _ in range(num_targets)
+            build_head(kind, student.width, teacher_width, config.impl, metric) for _ in range(num_targets)
         )
 
-    def forward(self, images: Tensor, targets: list[Features], with_evidence: bool = False) -> Match:
-        """Match the student's view of `images` (B,3,H,W) to each of `targets`.
+    def forward(
+        self, images: Tensor, targets: list[Features], with_evidence: bool = False, labels: Optional[Tensor] = None
+    ) -> Match:
+        """Match the student's view of `images` (B,3,H,W) to each of `targets`, and its logits to `labels` (B, classes).
 
         Raises:
             UserError: a target whose number of patch tokens is not that of the teacher's grid.
         """
+        config = self.config
         views = self.student.every_layer(images) if self.every_layer else [self.student(images)] * len(targets)
+        terms, evidence = self._feature_terms(views, targets, with_evidence)
+        loss = config.feature_weight * (terms["patch"] + config.cls_weight * terms["cls"])
+        if labels is not None:
+            supervised = self._supervised_terms(self.student.classify(views[-1]), labels, targets[-1].logits)
+            alpha = config.kd_alpha if "kd" in supervised else 0.0
+            loss = loss + (1 - alpha) * supervised["ce"] + alpha * supervised.get("kd", 0.0)
+            terms |= supervised
+        return Match(loss, {name: term.detach() for name, term in terms.items()}, evidence)
+
+    def _feature_terms(
+        self, views: list[Features], targets: list[Features], with_evidence: bool
+    ) -> tuple[dict[str, Tensor], list[Evidence]]:
         patch_losses, cls_losses, evidence = [], [], []
         for index, (view, target) in enumerate(zip(views, targets, strict=True)):
             head = self.heads[index if self.every_layer else 0]
-            loss, proof = head(self._on_teacher_grid(view.patch, target), target.patch, with_evidence)
+            tokens = self._on_teacher_grid(view.patch, target)
+            loss, proof = head(tokens, target.patch, with_evidence, self.patch_grid)
             patch_losses.append(loss)
             evidence += [proof] if proof is not None else []
-            if self.cls_weight:
+            if self.config.cls_weight:
                 cls_losses.append(head(view.cls, target.cls)[0])
-        patch_loss = torch.stack(patch_losses).mean()
-        cls_loss = torch.stack(cls_losses).mean() if cls_losses else torch.zeros_like(patch_loss)
-        loss = patch_loss + self.cls_weight * cls_loss
-        return Match(loss, patch_loss.detach(), cls_loss.detach(), evidence)
+        patch = torch.stack(patch_losses).mean()
+        return {
+            "patch": patch,
+            "cls": torch.stack(cls_losses).mean() if cls_losses else torch.zeros_like(patch),
+        }, evidence
+
+    def _supervised_terms(self, logits: Tensor, labels: Tensor, teacher_logits: Optional[Tensor]) -> dict[str, Tensor]:
+        terms = {"ce": F.cross_entropy(logits.float(), labels)}
+        if teacher_logits is not None:
+            terms["kd"] = soft_distillation(logits, teacher_logits, self.config.kd_tau)
+        return terms
 
     def _on_teacher_grid(self, tokens: Tensor, target: Features) -> Tensor:
         """(B, N, Ds) -> (B, Nt, Ds), bilinear. Before the head: resizing and a linear map commute, and Ds < Dt."""

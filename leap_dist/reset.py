@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leap_dist.objective import MatchingHead
+from leap_dist.heads import MatchingHead
 
 
 @torch.no_grad()

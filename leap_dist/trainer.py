@@ -25,7 +25,7 @@ from leap_dist.accounting import Accountant, Costs, configured_peaks
 from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config
 from leap_dist.coordinator import Coordinator
-from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, mixup
+from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, draw_mix, soft_labels
 from leap_dist.distributed import World, sum_over_ranks
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features
@@ -84,11 +84,12 @@ class Latch:
 
 
 class Pending(NamedTuple):
-    """A step whose numbers have not been read yet. values: own loss; loss, patch, CLS (means over ranks); score."""
+    """A step whose numbers have not been read yet. values: own loss; loss and its terms (means over ranks); score."""
 
     step: int
     block: int
     lr: float
+    terms: list[str]
     values: Latch
 
 
@@ -259,14 +260,14 @@ class Trainer:
         torch.manual_seed(self._seed(DROPOUT, self.world.rank))  # drop path and dropout: the same after a resume
         lr = self._set_lr()
         scored, evidence, losses = self._wants_score(), None, []
-        for index, (images, targets) in enumerate(work.micro_batches):
+        for index, (images, targets, labels) in enumerate(work.micro_batches):
             with self.timer.phase("student.forward"):
-                match: Match = self.engine(images, targets, scored)
-                losses.append(torch.stack([match.loss.detach(), match.patch_loss, match.cls_loss]))
+                match: Match = self.engine(images, targets, scored, labels)
+                losses.append(torch.stack([match.loss.detach(), *match.terms.values()]))
                 evidence = self._gathered(evidence, match)
             if index + 1 == self.accumulation:
                 means = self._latched(torch.stack(losses).mean(0), evidence)
-                self.pending = Pending(self.progress.step, work.block, lr, means)
+                self.pending = Pending(self.progress.step, work.block, lr, list(match.terms), means)
             with self.timer.phase("student.backward"):
                 self.engine.backward(match.loss)
             with self.timer.phase("optimizer"):
@@ -286,25 +287,23 @@ class Trainer:
             self.telemetry.say(f"step {self.progress.step}: target block {block} of {self.teacher.spec.depth}")
 
     def _work(self, step: int, batches: list[Batch]) -> Iterator[MicroBatch]:
-        """Images and features of a step, micro-batch by micro-batch."""
+        """Images, features and labels of a step, micro-batch by micro-batch."""
         for batch in batches:
-            images = self._view(batch, step)
+            images, labels = self._view(batch, step)
             with self.timer.phase("teacher"):
                 targets = self._targets(images)
-            yield MicroBatch(images, targets)
+            yield MicroBatch(images, targets, labels)
 
-    def _view(self, batch: Batch, step: int) -> Tensor:
-        """The images on the device, mixed up with draws keyed by seed and step."""
-        images, data = self.feed.images(batch), self.config.data
-        if not data.mixup:
-            return images
-        return mixup(
-            images,
-            batch.positions,
-            global_batch=data.global_batch,
-            group_size=data.mixup_group,
-            generator=torch.Generator().manual_seed(self._seed(MIXUP, step=step)),
-        )
+    def _view(self, batch: Batch, step: int) -> tuple[Tensor, Optional[Tensor]]:
+        """Images and, if the student classifies, soft labels on the device; mixed with draws keyed by seed and step."""
+        images, labels, config = self.feed.images(batch), None, self.config
+        if config.student.num_classes:
+            classes, smoothing = config.student.num_classes, config.objective.label_smoothing
+            labels = soft_labels(batch.labels, classes, smoothing, self.world.device)
+        if not config.data.mixup:
+            return images, labels
+        mix = draw_mix(config.data, batch.positions, torch.Generator().manual_seed(self._seed(MIXUP, step=step)))
+        return mix.images(images), None if labels is None else mix.labels(labels)
 
     def _targets(self, images: Tensor) -> list[Features]:
         if self.config.curriculum.mode == "all_layers":
@@ -319,7 +318,7 @@ class Trainer:
         return match.evidence[-1] if evidence is None else evidence.merged(match.evidence[-1])
 
     def _latched(self, losses: Tensor, evidence: Optional[Evidence]) -> Latch:
-        """Send own loss, mean losses and score to the host. losses: (3,) of this rank. Collective."""
+        """Send own loss, mean losses and score to the host. losses: own, loss first. Collective."""
         means = self._summed(losses.clone()) / self.world.size
         score = losses.new_full((), math.nan) if evidence is None else self._score(evidence)
         return Latch(torch.cat([losses[:1], means, score[None].to(losses)]))
@@ -362,7 +361,7 @@ class Trainer:
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
-        own_loss, loss, patch_loss, cls_loss, score = pending.values.read()
+        own_loss, loss, *terms, score = pending.values.read()
         target = self.curriculum.block
         # Work that began before an advance says nothing about the new block.
         judged = score if pending.block == target else math.nan
@@ -378,7 +377,7 @@ class Trainer:
         self._read_clocks()
         self._record(pending.step, pending.block, judged, advanced=self.curriculum.block != target)
         if self.telemetry is not None:
-            self._report(pending, loss, patch_loss, cls_loss, score)
+            self._report(pending, loss, terms, score)
         self.stopping = decision.stop
 
     @torch.no_grad()
@@ -401,7 +400,7 @@ class Trainer:
         evidence: list[Evidence] = []
         self.engine.eval()
         for batch in batches:
-            for images in self._view(batch, self.progress.step).split(CALIBRATION_CHUNK):
+            for images in self._view(batch, self.progress.step)[0].split(CALIBRATION_CHUNK):
                 with self.timer.phase("teacher"):
                     targets = list(self.teacher.sweep(images))
                 with self.timer.phase("student.forward"):
@@ -447,7 +446,7 @@ class Trainer:
             **more,
         )
 
-    def _report(self, pending: Pending, loss: float, patch_loss: float, cls_loss: float, score: float) -> None:
+    def _report(self, pending: Pending, loss: float, terms: list[float], score: float) -> None:
         assert self.telemetry is not None and self.ledger is not None
         shown = {
             "block": f"{pending.block}/{self.teacher.spec.depth}",
@@ -460,8 +459,7 @@ class Trainer:
             return
         scalars = {
             "loss/total": loss,
-            "loss/patch": patch_loss,
-            "loss/cls": cls_loss,
+            **{f"loss/{name}": term for name, term in zip(pending.terms, terms, strict=True)},
             "curriculum/block": pending.block,
             f"curriculum/{self.config.curriculum.metric}": score,
             "curriculum/ema": self.curriculum.ema,

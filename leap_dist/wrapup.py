@@ -16,9 +16,10 @@ from leap_dist.data import build_eval_loader
 from leap_dist.distributed import World, collect_objects, gather_objects
 from leap_dist.engine import micro_batch
 from leap_dist.evaluation import evaluate
-from leap_dist.evaluation.features import extract, in_step, merge
+from leap_dist.evaluation.features import FeatureSet, extract, in_step, merge
 from leap_dist.export import export_student, load_student
 from leap_dist.files import write_json
+from leap_dist.student import Student
 from leap_dist.teacher import Teacher
 from leap_dist.telemetry import table
 from leap_dist.trainer import Trainer
@@ -37,6 +38,8 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
     trainer.loader.close()  # streaming lets one dataset at a time use a cache folder
     if config.data.val is not None:
         student = load_student(exported, world.device)
+        if config.student.num_classes:
+            summary |= _top1(student, config, world)
         summary |= _accuracies("student", lambda images: student(images).patch.mean(1), config, world)
         if config.evaluation.teacher:
             trainer.teacher.retarget(trainer.teacher.spec.depth)
@@ -129,20 +132,31 @@ def _seconds_by_depth(teacher: Teacher, images: Tensor, blocks: set[int]) -> dic
 def _accuracies(who: str, model: Callable[[Tensor], Tensor], config: Config, world: World) -> dict[str, float]:
     """kNN and linear probe on average-pooled patch tokens of the held-out shards."""
     assert config.data.val is not None
-    sources = ((config.data.train, config.evaluation.max_train_images), (config.data.val, None))
-    parts = config.teacher.microbatches
-    batch = -(-EVALUATION_BATCH // parts) * parts
-    shares = []
-    for source, limit in sources:
-        loader = build_eval_loader(source, config.data, batch=batch, world=world, limit=limit)
-        batches = in_step(loader, batch, max(gather_objects(len(loader), world)))
-        shares.append(collect_objects(extract(model, batches, world.device), world))
-    train, val = shares
-    if not world.is_main:
+    train = _outputs(model, config.data.train, config, world, config.evaluation.max_train_images)
+    val = _outputs(model, config.data.val, config, world)
+    if train is None or val is None:
         return {}
-    train, val = merge(train), merge(val)
     results = evaluate(train, val, config.evaluation, device=world.device, seed=config.seed)
     return {f"{who}_{name}": value for name, value in results.items()}
+
+
+def _top1(student: Student, config: Config, world: World) -> dict[str, float]:
+    """Share of the held-out shards that the student's own classifier gets right, 0 to 1."""
+    assert config.data.val is not None
+    val = _outputs(lambda images: student.classify(student(images)), config.data.val, config, world)
+    return {} if val is None else {"student_top1": (val.features.argmax(1) == val.labels).double().mean().item()}
+
+
+def _outputs(
+    model: Callable[[Tensor], Tensor], source: str, config: Config, world: World, limit: Optional[int] = None
+) -> Optional[FeatureSet]:
+    """What a model, perhaps a collective one, gives for each image of a source, on rank 0; None on the others."""
+    parts = config.teacher.microbatches
+    batch = -(-EVALUATION_BATCH // parts) * parts
+    loader = build_eval_loader(source, config.data, batch=batch, world=world, limit=limit)
+    batches = in_step(loader, batch, max(gather_objects(len(loader), world)))
+    shares = collect_objects(extract(model, batches, world.device), world)
+    return merge(shares) if world.is_main else None
 
 
 def _percent(value: Optional[float]) -> Optional[str]:
@@ -156,6 +170,7 @@ def _decimals(value: Optional[float]) -> Optional[str]:
 def _final_table(summary: dict[str, Any], config: Config) -> str:
     return table(
         [
+            ("student top-1", _percent(summary.get("student_top1"))),
             ("student kNN", _percent(summary.get("student_knn"))),
             ("student linear probe", _percent(summary.get("student_probe"))),
             ("teacher kNN", _percent(summary.get("teacher_knn"))),

@@ -47,7 +47,7 @@ from leap_dist.data.crops import RATIO
 from leap_dist.data.transforms import FLIP
 from leap_dist.distributed import World
 from leap_dist.errors import UserError
-from leap_dist.flops import student_flops, teacher_flops
+from leap_dist.flops import step_flops
 
 SUFFIXES = (".jpg", ".jpeg")
 OURS, FOR_GPU, PIL, TENSORS, STREAMING = (
@@ -259,8 +259,8 @@ def demand_rows(run: Config, tflops: float, images_per_s: Optional[float], per_c
     A step costs the teacher up to the block and three times the student's forward pass, in FLOPs; the device reaches
     `tflops` at every block, or what `images_per_s` at the last block comes to.
     """
-    teacher = teacher_flops(run.teacher, run.data.image_size)
-    student, depth = 3 * student_flops(run.student, run.data.image_size), len(teacher.blocks)
+    flops = step_flops(run)
+    teacher, student, depth = flops.teacher, 3 * flops.student.forward, len(flops.teacher.blocks)
     speed = tflops * 1e12 if images_per_s is None else images_per_s * (teacher.upto(depth) + student)
     lines = [f"{'block':>5}{'GFLOP/image':>13}{'images/s':>10}{'cores':>7}"]
     for block in sorted({1, *range(depth // 8, depth + 1, max(1, depth // 8)), depth} - {0}):

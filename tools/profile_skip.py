@@ -41,7 +41,7 @@ from _steps import (
 from leap_dist.config import Config, flat
 from leap_dist.distributed import World, initialise, shutdown
 from leap_dist.errors import UserError
-from leap_dist.flops import student_flops, teacher_flops
+from leap_dist.flops import step_flops
 from leap_dist.teacher import build_teacher, describe_teacher
 
 TRAIN_PASSES = 3  # a training step of the student costs that many of its forward passes
@@ -120,8 +120,8 @@ def rows(
     config: Config, samples: Mapping[int, Sequence[Sample]], memory: Mapping[int, Memory], batch: int
 ) -> list[Row]:
     """Medians and what follows from them. The last of the blocks is the whole teacher."""
-    teacher = teacher_flops(config.teacher, config.data.image_size)
-    student = TRAIN_PASSES * student_flops(config.student, config.data.image_size)
+    flops = step_flops(config)
+    teacher, student = flops.teacher, TRAIN_PASSES * flops.student.forward
     medians = {
         block: Sample(*(statistics.median(values) for values in zip(*found, strict=True)))
         for block, found in samples.items()

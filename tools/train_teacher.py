@@ -17,7 +17,7 @@ from typing import Optional
 
 from leap_dist.config import describe
 from leap_dist.errors import UserError
-from leap_dist.pretraining.recipe import Recipe, load_recipe
+from leap_dist.pretraining.recipe import TeacherRecipe, load_recipe
 
 
 def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(prog="train_teacher.py", description=__doc__, **raw)
     commands = parser.add_subparsers(dest="command", required=True)
-    shards = commands.add_parser("shards", help="a teacher of one's own", epilog=describe(Recipe), **raw)
+    shards = commands.add_parser("shards", help="a teacher of one's own", epilog=describe(TeacherRecipe), **raw)
     shards.add_argument("--config", type=Path, help="YAML with what differs from the defaults")
     shards.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="wins over the YAML")
     demo = commands.add_parser("demo", help="the demo's teacher", **raw)

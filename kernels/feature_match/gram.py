@@ -192,6 +192,16 @@ def _cosine(
     return Result(loss, d_student, bts.addmm_(w, sas).addr_(b, as_), bt.addmv_(w, as_).add_(b * sum_a), stats)
 
 
+@torch.no_grad()
+def moments(student: Tensor, teacher: Tensor) -> Moments:
+    """Alignment moments alone, as `reference.moments` defines them, without whole float32 copies of the rows."""
+    dtype = loss_dtype(student, teacher)
+    sums = _Sums(student, teacher, dtype, with_ctt=True)
+    for _, s, t in _chunks(student, teacher, dtype):
+        sums.add(s, t)
+    return sums.moments(*sums.finish())
+
+
 def _chunk_rows(x: Tensor) -> int:
     return CUDA_CHUNK_ROWS if x.is_cuda else CHUNK_ROWS
 

@@ -91,6 +91,15 @@ def feature_match(
     return (outputs[0], Moments(*outputs[4:])) if moments else outputs[0]
 
 
+def alignment_moments(student: Tensor, teacher: Tensor) -> Moments:
+    """Moments of (S, T) for tokens S (M, Ds), T (M, Dt) that are matched without a projection.
+
+    As `feature_match` gives them, whatever the autocast; no gradient.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        return gram.moments(student, teacher)
+
+
 def _check(student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor) -> None:
     given = {"student": student, "weight": weight, "bias": bias, "teacher": teacher}
     given = {name: x for name, x in given.items() if x is not None}

@@ -1,7 +1,8 @@
 """The models under analysis: any timm vision transformer, or an exported student, as a map from images to tokens.
 
 Patch tokens of every block, each through the model's final norm. That is what LEAP matches at every target block, and
-at the last block what arXiv 2511.15572 analyses; class and register tokens are cut off, as there.
+at the last block what arXiv 2511.15572 analyses; class and register tokens are cut off, as there. For students with a
+remedy see `Student.every_layer`.
 """
 
 from __future__ import annotations

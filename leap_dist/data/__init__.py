@@ -6,8 +6,9 @@ from leap_dist.data.batch import Batch
 from leap_dist.data.digits import resolve
 from leap_dist.data.faults import BadSamples
 from leap_dist.data.feed import Feed
+from leap_dist.data.labels import soft_labels
 from leap_dist.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
-from leap_dist.data.mixup import check_groups, mixup
+from leap_dist.data.mixup import Mix, check_groups, draw_mix
 from leap_dist.data.shards import check_shards, check_sources, write_shards
 from leap_dist.data.transforms import eval_transform, train_transform
 
@@ -16,15 +17,17 @@ __all__ = [
     "Batch",
     "EvalLoader",
     "Feed",
+    "Mix",
     "TrainLoader",
     "build_eval_loader",
     "build_train_loader",
     "check_groups",
     "check_shards",
     "check_sources",
+    "draw_mix",
     "eval_transform",
-    "mixup",
     "resolve",
+    "soft_labels",
     "train_transform",
     "write_shards",
 ]

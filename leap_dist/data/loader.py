@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import signal
 import traceback
 from collections.abc import Iterable, Iterator
@@ -43,9 +45,16 @@ def _guarded(batches: Iterable[Batch], source: str) -> Iterator[Batch]:
         raise UserError(f"{source}: {' '.join(str(error).split())} (data.workers, data.timeout_s)") from error
 
 
-def _outlive_sigterm(_worker: int) -> None:
-    """The deepspeed launcher signals loader workers before their rank, which still has to save; `close` ends them."""
+def _live_as_long_as(rank_pid: int, _worker: int) -> None:
+    """Tie a loader worker to its rank, no shorter and no longer.
+
+    The deepspeed launcher signals workers before their rank, which still has to save; `close` ends them. And torch's
+    watch over the parent takes whoever is the parent when the worker begins for the rank: one that was killed before
+    that would leave the worker for ever (seen after kills in the first second).
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.getppid() != rank_pid:
+        os._exit(1)
 
 
 class _Requests:
@@ -72,8 +81,10 @@ def _data_loader(
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else every pass draws a worker seed from the trainer's global stream
         num_workers=config.workers,
+        # Python 3.14 would start them by a server, whose children they then were.
+        multiprocessing_context="fork" if config.workers else None,
         persistent_workers=persistent and config.workers > 0,
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=functools.partial(_live_as_long_as, os.getpid()),
         pin_memory=world.device.type == "cuda",
         timeout=config.timeout_s if config.workers else 0,
     )

@@ -1,11 +1,19 @@
-"""LEAP's mixup, with pairs that do not depend on how the global batch is spread over ranks and micro-batches."""
+"""Mixup and CutMix, with pairs that do not depend on how the global batch is spread over ranks and micro-batches."""
 
 from __future__ import annotations
 
+from typing import NamedTuple, Optional
+
 import torch
+from scipy.special import betaincinv
+from timm.data.mixup import cutmix_bbox_and_lam
 from torch import Tensor
 
+from leap_dist.config import DataConfig
+from leap_dist.data.chance import seeded
 from leap_dist.errors import UserError
+
+CUT_SHARE = 0.5  # of the steps, where both are on: timm's switch_prob
 
 
 def check_groups(group_size: int, micro_batch: int) -> None:
@@ -31,19 +39,57 @@ def partners(groups: int, group_size: int, generator: torch.Generator) -> Tensor
     return (member.T * groups + torch.arange(groups)).reshape(-1)
 
 
-def mixup(
-    images: Tensor, positions: Tensor, *, global_batch: int, group_size: int, generator: torch.Generator
-) -> Tensor:
-    """lam * images + (1 - lam) * their partners, one lambda ~ U(0, 1) for the whole global batch (arXiv 2606.19483).
+class Mix(NamedTuple):
+    """How a micro-batch is mixed, images and labels alike.
 
-    images: (B, ...) on any device; positions: (B,) int64 on the host, where each stands in the global batch, whole
-    groups; generator: on the host, seeded alike on all ranks, so that drawing needs neither a GPU nor a message.
+    lam: what each sample keeps of itself; rows: (B,) int64 on the host, who gives it the rest; box: (top, bottom, left,
+    right) of the pixels that it gives (CutMix), or None where the two are blended (mixup).
     """
-    lam = torch.rand((), generator=generator).item()
-    row = torch.full((global_batch,), -1)
+
+    lam: float
+    rows: Tensor
+    box: Optional[tuple[int, int, int, int]] = None
+
+    def images(self, images: Tensor) -> Tensor:
+        """(B, ..., H, W) on any device, mixed."""
+        if self.box is None:
+            return self._blended(images)
+        top, bottom, left, right = self.box
+        mixed = images.clone()
+        mixed[..., top:bottom, left:right] = images[..., top:bottom, left:right][self._rows_on(images)]
+        return mixed
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Soft labels (B, classes), mixed as the images are."""
+        return self._blended(labels)
+
+    def _blended(self, values: Tensor) -> Tensor:
+        return torch.lerp(values[self._rows_on(values)], values, self.lam)
+
+    def _rows_on(self, values: Tensor) -> Tensor:
+        # A copy from pageable memory may make the host wait for the stream.
+        return self.rows.pin_memory().to(values.device, non_blocking=True) if values.is_cuda else self.rows
+
+
+def draw_mix(config: DataConfig, positions: Tensor, generator: torch.Generator) -> Mix:
+    """One lambda for the whole global batch: ~ Beta(mixup_alpha, mixup_alpha), which LEAP has at 1 (arXiv 2606.19483).
+
+    With `cutmix_alpha` every other batch, by chance, is cut instead, as by timm's Mixup(mode="batch"); lambda is then
+    what the box leaves.
+
+    positions: (B,) int64 on the host, where each sample stands in the global batch, whole groups; generator: on the
+    host, seeded alike on all ranks, so that drawing needs neither a GPU nor a message.
+    """
+    uniform, box = torch.rand((), generator=generator).item(), None
+    cuts = config.cutmix_alpha > 0 and torch.rand((), generator=generator).item() < CUT_SHARE
+    alpha = config.cutmix_alpha if cuts else config.mixup_alpha
+    lam = float(betaincinv(alpha, alpha, uniform))  # the quantile function of Beta; at 1, the number itself
+    if cuts:
+        with seeded(int(torch.randint(2**62, (), generator=generator))):
+            box, lam = cutmix_bbox_and_lam((config.image_size, config.image_size), lam)
+    row = torch.full((config.global_batch,), -1)
     row[positions] = torch.arange(len(positions))
-    rows = row[partners(global_batch // group_size, group_size, generator)[positions]]
+    groups = config.global_batch // config.mixup_group
+    rows = row[partners(groups, config.mixup_group, generator)[positions]]
     assert (rows >= 0).all(), "a mixup group is split over micro-batches"
-    if images.is_cuda:  # a copy from pageable memory may make the host wait for the stream
-        rows = rows.pin_memory().to(images.device, non_blocking=True)
-    return torch.lerp(images[rows], images, lam)
+    return Mix(lam, rows, box)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from leap_dist.config import DataConfig
 from leap_dist.data.colours import Crops, draw_colours, recolour, untouched
 from leap_dist.data.crops import decode, decode_crop
+from leap_dist.data.deit import Deit
 
 EVAL_RESIZE = 256 / 224  # the usual evaluation crop: shorter side 256, centre 224
 FLIP = 0.5
@@ -21,10 +22,10 @@ FLIP = 0.5
 class Transform(Protocol):
     """One sample's way from bytes to pixels, in two parts: what bad data can break, and the rest."""
 
-    def decode(self, data: bytes, random: np.random.Generator) -> Tensor:
-        """(3, H, W) uint8; raises whatever PIL raises."""
+    def decode(self, data: bytes, random: np.random.Generator) -> Any:
+        """What `finish` takes, (3, H, W) uint8 or an image of PIL's; raises whatever PIL raises."""
 
-    def finish(self, pixels: Tensor, random: np.random.Generator) -> Tensor | Crops:
+    def finish(self, pixels: Any, random: np.random.Generator) -> Tensor | Crops:
         """(3, S, S): float32 and normalised, or uint8 still to be; or a crop whose colours are still to come."""
 
 
@@ -86,4 +87,6 @@ def train_transform(config: DataConfig, device: torch.device) -> Transform:
     """The augmentation named by `config.augment`. A GPU does the colours itself; for a CPU a loader worker does."""
     if config.augment == "none":
         return Whole(eval_transform(config))
+    if config.augment == "deit":
+        return Deit(config)
     return Augment(config, on_device=device.type == "cuda")

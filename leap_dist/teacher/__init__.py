@@ -50,20 +50,22 @@ def build_teacher(
     device: torch.device,
     world: Optional[World] = None,
     flops: Optional[TeacherFlops] = None,
+    classes: int = 0,
 ) -> Teacher:
     """Load the configured teacher for square images of `image_size` pixels; its target is block 1.
 
     world: needed by every placement but `replicated`; all ranks build at the same time.
     flops: the teacher's, where they have been counted already.
+    classes: give logits at the last block, by a classifier of so many classes; 0 = do not.
     Raises `UserError` for a model, an image size or weights that do not fit together.
     """
-    lazy = LazyBackbone(config, image_size, device)
+    lazy = LazyBackbone(config, image_size, device, classes)
     if config.placement == "replicated":
         return ReplicatedTeacher(lazy)
     from leap_dist.teacher.placements import build_home  # torch's pipelining: a second to import
 
     assert world is not None
-    return build_home(config, image_size, lazy, world, flops or teacher_flops(config, image_size))
+    return build_home(config, image_size, lazy, world, flops or teacher_flops(config, image_size, classes))
 
 
 def describe_teacher(config: TeacherConfig, image_size: int) -> TeacherSpec:

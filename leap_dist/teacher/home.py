@@ -42,7 +42,7 @@ class Home:
         for index in range(self.spec.depth):
             with self._at_hand(index):
                 tokens = backbone.run_block(index, tokens, context)
-            yield backbone.finish(tokens)
+            yield backbone.finish(tokens, index + 1)
 
     def retarget(self, block: int) -> None:
         """Make 1-indexed `block` the target: load what this rank newly needs of it, drop what it does not.

@@ -19,12 +19,13 @@ from leap_dist.teacher.weights import Weights, build_skeleton, open_weights
 class LazyBackbone:
     """A `Backbone`, its stem on `device` and its blocks on the meta device until they are loaded.
 
+    classes: keep the classifier, which must have so many; 0 = do without.
     backbone: the modules; blocks keep their identity (hooks, compiled code) over loading and dropping.
     token_shape, dtype: (T, D) of the tokens of one image between two blocks, and their type.
     """
 
-    def __init__(self, config: TeacherConfig, image_size: int, device: torch.device) -> None:
-        model = build_skeleton(config, image_size)
+    def __init__(self, config: TeacherConfig, image_size: int, device: torch.device, classes: int = 0) -> None:
+        model = build_skeleton(config, image_size, classes)
         self.device, self.dtype = device, DTYPES[config.dtype]
         self._weights: Weights = open_weights(config, model)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -63,7 +63,7 @@ class PipelinedTeacher(Home):
         by_rank = [] if tokens is None else list(tokens.chunk(self._pipeline.size))
         mine = images.new_empty(len(images), *self._lazy.token_shape)
         own = scatter_from(self._active.size - 1, by_rank, mine, self._pipeline)
-        return self._lazy.backbone.finish(own)
+        return self._lazy.backbone.finish(own, self.block)
 
     def bounds(self, block: int) -> list[int]:
         """First block of each stage, 0-indexed, and the end, when 1-indexed `block` is the target."""

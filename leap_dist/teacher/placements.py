@@ -26,7 +26,7 @@ def build_home(
 ) -> Home | AutoTeacher:
     """The configured home, its target block 1. Collective over all ranks."""
     return_freed_memory()
-    costs = teacher_costs(config, image_size, flops)
+    costs = teacher_costs(config, image_size, flops, lazy.backbone.classes)
     stages = pipeline_size(config, world.local_size)
     makers: dict[str, Callable[[], Home]] = {
         "replicated": lambda: ReplicatedTeacher(lazy),

@@ -48,7 +48,7 @@ class ShardedTeacher(Home):
                 coming = _start_gather(blocks[index + 1])
             tokens = backbone.run_block(index, tokens, context)
             _release(block)
-        return backbone.finish(tokens)
+        return backbone.finish(tokens, self.block)
 
     def _settle(self, block: int) -> None:
         """Load and split what is new, a block at a time; DeepSpeed takes rank 0's values."""

@@ -48,9 +48,9 @@ def open_weights(config: TeacherConfig, model: nn.Module) -> Weights:
     return FileWeights(path, model, config.model)
 
 
-def build_skeleton(config: TeacherConfig, image_size: int) -> nn.Module:
+def build_skeleton(config: TeacherConfig, image_size: int, classes: int = 0) -> nn.Module:
     """The configured teacher without memory or weights. Raises `UserError` as `build_model` does."""
-    return build_model(config.model, config.kwargs, image_size, device="meta")
+    return build_model(config.model, config.kwargs, image_size, classes=classes, device="meta")
 
 
 class RandomWeights:
@@ -105,6 +105,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def _hub_file(config: TeacherConfig, model: nn.Module) -> Path:
     source = model.pretrained_cfg
+    _check_classifier(source["num_classes"], model.num_classes, f"hub: {config.model}")
     try:
         return Path(
             huggingface_hub.hf_hub_download(source["hf_hub_id"], source.get("hf_hub_filename") or "model.safetensors")
@@ -151,11 +152,12 @@ def _fit(state: dict[str, Any], model: nn.Module, name: str, path: Path) -> dict
     adapter = family(model)
     wanted = model.state_dict()
     _check_patch(state, wanted, name, path)
+    _check_classifier(len(state.get("head.weight", ())), model.num_classes, f"{path}: it")
     try:
         state = adapter.checkpoint_filter(state, model)
     except (RuntimeError, ValueError, AssertionError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise UserError(f"teacher.weights={path} does not fit {name} ({error!r:.160})") from error
-    state = {key: value for key, value in state.items() if key.split(".")[0] not in adapter.unused_keys}
+    state = {key: state[key] for key in state if key in wanted or key.split(".")[0] not in adapter.unused_keys}
     _check_keys(state, wanted, name, path)
     _check_shapes(state, wanted, name, path)
     return state
@@ -166,6 +168,15 @@ def _check_patch(state: Mapping[str, Any], wanted: Mapping[str, Tensor], name: s
     key = "patch_embed.proj.weight"
     if key in wanted and getattr(state.get(key), "ndim", 0) == 4:
         _check_shapes({key: state[key]}, wanted, name, path)
+
+
+def _check_classifier(found: int, wanted: int, where: str) -> None:
+    """Refuse weights without the classifier that soft distillation needs, or with another one."""
+    if wanted and found != wanted:
+        has = f"a classifier of {found} classes" if found else "no classifier"
+        raise UserError(
+            f"teacher.weights={where} has {has}; objective.kd_alpha needs one of student.num_classes={wanted}"
+        )
 
 
 def _check_keys(state: Mapping[str, Any], wanted: Mapping[str, Tensor], name: str, path: Path) -> None:

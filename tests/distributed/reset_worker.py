@@ -11,7 +11,8 @@ from leap_dist.config import ObjectiveConfig, OptimConfig, StudentConfig, load
 from leap_dist.distributed import gather_rows, initialise, shutdown
 from leap_dist.engine import build_engine
 from leap_dist.features import Features
-from leap_dist.objective import MatchingHead, Objective
+from leap_dist.heads import MatchingHead
+from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer
 from leap_dist.reset import reset_heads
 from leap_dist.student import build_student

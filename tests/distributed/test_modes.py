@@ -16,12 +16,22 @@ MODES = {
     "lars in fp16, mean score": (
         "optim.name=lars", "optim.lr=2", "engine.precision=fp16", "curriculum.reduction=mean",
     ),
+    "a wide last block at stage 3": ("student.remedy=wide_last", "engine.zero_stage=3"),
 }  # fmt: skip
 SLOW_MODES = {
     "fp16, accumulation, bf16 teacher": ("engine.precision=fp16", "engine.accumulation=2", "teacher.dtype=bf16"),
     "every layer at stage 3": (
         "curriculum.mode=all_layers", "curriculum.start=null", "student.kwargs.depth=6", "engine.zero_stage=3",
     ),
+    "lift": ("student.remedy=lift", "student.kwargs.drop_path_rate=0.1"),
+    "lift and a projector, bf16 at stage 2": (
+        "student.remedy=lift", "objective.head=linear", "engine.precision=bf16", "engine.zero_stage=2",
+    ),
+    "lift, every layer at stage 3": (
+        "student.remedy=lift", "curriculum.mode=all_layers", "curriculum.start=null", "student.kwargs.depth=6",
+        "engine.zero_stage=3",
+    ),
+    "pooled target in fp16": ("objective.head=pooled", "engine.precision=fp16"),
     "one fixed block": ("curriculum.mode=fixed", "curriculum.start=null", "curriculum.block=3"),
     "calibrated start, head reset, restarted rate": (
         "curriculum.start=null", "curriculum.reset_head=true", "optim.on_advance=restart",

@@ -119,9 +119,15 @@ def test_a_finished_run_resumed_only_reports_again(uncut: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_zero_stage_continues_bitwise(stage: int, tmp_path: Path) -> None:
-    overrides = (f"engine.zero_stage={stage}", "curriculum.reset_head=true")
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        *((stage, "curriculum.reset_head=true") for stage in (1, 2, 3)),
+        *((stage, f"student.remedy={remedy}") for stage in (0, 3) for remedy in ("lift", "wide_last")),
+    ],
+)
+def test_every_zero_stage_continues_bitwise(stage: int, more: str, tmp_path: Path) -> None:
+    overrides = (f"engine.zero_stage={stage}", more)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         folder.mkdir()

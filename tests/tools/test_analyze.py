@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +31,14 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported("vit_tiny_patch16_224", tmp_path_factory.mktemp("my-run"))
 
 
-def exported(model: str, folder: Path) -> Path:
+def exported(model: str, folder: Path, remedy: str = "none") -> Path:
     """What `export_student` leaves."""
     path = folder / "student.safetensors"
     kwargs = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     torch.manual_seed(0)
-    built = build_student(StudentConfig(model=model, kwargs=kwargs), 32)
+    built = build_student(StudentConfig(model=model, kwargs=kwargs, remedy=remedy), 32, width=36)
     save_file(built.backbone.state_dict(), path)
-    about = {"model": model, "kwargs": {"num_classes": 0, "img_size": 32, **kwargs}}
-    about |= {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    about = asdict(built.recipe) | {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
     path.with_suffix(".json").write_text(json.dumps(about))
     return path
 
@@ -78,6 +78,23 @@ def test_two_ranks_find_what_one_finds(student: Path, tmp_path: Path, capfd: pyt
         "overview.pdf",
         "cka_2.png",
     }
+
+
+def test_students_with_and_without_a_remedy_are_compared_block_by_block(tmp_path: Path) -> None:
+    """Blocks of other widths stand beside each other; with lift every block is seen through the lift."""
+    widths = {"none": (24, 24), "lift": (36, 36), "wide_last": (24, 36)}
+    paths = {}
+    for remedy in widths:
+        (tmp_path / remedy).mkdir()
+        paths[remedy] = str(exported("vit_tiny_patch16_224", tmp_path / remedy, remedy))
+    command = ["compare", paths["lift"], paths["wide_last"], "--teacher", paths["none"], *SMALL]
+    assert analyze.main([*command, "--out", str(tmp_path / "out")]) == 0
+    curves = np.load(tmp_path / "out" / "curves.npz")
+    for name, expected in widths.items():
+        found = [curves[f"{name}/{block}/uncentred/dataset_energy"].shape[-1] for block in (1, 2)]
+        assert tuple(found) == expected
+    heat_maps = [curves[key] for key in curves if key.startswith("cka/")]
+    assert len(heat_maps) == 2 and all(np.isfinite(found).all() for found in heat_maps)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from bench_loader import Pass
 
 from leap_dist.config import Config, StudentConfig, TeacherConfig
 from leap_dist.errors import UserError
-from leap_dist.flops import student_flops, teacher_flops
+from leap_dist.flops import student_step_flops, teacher_flops
 
 
 def jpeg(number: int) -> bytes:
@@ -81,7 +81,7 @@ def test_a_slow_loader_stalls_its_consumer_for_what_is_left_of_a_batch() -> None
 def test_demand_falls_with_depth_as_the_flops_rise() -> None:
     model = {"model": "vit_tiny_patch16_224", "kwargs": {"embed_dim": 48, "depth": 8, "num_heads": 3}}
     run = Config(teacher=TeacherConfig(**model), student=StudentConfig(**model))
-    teacher, student = teacher_flops(run.teacher, 224), 3 * student_flops(run.student, 224)
+    teacher, student = teacher_flops(run.teacher, 224), 3 * student_step_flops(run.student, 224).forward
     rows = [line.split() for line in bench_loader.demand_rows(run, 1.0, None, per_core=100.0)[1:]]
     assert [int(row[0]) for row in rows] == list(range(1, 9))
     for row in rows:

@@ -36,13 +36,13 @@ FAMILIES = [  # model, image size, further kwargs
 ]
 
 
-def reference_model(name: str, image_size: int, kwargs: dict[str, Any]) -> nn.Module:
+def reference_model(name: str, image_size: int, kwargs: dict[str, Any], classes: int = 0) -> nn.Module:
     """timm's model as timm builds it, with weights large enough that every block matters.
 
     Frozen as the teacher is: torch picks another order of summation where a weight could need a gradient.
     """
     torch.manual_seed(7)
-    model = timm.create_model(name, num_classes=0, img_size=image_size, **SMALL, **kwargs).eval()
+    model = timm.create_model(name, num_classes=classes, img_size=image_size, **SMALL, **kwargs).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.requires_grad_(False)
@@ -70,7 +70,8 @@ def test_features_are_timms_at_every_block(name, image_size, kwargs, tmp_path):
     assert len(swept) == SMALL["depth"]
     for block in range(1, SMALL["depth"] + 1):
         teacher.retarget(block)
-        patch, cls = teacher.features(images)
+        patch, cls, logits = teacher.features(images)
+        assert logits is None
         expected, prefix = timm_features(model, images, block)
         assert torch.equal(patch, expected)
         assert torch.equal(patch, swept[block - 1].patch)
@@ -80,6 +81,30 @@ def test_features_are_timms_at_every_block(name, image_size, kwargs, tmp_path):
             assert torch.equal(cls, prefix[:, 0])
             assert torch.equal(cls, swept[block - 1].cls)
     assert not torch.allclose(swept[0].patch, swept[1].patch, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "kwargs"),
+    [*FAMILIES, ("vit_medium_patch16_gap_240", 48, {}), ("deit3_small_patch16_224", 48, {"global_pool": "avg"})],
+)
+def test_logits_are_timms_and_come_with_the_last_block_only(name, image_size, kwargs, tmp_path):
+    """Pooled tokens, normed before or after, attention pooling, two heads, CaiT's class attention: all as timm's."""
+    model = reference_model(name, image_size, kwargs, classes=5)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    config = TeacherConfig(model=name, kwargs=SMALL | kwargs, weights=str(tmp_path / "weights.safetensors"))
+    teacher = build_teacher(config, image_size, torch.device("cpu"), classes=5)
+    without = build_teacher(config, image_size, torch.device("cpu"))
+    assert teacher.spec == without.spec
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+    swept = list(teacher.sweep(images))
+    for block in range(1, SMALL["depth"] + 1):
+        teacher.retarget(block)
+        without.retarget(block)
+        found, bare = teacher.features(images), without.features(images)
+        assert torch.equal(found.patch, bare.patch) and bare.logits is None
+        assert (found.logits is not None) == (swept[block - 1].logits is not None) == (block == SMALL["depth"])
+    assert torch.equal(found.logits, model(images)) and torch.equal(swept[-1].logits, found.logits)
+    assert found.logits.std() > 0.1
 
 
 @pytest.mark.parametrize(

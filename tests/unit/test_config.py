@@ -53,6 +53,9 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("teacher.stages=0", ["teacher.stages=0", "at least 1"]),
         ("teacher.microbatches=0", ["teacher.microbatches=0", "at least 1"]),
         ("resume=/no/such/checkpoint", ["resume=/no/such/checkpoint", "auto or none"]),
+        ("student.num_classes=-1", ["student.num_classes=-1", "negative"]),
+        ("student.remedy=lifted", ["student.remedy='lifted'", "none", "lift", "wide_last"]),
+        ("objective.head=pool", ["objective.head='pool'", "linear", "none", "pooled", "or null"]),
         ("engine.deepspeed.optimizer.type=Adam", ["engine.deepspeed.optimizer", "optim.name"]),
         ("engine.deepspeed.zero_optimization.stage=2", ["engine.deepspeed.zero_optimization.stage", "zero_stage"]),
     ],
@@ -73,6 +76,12 @@ def test_combinations_that_cannot_be() -> None:
         UserError, match=r"placement=pipelined with curriculum.mode=all_layers: .*=sharded or replicated"
     ):
         load(None, [*NEEDED, "teacher.placement=pipelined", "curriculum.mode=all_layers"])
+    with pytest.raises(UserError, match=r"objective.head=pooled with student.remedy=lift: the widths are equal"):
+        load(None, [*NEEDED, "objective.head=pooled", "student.remedy=lift"])
+    with pytest.raises(UserError, match=r"reset_head=true with objective.head=none: there is no head to reset"):
+        load(None, [*NEEDED, "curriculum.reset_head=true", "student.remedy=lift"])
+    with pytest.raises(UserError, match=r"remedy=wide_last with curriculum.mode=all_layers: the blocks before"):
+        load(None, [*NEEDED, "curriculum.mode=all_layers", "student.remedy=wide_last"])
     with pytest.raises(UserError, match=r"teacher.memory_budget=-1.0: must be above 0"):
         load(None, [*NEEDED, "teacher.placement=auto", "teacher.memory_budget=-1"])
     for stage in (1, 2, 3):

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from test_data_loader import ALONE, SIZE, config, flat, write
 
 from leap_dist.config import DataConfig
-from leap_dist.data import BadSamples, build_eval_loader, build_train_loader, mixup, resolve
+from leap_dist.data import BadSamples, build_eval_loader, build_train_loader, draw_mix, resolve
 from leap_dist.data.faults import BadSample
 from leap_dist.distributed import World
 from leap_dist.errors import UserError
@@ -43,10 +43,8 @@ def read(data: DataConfig, world: World, *, accumulation: int = 1, starts: Seque
         steps = [[] for _ in range(start, len(loader) // accumulation)]
         for index, batch in enumerate(loader.epoch(epoch, start * accumulation)):
             step = index // accumulation
-            mixed = mixup(
-                batch.images.float(), batch.positions, global_batch=data.global_batch, group_size=data.mixup_group,
-                generator=torch.Generator().manual_seed(1000 * epoch + start + step),
-            )  # fmt: skip
+            generator = torch.Generator().manual_seed(1000 * epoch + start + step)
+            mixed = draw_mix(data, batch.positions, generator).images(batch.images.float())
             rows = zip(batch.ids.tolist(), map(checksum, batch.images), map(checksum, mixed), strict=True)
             steps[step] += [list(row) for row in rows]
         runs.append(steps)
@@ -68,6 +66,7 @@ def fault(folder: str, world: World) -> str:
 
 
 STARTS = ((0, 0), (1, 0), (1, 3), (0, 2))
+DEIT = {"augment": "deit", "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
 EVERY_START = ((0, 0), (1, 0), *((epoch, step) for epoch in (0, 1) for step in range(1, 4)))
 
 
@@ -80,6 +79,7 @@ def run_together(world: World, folder: Path) -> dict[str, Any]:
     ledger.share()
     return {
         "train": {workers: read(mixed(folder, workers=workers), world, starts=STARTS) for workers in (0, 2)},
+        "deit": read(mixed(folder, workers=2, **DEIT), world, starts=STARTS),
         "eval": [batch.ids.tolist() for batch in evaluation],
         "fault": fault(str(folder / "broken"), world),
         "digits": [digits.train, digits.val],
@@ -176,6 +176,8 @@ def test_two_ranks_see_what_one_sees(pair: tuple[Path, list[dict[str, Any]]]) ->
     assert len({pixels for step in alone[:8] for _, pixels, _ in step}) > 100, "hardly augmented"
     for workers in ("0", "2"):
         assert together([rank["train"][workers] for rank in ranks]) == alone
+    deit = together([read(mixed(folder, **DEIT), ALONE, starts=STARTS)])
+    assert together([rank["deit"] for rank in ranks]) == deit != alone
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import random
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import create_transform
 
 from leap_dist.config import DataConfig
+from leap_dist.data.chance import seeded
 from leap_dist.data.colours import Crops, recolour
 from leap_dist.data.transforms import Transform, Whole, eval_transform, sample_stream, train_transform
 
@@ -37,8 +40,8 @@ def ramps(height: int, width: int) -> torch.Tensor:
 
 
 def run(transform: Transform, image: torch.Tensor, *key: int) -> torch.Tensor | Crops:
-    random = sample_stream(*key)
-    return transform.finish(transform.decode(png(image), random), random)
+    stream = sample_stream(*key)
+    return transform.finish(transform.decode(png(image), stream), stream)
 
 
 def draws(transform: Transform, image: torch.Tensor, count: int) -> torch.Tensor:
@@ -102,3 +105,32 @@ def test_a_stream_depends_on_every_part_of_the_key_and_on_nothing_else() -> None
     assert len(values) == 16 * len(keys)
     assert draw(3, 2, 1) == draw(3, 2, 1)
     assert torch.equal(torch.get_rng_state(), torch_state) and (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_deit_is_timms_recipe_with_draws_of_the_sample_alone() -> None:
+    """Bit for bit what timm's transform makes of the same image, and the same whatever was drawn before.
+
+    But for one image in 60, whose magnitude timm would cap at 10: none of these 40, and the last that is made here.
+    """
+    options = DataConfig(train="unused", augment="deit", image_size=24, crop_scale=(0.3, 0.9))
+    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    timms = create_transform(
+        24, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", re_prob=0.25,
+        re_mode="pixel", color_jitter=0.3, scale=(0.3, 0.9), mean=options.mean, std=options.std,
+    )  # fmt: skip
+    outputs = []
+    for i in range(40):
+        with seeded(int(sample_stream(3, 1, i).integers(2**63))):
+            expected = timms(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        with seeded(i):
+            random_state, numpy_state = random.getstate(), np.random.get_state()[1].copy()
+            torch_state = torch.get_rng_state()
+            outputs.append(run(train_transform(options, CUDA if i % 2 else CPU), image, 3, 1, i))
+            assert random.getstate() == random_state and (np.random.get_state()[1] == numpy_state).all()
+            assert torch.equal(torch.get_rng_state(), torch_state)
+        assert outputs[-1].dtype == torch.float32 and torch.equal(outputs[-1], expected)
+    assert len({output.sum().item() for output in outputs}) == 40
+    # What is erased is normal noise: beyond anything that white or black pixels become.
+    beyond = [output.abs().amax() > 2.7 for output in outputs]
+    assert 3 < sum(beyond) < 20
+    assert run(train_transform(options, CPU), image, 3, 1, 374).isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from test_backbone import FAMILIES, SMALL
 from torch.nn.functional import linear, mse_loss
@@ -17,7 +18,6 @@ from leap_dist.flops import (
     match_flops,
     moments_flops,
     step_flops,
-    student_flops,
     student_step_flops,
     teacher_flops,
 )
@@ -90,6 +90,16 @@ def test_every_family_equals_the_closed_form(name: str, image_size: int, kwargs:
     assert flops.blocks == pytest.approx((flops.attention[0] + 2 * tokens * sum(matrices),) * 3, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["deit_small_patch16_224", "deit_small_distilled_patch16_224", "cait_s24_224"])
+def test_the_whole_teacher_with_its_classifier_is_timms_forward(name: str) -> None:
+    flops = teacher_flops(TeacherConfig(model=name, kwargs=SMALL), 48, classes=10)
+    model = timm.create_model(name, img_size=48, num_classes=10, device="meta", **SMALL).eval()
+    with torch.no_grad():
+        assert flops.upto(3) == counted(lambda: model(torch.empty(1, 3, 48, 48, device="meta")))
+    assert flops.classifier > 0
+    assert flops.upto(2) == teacher_flops(TeacherConfig(model=name, kwargs=SMALL), 48).upto(2)
+
+
 def test_vit_g_has_the_published_cost() -> None:
     """299 GMAC an image at 224 pixels, 7.48 a block; a block is about 2.5 % of the teacher."""
     flops = teacher_flops(TeacherConfig(model="vit_giant_patch14_dinov2"), 224)
@@ -100,8 +110,8 @@ def test_vit_g_has_the_published_cost() -> None:
 
 @pytest.mark.parametrize(("kwargs", "gmac"), [({}, 6.1), ({"embed_dim": 192, "num_heads": 3}, 1.7)])
 def test_students_have_the_published_cost(kwargs: dict, gmac: float) -> None:
-    flops = student_flops(StudentConfig(model="vit_small_patch14_dinov2", kwargs=kwargs), 224)
-    assert flops / 2e9 == pytest.approx(gmac, abs=0.05)
+    flops = student_step_flops(StudentConfig(model="vit_small_patch14_dinov2", kwargs=kwargs), 224)
+    assert flops.forward / 2e9 == pytest.approx(gmac, abs=0.05)
 
 
 def test_backward_is_twice_forward_but_for_the_images() -> None:
@@ -154,3 +164,23 @@ def test_a_step_has_a_head_per_target_and_a_score_of_its_metric() -> None:
     layers = step_flops(configured("curriculum.mode=all_layers"))
     assert (layers.match, layers.evidence) == (3 * one.match, 3 * one.evidence)
     assert layers.teacher == one.teacher
+
+
+@pytest.mark.parametrize("remedy", ["none", "lift", "wide_last"])
+def test_a_remedys_work_equals_the_closed_form(remedy: str) -> None:
+    """DeiT-Tiny at 224 pixels to CaiT-S24's 384 channels, from the widths."""
+    narrow, wide = (attention_flops(197, width) + mlp_flops(197, width, 4 * width) for width in (192, 384))
+    blocks = {"none": 12 * narrow, "lift": 12 * narrow, "wide_last": 11 * narrow + wide}[remedy]
+    projection = 0 if remedy == "none" else 2 * 197 * 192 * 384
+    found = student_step_flops(StudentConfig(model="deit_tiny_patch16_224", remedy=remedy), 224, 384)
+    assert found.forward == 2 * 196 * 768 * 192 + blocks + projection
+
+
+def test_matching_without_a_projection_costs_the_moments_only() -> None:
+    lifted = step_flops(configured("student.remedy=lift"))
+    assert (lifted.match, lifted.evidence, lifted.cka) == (0, 2 * 4 * 3 * 48**2, 0)
+    pooled = step_flops(configured("objective.head=pooled"))
+    assert (pooled.match, pooled.evidence, pooled.cka) == (0, 2 * 4 * 3 * 24**2, 0)
+    assert step_flops(configured("objective.head=pooled", "curriculum.metric=cosine")).evidence == 0
+    projected = step_flops(configured("student.remedy=lift", "objective.head=linear"))
+    assert projected.match == 6 * 5 * 48 * 48

@@ -110,6 +110,22 @@ def test_random_weights_depend_on_nothing_and_disturb_nothing():
     assert first["blocks.0.attn.qkv.weight"].std() > 0
 
 
+@pytest.mark.parametrize("found", [0, 7])
+def test_weights_without_the_wanted_classifier_are_refused(found, state, tmp_path):
+    head = {"head.weight": torch.zeros(found, 32), "head.bias": torch.zeros(found)} if found else {}
+    save_file(state | head, tmp_path / "weights.safetensors")
+    config = TeacherConfig(model=MODEL, kwargs=KWARGS, weights=str(tmp_path / "weights.safetensors"))
+    has = "a classifier of 7 classes" if found else "no classifier"
+    with pytest.raises(UserError, match=rf"it has {has}; objective.kd_alpha needs one of student.num_classes=10"):
+        LazyBackbone(config, SIZE, torch.device("cpu"), classes=10)
+
+
+def test_hub_weights_without_a_classifier_are_refused_before_they_are_fetched(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    with pytest.raises(UserError, match=r"hub: vit_small_patch14_dinov2 has no classifier"):
+        LazyBackbone(TeacherConfig(model="vit_small_patch14_dinov2"), SIZE, torch.device("cpu"), classes=10)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

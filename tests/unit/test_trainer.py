@@ -70,10 +70,12 @@ def test_calibration_starts_at_the_highest_score_and_costs_one_full_pass(tmp_pat
     assert trainer.costs.teacher_saved == pytest.approx(1 - (DEPTH + 3 * 2) / (3 * DEPTH))
 
 
-def test_a_resumed_run_does_not_calibrate_and_continues_to_the_same_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("remedy", ["none", "lift", "wide_last"])
+def test_a_resumed_run_does_not_calibrate_and_continues_to_the_same_end(remedy: str, tmp_path: Path) -> None:
     """Defect B2 of the published code: curriculum state and weights came from different moments."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     overrides = ["curriculum.threshold=0.3", "curriculum.start=null", "checkpoint.every_steps=1", "epochs=3"]
+    overrides.append(f"student.remedy={remedy}")
     uncut = run(stub_trainer(stub_config(whole, *overrides)))
     cut = stub_trainer(stub_config(halves, *overrides))
     cut.loader.epoch = dies_at(cut.loader, epoch=1, index=2)
@@ -116,7 +118,7 @@ def test_the_score_at_the_last_block_is_only_computed_when_shown(tmp_path: Path)
     trainer = stub_trainer(config)
     asked = []
     forward = trainer.engine.module.forward
-    trainer.engine.module.forward = lambda images, targets, scored: (
+    trainer.engine.module.forward = lambda images, targets, scored, labels: (
         asked.append(scored),
         forward(images, targets, scored),
     )[1]

@@ -1,0 +1,52 @@
+"""Configuration: dataclasses merged by OmegaConf, checked before anything is built.
+
+Imports no torch, so a mistyped key is reported in well under a second.
+"""
+
+from leap_dist.config.loading import describe, differences, flat, load, merge, option_fields, to_yaml
+from leap_dist.config.options import (
+    DEMO_TEACHER,
+    DIGITS,
+    HUB,
+    RANDOM,
+    CheckpointConfig,
+    Config,
+    CurriculumConfig,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+    TelemetryConfig,
+    is_remote,
+    matching_head,
+)
+
+__all__ = [
+    "DEMO_TEACHER",
+    "DIGITS",
+    "HUB",
+    "RANDOM",
+    "CheckpointConfig",
+    "Config",
+    "CurriculumConfig",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TelemetryConfig",
+    "describe",
+    "differences",
+    "flat",
+    "is_remote",
+    "load",
+    "matching_head",
+    "merge",
+    "option_fields",
+    "to_yaml",
+]

@@ -1,0 +1,230 @@
+"""Checks of a whole config that need no model, no data and no process group."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from leap_dist.config.options import (
+    DEMO_TEACHER,
+    DIGITS,
+    HUB,
+    RANDOM,
+    Config,
+    CurriculumConfig,
+    TelemetryConfig,
+    is_remote,
+    matching_head,
+)
+
+OWNED_BY_ENGINE = {
+    "train_batch_size": "data.global_batch",
+    "train_micro_batch_size_per_gpu": "data.global_batch",
+    "gradient_accumulation_steps": "engine.accumulation",
+    "gradient_clipping": "engine.clip",
+    "optimizer": "optim.name",
+    "scheduler": "optim.on_advance",
+    "fp16": "engine.precision",
+    "bf16": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "zero_optimization.stage": "engine.zero_stage",
+}
+
+
+def problems(config: Config) -> list[str]:
+    """Every impossible value or combination, one line each."""
+    return [
+        *_range_problems(config),
+        *_curriculum_problems(config.curriculum),
+        *_matching_problems(config),
+        *_label_problems(config),
+        *_placement_problems(config),
+        *_engine_problems(config),
+        *_telemetry_problems(config.telemetry),
+        *_path_problems(config),
+    ]
+
+
+def _range_problems(config: Config) -> list[str]:
+    data, optim, evaluation = config.data, config.optim, config.evaluation
+    at_least_one = {
+        "epochs": config.epochs,
+        "data.image_size": data.image_size,
+        "data.global_batch": data.global_batch,
+        "data.canonical_nodes": data.canonical_nodes,
+        "data.timeout_s": data.timeout_s,
+        "data.mixup_group": data.mixup_group,
+        "curriculum.max_epochs_per_block": config.curriculum.max_epochs_per_block,
+        "teacher.stages": 1 if config.teacher.stages is None else config.teacher.stages,
+        "teacher.microbatches": config.teacher.microbatches,
+        "engine.accumulation": config.engine.accumulation,
+        "checkpoint.keep": config.checkpoint.keep,
+        "telemetry.every": config.telemetry.every,
+        "evaluation.knn_k": evaluation.knn_k,
+        "evaluation.probe_epochs": evaluation.probe_epochs,
+        "evaluation.max_train_images": 1 if evaluation.max_train_images is None else evaluation.max_train_images,
+        "optim.batch_reference": 1 if optim.batch_reference is None else optim.batch_reference,
+    }
+    at_least_zero = {
+        "seed": config.seed,
+        "student.num_classes": config.student.num_classes,
+        "data.workers": data.workers,
+        "data.predownload": data.predownload,
+        "data.cutmix_alpha": data.cutmix_alpha,
+        "objective.cls_weight": config.objective.cls_weight,
+        "objective.feature_weight": config.objective.feature_weight,
+        "optim.weight_decay": optim.weight_decay,
+        "optim.warmup_epochs": optim.warmup_epochs,
+        "engine.clip": config.engine.clip,
+        "engine.silence_s": config.engine.silence_s,
+        "checkpoint.every_epochs": config.checkpoint.every_epochs,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+    }
+    above_zero = {
+        "data.mixup_alpha": data.mixup_alpha,
+        "objective.kd_tau": config.objective.kd_tau,
+        "data.std": min(data.std),
+        "optim.lr": optim.lr,
+        "evaluation.probe_lr": evaluation.probe_lr,
+    }
+    fractions = {
+        "objective.kd_alpha": config.objective.kd_alpha,
+        "objective.label_smoothing": config.objective.label_smoothing,
+        "data.max_bad_fraction": data.max_bad_fraction,
+        "optim.final_lr_fraction": optim.final_lr_fraction,
+        "optim.momentum": optim.momentum,
+    }
+    low, high = data.crop_scale
+    betas_hold = all(0 <= beta < 1 for beta in optim.betas)
+    return [
+        *(f"{key}={value}: must be at least 1" for key, value in at_least_one.items() if not value >= 1),
+        *(f"{key}={value}: must not be negative" for key, value in at_least_zero.items() if not 0 <= value < math.inf),
+        *(f"{key}={value}: must be above 0" for key, value in above_zero.items() if not 0 < value < math.inf),
+        *(f"{key}={value}: must be between 0 and 1" for key, value in fractions.items() if not 0 <= value <= 1),
+        *([] if config.seed < 2**32 else [f"seed={config.seed}: must be below 2**32"]),
+        *([] if betas_hold else [f"optim.betas={list(optim.betas)}: each must be in [0, 1)"]),
+        *([] if 0 < low <= high <= 1 else [f"data.crop_scale=[{low}, {high}]: must satisfy 0 < low <= high <= 1"]),
+    ]
+
+
+def _curriculum_problems(curriculum: CurriculumConfig) -> list[str]:
+    problems = []
+    if curriculum.block is not None and curriculum.mode != "fixed":
+        problems.append(f"curriculum.block={curriculum.block}: only used with curriculum.mode=fixed")
+    if curriculum.start is not None and curriculum.mode != "leap":
+        problems.append(f"curriculum.start={curriculum.start}: only used with curriculum.mode=leap")
+    if curriculum.snap_to_last_at is not None and curriculum.mode != "leap":
+        problems.append(f"curriculum.snap_to_last_at={curriculum.snap_to_last_at}: only used with curriculum.mode=leap")
+    if curriculum.replay is not None and curriculum.mode != "leap":
+        problems.append(f"curriculum.replay={curriculum.replay}: only used with curriculum.mode=leap")
+    if not 0 < curriculum.ema_alpha <= 1:
+        problems.append(f"curriculum.ema_alpha={curriculum.ema_alpha}: must be in (0, 1]")
+    if not math.isfinite(curriculum.threshold):
+        problems.append(f"curriculum.threshold={curriculum.threshold}: must be a finite number")
+    return problems
+
+
+def _matching_problems(config: Config) -> list[str]:
+    remedy, head = config.student.remedy, matching_head(config.objective, config.student.remedy)
+    problems = []
+    if head == "pooled" and remedy != "none":
+        problems.append(f"objective.head=pooled with student.remedy={remedy}: the widths are equal; use none or linear")
+    if head != "linear" and config.curriculum.reset_head:
+        problems.append(f"curriculum.reset_head=true with objective.head={head}: there is no head to reset")
+    if remedy == "wide_last" and config.curriculum.mode == "all_layers":
+        problems.append(
+            "student.remedy=wide_last with curriculum.mode=all_layers: the blocks before the last have another width"
+        )
+    return problems
+
+
+def _label_problems(config: Config) -> list[str]:
+    objective, problems = config.objective, []
+    if config.data.cutmix_alpha and not config.data.mixup:
+        problems.append(f"data.cutmix_alpha={config.data.cutmix_alpha}: only used with data.mixup=true")
+    for key, value in (("kd_alpha", objective.kd_alpha), ("label_smoothing", objective.label_smoothing)):
+        if value and not config.student.num_classes:
+            problems.append(f"objective.{key}={value}: needs a classifier; set student.num_classes")
+    if not objective.feature_weight and not (objective.kd_alpha and config.curriculum.mode == "fixed"):
+        problems.append(
+            "objective.feature_weight=0: nothing would train what the curriculum scores; it may be 0 in soft "
+            "distillation alone, with curriculum.mode=fixed and objective.kd_alpha above 0"
+        )
+    return problems
+
+
+def _telemetry_problems(telemetry: TelemetryConfig) -> list[str]:
+    problems = []
+    if telemetry.profile_steps is not None:
+        first, last = telemetry.profile_steps
+        if not 0 <= first <= last:
+            problems.append(f"telemetry.profile_steps=[{first}, {last}]: must satisfy 0 <= first <= last")
+    if telemetry.peak_tflops is not None and not 0 < telemetry.peak_tflops < math.inf:
+        problems.append(f"telemetry.peak_tflops={telemetry.peak_tflops}: must be above 0")
+    return problems
+
+
+def _placement_problems(config: Config) -> list[str]:
+    teacher, mode = config.teacher, config.curriculum.mode
+    problems = []
+    if (teacher.memory_budget is None) == (teacher.placement == "auto"):
+        problems.append(
+            f"teacher.memory_budget={teacher.memory_budget} with teacher.placement={teacher.placement}: "
+            "auto needs it, the others do not use it"
+        )
+    elif teacher.memory_budget is not None and not 0 < teacher.memory_budget < math.inf:
+        problems.append(f"teacher.memory_budget={teacher.memory_budget}: must be above 0")
+    if teacher.placement in ("pipelined", "auto") and mode == "all_layers":
+        problems.append(
+            f"teacher.placement={teacher.placement} with curriculum.mode=all_layers: only a pipeline's last stage "
+            "gives features; use teacher.placement=sharded or replicated"
+        )
+    return problems
+
+
+def _engine_problems(config: Config) -> list[str]:
+    problems = []
+    for key, ours in OWNED_BY_ENGINE.items():
+        node: Any = config.engine.deepspeed
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is not None:
+            problems.append(f"engine.deepspeed.{key}: set {ours} instead")
+    if config.optim.name == "lars" and config.engine.zero_stage > 0:
+        problems.append(
+            f"optim.name=lars with engine.zero_stage={config.engine.zero_stage}: ZeRO flattens and splits the weights, "
+            "which makes LARS' per-layer trust ratios wrong; use engine.zero_stage=0 or optim.name=adamw"
+        )
+    if config.engine.precision == "fp16" and config.engine.zero_stage > 0:
+        problems.append(
+            f"engine.precision=fp16 with engine.zero_stage={config.engine.zero_stage}: DeepSpeed 0.19 clips these "
+            "gradients before it takes the loss scale off them; use engine.precision=bf16 or engine.zero_stage=0"
+        )
+    if config.data.global_batch % config.engine.accumulation:
+        problems.append(
+            f"data.global_batch={config.data.global_batch}: must be a multiple of "
+            f"engine.accumulation={config.engine.accumulation}"
+        )
+    return problems
+
+
+def _path_problems(config: Config) -> list[str]:
+    problems = []
+    for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
+        if source is None or source == DIGITS:
+            continue
+        if is_remote(source) and config.data.cache is None:
+            problems.append(f"{key}={source}: a remote source needs data.cache, a local folder for its shards")
+        if not is_remote(source) and not Path(source).is_dir():
+            problems.append(f"{key}={source}: no such folder (nor '{DIGITS}', nor a remote URI)")
+    if config.teacher.weights not in (HUB, RANDOM, DEMO_TEACHER) and not Path(config.teacher.weights).is_file():
+        problems.append(
+            f"teacher.weights={config.teacher.weights}: no such file (nor {HUB}, {RANDOM} or {DEMO_TEACHER})"
+        )
+    replay = config.curriculum.replay
+    if replay is not None and not Path(replay).is_file():
+        problems.append(f"curriculum.replay={replay}: no such file")
+    if config.resume not in ("auto", "none") and not Path(config.resume).is_dir():
+        problems.append(f"resume={config.resume}: no such checkpoint folder (nor auto or none)")
+    return problems

@@ -1,0 +1,198 @@
+"""From a YAML and the command line to a checked config, and back to text."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Optional, TypeVar
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from leap_dist.config.checks import problems
+from leap_dist.config.options import Config
+from leap_dist.errors import UserError
+
+_T = TypeVar("_T")
+# What may change between the two halves of one run: where things are and how they are watched, not what is computed.
+OPERATIONAL = (
+    "output", "resume", "checkpoint.", "telemetry.", "evaluation.", "data.train", "data.val", "data.cache",
+    "data.cache_limit", "data.predownload", "data.workers", "data.timeout_s", "data.validate_hash",
+    "data.max_bad_fraction", "teacher.weights",
+    "teacher.placement", "teacher.stages", "teacher.microbatches", "teacher.rebalance", "teacher.memory_budget",
+    "engine.silence_s",
+)  # fmt: skip
+
+
+def load(path: Optional[Path], overrides: list[str], check: bool = True) -> Config:
+    """Merge defaults, the YAML at `path` and ``section.key=value`` overrides, in that order, and check the result.
+
+    A YAML may build on another: ``base: other.yaml``, relative to itself.
+    check=False skips what depends on this moment's files, to read the config of an earlier run.
+
+    Raises:
+        UserError: unknown key, wrong type, missing value or impossible combination; one line that names it.
+    """
+    resolved = merge(Config, path, overrides)
+    for problem in problems(resolved) if check else []:
+        raise UserError(problem)
+    return resolved
+
+
+def merge(schema: type[_T], path: Optional[Path], overrides: list[str]) -> _T:
+    """What `load` does for any dataclass of options, but for the checks. UserError likewise."""
+    config, known = OmegaConf.structured(schema), option_fields(schema)
+    for source, layer in (*_yaml_layers(path), *_override_layers(overrides)):
+        for key, value in _leaves(layer, known):
+            _require_known(key, source, list(known))
+            try:
+                config = OmegaConf.merge(config, _nested(key, value))
+            except OmegaConfBaseException:
+                raise UserError(f"{key}={value!r} ({source}): expected {_expected(known[key])}") from None
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} is required: {known[missing[0]].metadata['doc']}")
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise UserError(str(error).splitlines()[0]) from None
+
+
+def _yaml_layers(path: Optional[Path], seen: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
+    """The YAML at `path`, after the one its `base` names (relative to it), if any."""
+    if path is None:
+        return []
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    if path.resolve() in seen:
+        raise UserError(f"--config {path}: is its own base")
+    try:
+        layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # yaml has no common base for what a broken file raises
+        raise UserError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(layer, dict):
+        raise UserError(f"--config {path}: expected a mapping of sections")
+    base = layer.pop("base", None)
+    base_layers = [] if base is None else _yaml_layers(path.parent / str(base), (*seen, path.resolve()))
+    return [*base_layers, (str(path), layer)]
+
+
+def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
+    layers = []
+    for text in overrides:
+        if "=" not in text:
+            raise UserError(f"{text!r}: expected section.key=value")
+        try:
+            layers.append(("command line", OmegaConf.to_container(OmegaConf.from_dotlist([text]))))
+        except Exception as error:
+            raise UserError(f"{text!r}: {str(error).splitlines()[0]}") from None
+    return layers
+
+
+def option_fields(owner: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every leaf option by its dotted key."""
+    found: dict[str, dataclasses.Field] = {}
+    for option in dataclasses.fields(owner):
+        section = option.default_factory if "doc" not in option.metadata else None
+        if section is not None:
+            found |= option_fields(section, f"{prefix}{option.name}.")
+        else:
+            found[prefix + option.name] = option
+    return found
+
+
+def _leaves(layer: Any, known: Collection[str], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of a nested mapping, stopping at options that are mappings themselves."""
+    leaves = []
+    for name, value in layer.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in known:
+            leaves += _leaves(value, known, f"{key}.") if value else [(key, value)]
+        else:
+            leaves.append((key, value))
+    return leaves
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """``a.b``, v -> ``{a: {b: v}}``."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _require_known(key: str, source: str, known: list[str]) -> None:
+    if key in known:
+        return
+    sections = {name.split(".")[0] for name in known if "." in name}
+    if key in sections:
+        raise UserError(f"{key} ({source}): is a section; set one of its keys, e.g. {_nearest(key + '.', known)}")
+    raise UserError(f"{key} ({source}): unknown key; did you mean {_nearest(key, known)}?")
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    by_name = {name.split(".")[-1]: name for name in known}
+    close = difflib.get_close_matches(key, known, 1, 0.6) or [
+        by_name[name] for name in difflib.get_close_matches(key.split(".")[-1], by_name, 1, 0.6)
+    ]
+    return close[0] if close else difflib.get_close_matches(key, known, 1, 0.0)[0]
+
+
+def _expected(option: dataclasses.Field) -> str:
+    """What a value of this option must be, in words, from its annotation."""
+    words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+    words["tuple[int, int]"] = "two whole numbers"
+    annotation = str(option.type)
+    optional = annotation.startswith("Optional[")
+    annotation = annotation.removeprefix("Optional[").removesuffix("]") if optional else annotation
+    if annotation.startswith("Literal"):
+        text = "one of " + annotation.removeprefix("Literal[").removesuffix("]").replace('"', "")
+    else:
+        text = words.get(annotation, annotation)
+    return f"{text} or null" if optional else text
+
+
+def to_yaml(config: Any) -> str:
+    """A resolved config, of any schema, as YAML that `merge` takes back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Dotted key -> value, of any schema."""
+    values = {}
+    for key in option_fields(type(config)):
+        node: Any = config
+        for part in key.split("."):
+            node = getattr(node, part)
+        values[key] = node
+    return values
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """Keys whose change would make the continued run another run, as ``key: old -> new``."""
+    before, after = flat(old), flat(new)
+    return [
+        f"{key}: {before[key]} -> {after[key]}"
+        for key in before
+        if before[key] != after[key] and not key.startswith(OPERATIONAL)
+    ]
+
+
+def describe(schema: type = Config) -> str:
+    """All options with their defaults, by section: the body of ``--help``."""
+    lines, section = [], None
+    for key, option in option_fields(schema).items():
+        owner = key.rpartition(".")[0]
+        if owner != section:
+            section = owner
+            lines.append(f"\n{section or 'run'}:")
+        lines.append(f"  {key + '=' + _shown_default(option):<44} {option.metadata['doc']}")
+    return "\n".join(lines)
+
+
+def _shown_default(option: dataclasses.Field) -> str:
+    default = option.default_factory() if option.default is dataclasses.MISSING else option.default
+    if default == MISSING:
+        return "(required)"
+    return "null" if default is None else str(default)
