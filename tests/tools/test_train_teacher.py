@@ -14,7 +14,7 @@ import pytest
 import train_teacher
 
 SMALL = [
-    "data.train=digits", "data.val=digits", "data.image_size=32", "data.global_batch=100", "data.workers=0",
+    "data.train=digits", "data.val=digits", "data.image_size=32", "data.global_batch=80", "data.workers=0",
     "kwargs={patch_size: 16, embed_dim: 16, depth: 2, num_heads: 1}", "evaluate_every=1", "data.augment=crop",
     "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]",
 ]  # fmt: skip
