@@ -34,13 +34,13 @@ def deepspeed_config(config: EngineConfig, micro_batch_size: int, load_universal
 
     Mixed precision is torch autocast over fp32 weights (as LEAP trained), not DeepSpeed's fp16/bf16 sections: those
     flatten the weights into one tensor even at stage 0, which would make LARS' per-layer trust ratios wrong.
-    Clipping is always explicit: left out, DeepSpeed 0.19 clips at 1.0.
+    Clipping is always explicit: left out, DeepSpeed 0.19 clips at 1.0. Where `_clips_in_step` it is off.
     load_universal: what this engine loads will be a universal checkpoint.
     """
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.clip,
+        "gradient_clipping": 0.0 if _clips_in_step(config) else config.clip,
         "zero_optimization": {"stage": config.zero_stage},
         "checkpoint": {"load_universal": load_universal},
         "steps_per_print": 10**9,  # the progress bar reports
@@ -48,6 +48,24 @@ def deepspeed_config(config: EngineConfig, micro_batch_size: int, load_universal
     if config.precision != "fp32":
         generated["torch_autocast"] = {"enabled": True, "dtype": AUTOCAST_DTYPES[config.precision]}
     return _merged(generated, config.deepspeed)
+
+
+def _clips_in_step(config: EngineConfig) -> bool:
+    """Whether gradients are clipped at the beginning of the optimizer's step rather than by DeepSpeed.
+
+    Without ZeRO DeepSpeed takes each parameter's norm and scales it by itself: 13 ms of 1500 for ViT-T on a CPU, where
+    torch takes 2.5. fp16 is left to it, which unscales first.
+    """
+    return config.zero_stage == 0 and config.precision != "fp16" and config.clip > 0
+
+
+def _clip_before_steps(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    optimizer.register_step_pre_hook(clip)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +93,8 @@ def build_engine(
     import deepspeed
 
     settings = deepspeed_config(config.engine, micro_batch_size, load_universal)
+    if _clips_in_step(config.engine):
+        _clip_before_steps(optimizer, config.engine.clip)
     try:
         engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)[0]
     except (ValueError, AssertionError, TypeError) as error:  # pydantic's ValidationError is a ValueError

@@ -35,7 +35,7 @@ class CkaEvidence:
 
     def score(self, reduction: str, ranks: int, summed: Summed = sum_over_ranks) -> Tensor:
         """Linear CKA of the global batch (`exact`), or the mean of the ranks' own CKAs (`mean`, as LEAP; biased)."""
-        if reduction == "exact":
+        if reduction == "exact" and ranks > 1:
             return alignment.linear_cka(alignment.merge_over_ranks(self.moments, summed), self.weight)
         return summed(alignment.linear_cka(self.moments, self.weight)) / ranks
 

@@ -51,7 +51,7 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
 
 
 def load_student(path: Path, device: torch.device) -> Student:
-    """The exported student, ready to extract features."""
+    """The exported student, or a teacher of `tools/train_teacher.py`, ready to extract features."""
     about = json.loads(path.with_suffix(".json").read_text())
     student = assemble(Recipe(**{key.name: about[key.name] for key in fields(Recipe) if key.name in about}))
     student.backbone.load_state_dict(load_file(path))

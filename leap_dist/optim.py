@@ -58,7 +58,7 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optim
         {"params": undecayed, "weight_decay": 0.0},
     ]
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=torch.cuda.is_available())
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     groups[0]["always_adapt"] = True  # timm's default drops the trust ratio at weight_decay=0
     return Lars(groups, lr=config.lr, momentum=config.momentum, trust_coeff=config.trust_coefficient, eps=1e-8)
 

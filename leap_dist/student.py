@@ -125,7 +125,7 @@ def assemble(recipe: Recipe) -> Student:
     if recipe.remedy == "wide_last":
         wide = timm.create_model(recipe.model, pretrained=False, **recipe.kwargs | recipe.wide)
         model.blocks[-1] = nn.Sequential(*_widening(model.embed_dim, recipe.width), wide.blocks[-1])
-        model.norm, model.fc_norm, model.head = wide.norm, wide.fc_norm, wide.head
+        model.norm, model.fc_norm, model.attn_pool, model.head = wide.norm, wide.fc_norm, wide.attn_pool, wide.head
     return Student(model, recipe)
 
 
@@ -142,7 +142,7 @@ def uniform_control(config: StudentConfig, image_size: int, width: int) -> Stude
     def uniform(embed_dim: int) -> StudentConfig:
         return replace(config, remedy="none", kwargs={**config.kwargs, "embed_dim": embed_dim})
 
-    heads = outline(config.model, config.kwargs, image_size, side="student").blocks[-1].attn.num_heads
+    heads = _heads(outline(config.model, config.kwargs, image_size, side="student"), config)
     wanted, widths = parameters(config), range(heads, width + heads, heads)
     above = bisect_left(widths, wanted, key=lambda embed_dim: parameters(uniform(embed_dim)))
     nearest = min(widths[max(0, above - 1) : above + 1], key=lambda w: abs(parameters(uniform(w)) - wanted))
@@ -168,15 +168,25 @@ def _remedied(recipe: Recipe, config: StudentConfig, model: nn.Module, width: Op
         if taken := _LIFT_KWARGS.keys() & config.kwargs.keys():
             raise UserError(f"{what}: student.kwargs must not set {sorted(taken)}; the mean lifted patch is classified")
         return Recipe(recipe.model, recipe.kwargs | _LIFT_KWARGS, config.remedy, width)
-    heads, rest = divmod(width * model.blocks[-1].attn.num_heads, model.embed_dim)
+    head_width = model.embed_dim // _heads(model, config)
+    heads, rest = divmod(width, head_width)
     if rest:
         raise UserError(
-            f"{what}: the teacher's {width} channels are no multiple of "
-            f"{model.embed_dim // model.blocks[-1].attn.num_heads}, the width of a head of student.model={config.model}"
+            f"{what}: the teacher's {width} channels are no multiple of {head_width}, the width of a head of "
+            f"student.model={config.model}"
         )
     # Two blocks: timm's drop-path rates rise from 0 at the first block to the configured rate at the last.
     wide = {"embed_dim": width, "num_heads": heads, "depth": 2}
     return Recipe(recipe.model, recipe.kwargs, config.remedy, width, wide)
+
+
+def _heads(model: nn.Module, config: StudentConfig) -> int:
+    """Attention heads of a block."""
+    attention = getattr(model.blocks[-1], "attn", None)
+    if attention is None:
+        kind = type(model.blocks[-1]).__name__
+        raise UserError(f"student.model={config.model}: a {kind} has no one attention whose heads could be widened")
+    return attention.num_heads
 
 
 def _check_classifier(config: StudentConfig, model: nn.Module) -> None:

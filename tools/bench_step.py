@@ -6,12 +6,12 @@ python tools/bench_step.py --config launch_configs/leap_vitg14_vits14_imagenet1k
     optim.name=adamw engine.precision=bf16                     ViT-g/14 -> ViT-S/14 at 224 px in bf16, on a GPU
 
 ours   the trainer's own step, images on hand: decision on the step before, mixup, teacher, student, projector and loss,
-       CKA, DeepSpeed engine (ZeRO 0, clipping, AdamW), telemetry on and writing.
+       CKA, DeepSpeed engine (ZeRO 0, clipping, fused AdamW), telemetry on and writing.
 ideal  timm's teacher cut after the block, and its final norm, without gradients; timm's student forward and backward
-       from a fixed gradient of its tokens; nothing else. With the optimizer (AdamW over the student) and without it.
+       from a fixed gradient of its tokens; nothing else. With the optimizer (fused AdamW over the student) and without.
 plain  what the published LEAP code does, in plain PyTorch: mixup, the same cut teacher, nn.Linear, mean((P-T)^2), the
        same on the class token, CKA of the projected tokens by its three products and a number on the host in every
-       step, clipping, AdamW.
+       step, clipping, torch.optim.AdamW's default.
 
 All three take the same images and start from the same weights, in turns; medians of ratios of the same round. On CPU
 one thread, and the process' own time: what else runs on the machine disturbs it less.
@@ -49,7 +49,7 @@ from _steps import (
 from torch import Tensor, nn
 
 from leap_dist.backbone import DTYPES, build_model
-from leap_dist.config import Config
+from leap_dist.config import Config, OptimConfig
 from leap_dist.distributed import World, initialise, shutdown
 from leap_dist.errors import UserError
 from leap_dist.objective import Objective
@@ -157,7 +157,7 @@ class Plain:
     def __init__(self, config: Config, teacher: CutTeacher, student: nn.Module, head: nn.Linear, images: Tensor):
         self.config, self.teacher, self.images = config, teacher, images
         self.model = nn.ModuleDict({"student": student, "head": head})
-        self.optimizer = build_optimizer(config.optim, self.model)
+        self.optimizer = plain_optimizer(config.optim, self.model)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.ema = 0.0
 
@@ -193,6 +193,15 @@ class Plain:
         if self.config.objective.cls_weight:
             loss = loss + self.config.objective.cls_weight * F.mse_loss(projected[:, 0].float(), target[:, 0].float())
         return loss, three_product_cka(patch.detach(), target_patch)
+
+
+def plain_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """The run's groups; AdamW as torch gives it to who asks for nothing, which on a CPU is not the fused one."""
+    optimizer = build_optimizer(config, module)
+    if config.name != "adamw":
+        return optimizer
+    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
 def three_product_cka(x: Tensor, y: Tensor) -> float:

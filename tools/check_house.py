@@ -38,7 +38,7 @@ LAYERS = [
     {"student"},
     {"alignment", "backbone", "losses", "planning"},
     {"distributed", "features", "files", "timing"},
-    {"config"},
+    {"allocator", "config"},
     {"errors"},
 ]
 # Files that may import from torch.distributed, and what. The pipeline's sends are torch's, inside its schedule.

@@ -3,6 +3,7 @@
 Imports no torch, so a mistyped key is reported in well under a second.
 """
 
+from leap_dist.config.checks import problems
 from leap_dist.config.loading import describe, differences, flat, load, merge, option_fields, to_yaml
 from leap_dist.config.options import (
     DEMO_TEACHER,
@@ -48,5 +49,6 @@ __all__ = [
     "matching_head",
     "merge",
     "option_fields",
+    "problems",
     "to_yaml",
 ]

@@ -16,6 +16,7 @@ from leap_dist.config.options import Config
 from leap_dist.errors import UserError
 
 _T = TypeVar("_T")
+
 # What may change between the two halves of one run: where things are and how they are watched, not what is computed.
 OPERATIONAL = (
     "output", "resume", "checkpoint.", "telemetry.", "evaluation.", "data.train", "data.val", "data.cache",
@@ -54,6 +55,10 @@ def merge(schema: type[_T], path: Optional[Path], overrides: list[str]) -> _T:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]} is required: {known[missing[0]].metadata['doc']}")
+    return _to_object(config)
+
+
+def _to_object(config: Any) -> Any:
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere

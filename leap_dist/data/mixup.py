@@ -64,7 +64,7 @@ class Mix(NamedTuple):
         return self._blended(labels)
 
     def _blended(self, values: Tensor) -> Tensor:
-        return torch.lerp(values[self._rows_on(values)], values, self.lam)
+        return values.index_select(0, self._rows_on(values)).lerp_(values, self.lam)
 
     def _rows_on(self, values: Tensor) -> Tensor:
         # A copy from pageable memory may make the host wait for the stream.

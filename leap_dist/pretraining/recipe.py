@@ -19,8 +19,8 @@ from leap_dist.config import (
     TeacherConfig,
     differences,
     merge,
+    problems,
 )
-from leap_dist.config.checks import problems
 from leap_dist.errors import UserError
 
 

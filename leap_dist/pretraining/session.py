@@ -72,6 +72,17 @@ class Session:
         if self.step - self._looked_at >= LOSS_STEPS:
             self.look_at_loss()
 
+    def look_at_loss(self) -> None:
+        """Wait for the device and note the loss; UserError if it is not finite."""
+        steps = self.step - self._looked_at
+        if steps == 0:
+            return
+        self.loss = self._losses.item() / steps
+        if not math.isfinite(self.loss):
+            raise UserError(f"the loss is not finite by step {self.step}; try a lower optim.lr or clip")
+        self._losses.zero_()
+        self._looked_at = self.step
+
     def is_save_due(self) -> bool:
         """Whether `save_minutes` have passed since the last checkpoint."""
         return time.monotonic() - self._saved_at > 60 * self.recipe.save_minutes
@@ -124,17 +135,6 @@ class Session:
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
-    def look_at_loss(self) -> None:
-        """Wait for the device and note the loss; UserError if it is not finite."""
-        steps = self.step - self._looked_at
-        if steps == 0:
-            return
-        self.loss = self._losses.item() / steps
-        if not math.isfinite(self.loss):
-            raise UserError(f"the loss is not finite by step {self.step}; try a lower optim.lr or clip")
-        self._losses.zero_()
-        self._looked_at = self.step
-
 
 def token_loss(logits: Tensor, targets: Tensor, prefix: int) -> Tensor:
     """Cross-entropy, one half for the class token, one for the mean patch, which kNN and probe look at.
@@ -146,8 +146,11 @@ def token_loss(logits: Tensor, targets: Tensor, prefix: int) -> Tensor:
 
 
 def _unfuse_attention(model: nn.Module) -> None:
-    """torch 2.15's CPU kernel of the fused attention takes half of a bf16 step in its backward: 75 against 133 images
-    per core-second (12 blocks of width 192, 65 tokens; fp32: 54 and 57)."""
+    """Let timm's attention be products and a softmax.
+
+    torch 2.15's fused attention on a CPU takes half of a bf16 step in its backward: 75 against 133 images per
+    core-second (12 blocks of width 192, 65 tokens; fp32: 54 and 57).
+    """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from leap_dist import allocator
 from leap_dist.backbone import DTYPES, Backbone, split
 from leap_dist.config import TeacherConfig
 from leap_dist.teacher.weights import Weights, build_skeleton, open_weights
@@ -48,7 +48,7 @@ class LazyBackbone:
             self._drop(index)
         if unwanted:
             gc.collect()  # a parameter that ZeRO has split refers to itself
-            _call_libc("malloc_trim", 0)  # the smaller tensors of glibc's heaps
+            allocator.trim()
         for index in sorted(wanted):
             self.load(index)
 
@@ -111,23 +111,6 @@ class LazyBackbone:
         if self.device.type == "cuda":
             return {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return tensors
-
-
-def return_freed_memory() -> None:
-    """Have this process' large tensors on the host leave memory when they are freed, where the C library is glibc.
-
-    Left alone, glibc takes tensors of up to 32 MiB from heaps that it keeps when they are freed: of a 300 M-parameter
-    teacher split over two ranks (579 MiB each), ranks held 0.7 to 2.1 GiB after four passes, and 0.6 GiB after this.
-    """
-    mmap_threshold, size = -3, 4 * 2**20  # M_MMAP_THRESHOLD of malloc.h
-    _call_libc("mallopt", mmap_threshold, size)
-
-
-def _call_libc(name: str, *arguments: int) -> None:
-    """Call a function that only glibc has; nothing elsewhere."""
-    function = getattr(ctypes.CDLL(None), name, None)
-    if function is not None:
-        function(*arguments)
 
 
 def _inside(name: str) -> str:

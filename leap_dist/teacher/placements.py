@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
+from leap_dist.allocator import return_freed_memory
 from leap_dist.config import TeacherConfig
 from leap_dist.distributed import World, build_pipeline
 from leap_dist.features import Features
 from leap_dist.flops import TeacherFlops, teacher_costs
 from leap_dist.planning import GIB, Choice, choose, pipeline_size
 from leap_dist.teacher.home import Home
-from leap_dist.teacher.lazy import LazyBackbone, return_freed_memory
+from leap_dist.teacher.lazy import LazyBackbone
 from leap_dist.teacher.pipelined import PipelinedTeacher
 from leap_dist.teacher.replicated import ReplicatedTeacher
 from leap_dist.teacher.sharded import ShardedTeacher

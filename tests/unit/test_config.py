@@ -151,6 +151,26 @@ def test_the_published_settings_are_the_launched_ones() -> None:
             assert differences(leap, base) == ["curriculum.mode: leap -> fixed"]
 
 
+def test_the_published_supervised_pair_is_the_launched_one() -> None:
+    """Alpha 0.9, w 0.2, last block to last block, 300 epochs, DeiT's recipe; three students."""
+    names = ("baseline", "lift", "wide_last", "leap", "leap_lift", "leap_wide_last")
+    baseline, lift, wide, leap, leap_lift, leap_wide = (
+        load(ROOT / f"launch_configs/{name}_caits24_deittiny_imagenet1k.yaml", ["data.train=digits"]) for name in names
+    )
+    objective, optim = baseline.objective, baseline.optim
+    assert (objective.kd_alpha, objective.feature_weight, objective.label_smoothing) == (0.9, 0.2, 0.1)
+    assert (baseline.epochs, baseline.data.global_batch, optim.warmup_epochs) == (300, 2048, 5)
+    assert optim.lr == 5e-4 * 2048 / 512 and optim.lr * optim.final_lr_fraction == pytest.approx(1e-5)
+    assert (baseline.teacher_classes, baseline.curriculum.mode, baseline.curriculum.block) == (1000, "fixed", None)
+    for plain, remedied in (
+        (baseline, {"lift": lift, "wide_last": wide}),
+        (leap, {"lift": leap_lift, "wide_last": leap_wide}),
+    ):
+        for remedy, config in remedied.items():
+            head = f"objective.head: {plain.objective.head} -> none"
+            assert differences(plain, config) == [f"student.remedy: none -> {remedy}", head]
+
+
 def test_help_shows_every_option_with_its_default() -> None:
     text = describe()
     for key, option in option_fields().items():

@@ -100,6 +100,12 @@ def test_the_wide_last_block_keeps_the_last_drop_path_rate() -> None:
     assert rates(student("wide_last", drop_path_rate=0.3)) == pytest.approx(rates(student("none", drop_path_rate=0.3)))
 
 
+def test_attention_pooling_is_widened_with_the_last_block() -> None:
+    """What SigLIP's own forward gives is of the new width, though its features are matched before that pooling."""
+    built = student("wide_last", "vit_base_patch16_siglip_224")
+    assert built.backbone(IMAGES).shape == (2, WIDTH) and built(IMAGES).patch.shape == (2, 16, WIDTH)
+
+
 def vit_count(width: int, depth: int, tokens: int, classes: int) -> int:
     """Parameters of a DeiT: weights and biases of every matrix, two numbers per channel of every norm."""
     block = 12 * width**2 + 13 * width  # qkv, projection and two MLP matrices, their biases, two norms
@@ -150,6 +156,7 @@ def test_new_parts_start_as_timms_do_and_norms_do_not_decay() -> None:
         ({"model": "cait_xxs24_224", "remedy": "wide_last"}, "is a Cait; remedies take"),
         ({"model": "deit_tiny_distilled_patch16_224", "remedy": "lift"}, "is a VisionTransformerDistilled"),
         ({"remedy": "wide_last", "width": 31}, "31 channels are no multiple of 6"),
+        ({"model": "vit_small_patch16_18x2_224", "remedy": "wide_last"}, "a ParallelThingsBlock has no one attention"),
         ({"remedy": "lift", "global_pool": "token"}, "must not set ['global_pool']"),
         ({"model": "deit_tiny_distilled_patch16_224", "num_classes": 3}, "has no single classifier"),
         ({"model": "cait_xxs24_224", "num_classes": 3}, "has no single classifier"),

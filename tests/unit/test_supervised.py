@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,19 @@ import torch.nn.functional as F
 from stubs import DEPTH, StubTeacher, scalars, stub_config, stub_trainer
 from torch import Tensor
 
+from leap_dist.assembly import check_pair
 from leap_dist.config import ObjectiveConfig, StudentConfig, load
 from leap_dist.errors import UserError
 from leap_dist.features import Features
+from leap_dist.flops import step_flops, student_step_flops
 from leap_dist.heads import build_head
 from leap_dist.objective import Objective
 from leap_dist.student import build_student
+from leap_dist.teacher import describe_teacher
 
 SMALL = {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
 CLASSES = 5
+LAUNCHED = Path(__file__).resolve().parents[2] / "launch_configs"
 LABELS = ("student.num_classes=5", "objective.label_smoothing=0.1")
 
 
@@ -160,3 +165,23 @@ def test_distillation_alone_needs_a_fixed_target() -> None:
     assert load(None, needed).teacher_classes == 0
     with pytest.raises(UserError, match=r"curriculum\.mode=fixed"):
         load(None, [*needed, *alone])
+
+
+@pytest.mark.parametrize("name", ["baseline", "leap_lift", "leap_wide_last"])
+def test_the_launched_pair_fits_together(name: str) -> None:
+    """CaiT-S24 and DeiT-Tiny, without weights or memory; CaiT's class attention and classifier count at block 24."""
+    config = load(LAUNCHED / f"{name}_caits24_deittiny_imagenet1k.yaml", ["data.train=digits"])
+    check_pair(config, describe_teacher(config.teacher, 224))
+    flops = step_flops(config)
+    assert flops.teacher.upto(24) - flops.teacher.upto(23) == flops.teacher.blocks[23] + flops.teacher.classifier
+    assert flops.teacher.classifier > 2 * 384 * 1000
+    unlabelled = replace(config.student, num_classes=0)
+    extra = sum(flops.student) - sum(student_step_flops(unlabelled, 224, 384))
+    assert extra == 3 * 2 * 1000 * (192 if name == "baseline" else 384)  # the classifier, thrice
+
+
+def test_distillation_from_a_block_without_logits_is_refused() -> None:
+    path = LAUNCHED / "baseline_caits24_deittiny_imagenet1k.yaml"
+    config = load(path, ["data.train=digits", "curriculum.block=12"])
+    with pytest.raises(UserError, match=r"kd_alpha=0.9 with curriculum.block=12: .* last block only, which is 24"):
+        check_pair(config, describe_teacher(config.teacher, 224))
