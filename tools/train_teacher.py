@@ -30,9 +30,8 @@ def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
     shards.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="wins over the YAML")
     demo = commands.add_parser("demo", help="the demo's teacher", **raw)
     demo.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    demo.add_argument("--epochs", type=int, default=6)
-    demo.add_argument("--lr", type=float, default=1e-3)
-    demo.add_argument("--seed", type=int, default=0)
+    for option, kind in (("--epochs", int), ("--lr", float), ("--seed", int)):
+        demo.add_argument(option, type=kind, help="default: the demo's own")
     for command, run in ((shards, train_shards), (demo, train_demo)):
         command.set_defaults(run=run)
     return parser.parse_args(argv)
@@ -54,7 +53,8 @@ def train_demo(options: argparse.Namespace) -> None:
     """The recipe of the demo, once."""
     from leap_dist.pretraining.demo import TeacherTraining, train_teacher
 
-    accuracy = train_teacher(TeacherTraining(epochs=options.epochs, lr=options.lr, seed=options.seed), options.out)
+    given = {key: getattr(options, key) for key in ("epochs", "lr", "seed") if getattr(options, key) is not None}
+    accuracy = train_teacher(TeacherTraining(**given), options.out)
     print(f"{options.out}: validation accuracy {accuracy:.1%}")
 
 

@@ -13,6 +13,9 @@ import analyze
 import pytest
 import train_teacher
 
+from leap_dist.pretraining import demo
+from leap_dist.pretraining.demo import TeacherTraining
+
 SMALL = [
     "data.train=digits", "data.val=digits", "data.image_size=32", "data.global_batch=80", "data.workers=0",
     "kwargs={patch_size: 16, embed_dim: 16, depth: 2, num_heads: 1}", "evaluate_every=1", "data.augment=crop",
@@ -65,6 +68,14 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert train_teacher.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"train_teacher: error: {message}") and error.count("\n") == 1
+
+
+def test_the_demo_is_told_only_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(demo, "train_teacher", lambda config, out: asked.append((config, out)) or 0.5)
+    for arguments in ([], ["--epochs", "2", "--seed", "0"]):
+        assert train_teacher.main(["demo", "--out", str(tmp_path / "t.safetensors"), *arguments]) == 0
+    assert asked == [(c, tmp_path / "t.safetensors") for c in (TeacherTraining(), TeacherTraining(epochs=2))]
 
 
 def test_help_shows_the_recipe_with_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
