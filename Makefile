@@ -18,8 +18,9 @@ demo: setup  ## distil a student on handwritten digits: minutes on two CPU cores
 	rm -rf runs/demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(DEMO_PROCESSES) leap_dist/train.py
 
-test: setup  ## everything but the slow tests
-	$(BIN)/python -m pytest -q -m "not slow"
+test: setup  ## everything but the slow tests: those of one process two at a time, then those of several
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --ignore tests/distributed
+	$(BIN)/python -m pytest -q -m "not slow" tests/distributed
 
 test-slow: setup  ## the slow tests only
 	$(BIN)/python -m pytest -q -m slow

@@ -34,7 +34,6 @@ from leap_dist.pretraining.initial import initialise
 from leap_dist.pretraining.recipe import InitialWeights
 from leap_dist.telemetry import bar_interval
 
-CLASSES = 10
 WEIGHTS = "teacher.safetensors"
 
 
@@ -46,6 +45,7 @@ class TeacherTraining(InitialWeights):
     kwargs: dict[str, Any] = field(
         default_factory=lambda: {"patch_size": 4, "embed_dim": 96, "depth": 12, "num_heads": 3, "mlp_ratio": 2}
     )
+    classes: int = 10
     image_size: int = 32
     crop_scale: tuple[float, float] = (0.65, 1.0)
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -61,8 +61,8 @@ class TeacherTraining(InitialWeights):
 def train_teacher(config: TeacherTraining, out: Path) -> float:
     """Train on the digits' training split and write `out` (safetensors) and, last, a .json of the same stem beside it.
 
-    The file holds the backbone alone, as timm.create_model(model, img_size=image_size, num_classes=0, **kwargs) takes
-    it. Returns the accuracy of the class token on the validation split, 0 to 1. The caller's random state is kept.
+    The file holds what timm.create_model(model, img_size=image_size, num_classes=classes, **kwargs) takes.
+    Returns the accuracy of the class token on the validation split, 0 to 1. The caller's random state is kept.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng():
@@ -70,7 +70,7 @@ def train_teacher(config: TeacherTraining, out: Path) -> float:
         model = _initial_model(config).to(device)
         _fit(model, config, device)
     accuracy = _accuracy(model, config, device)
-    state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("head.")}
+    state = {key: value.cpu() for key, value in model.state_dict().items()}
     write_whole(out, lambda partial: save_file(state, partial))
     write_json(_record(out), {"recipe": _plain(config), "val_accuracy": accuracy})
     return accuracy
@@ -106,7 +106,7 @@ def _initial_model(config: TeacherTraining) -> nn.Module:
     model = timm.create_model(
         config.model,
         img_size=config.image_size,
-        num_classes=CLASSES,
+        num_classes=config.classes,
         global_pool="token",
         **config.kwargs,
     )

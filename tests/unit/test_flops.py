@@ -93,7 +93,7 @@ def test_every_family_equals_the_closed_form(name: str, image_size: int, kwargs:
 @pytest.mark.parametrize("name", ["deit_small_patch16_224", "deit_small_distilled_patch16_224", "cait_s24_224"])
 def test_the_whole_teacher_with_its_classifier_is_timms_forward(name: str) -> None:
     flops = teacher_flops(TeacherConfig(model=name, kwargs=SMALL), 48, classes=10)
-    model = timm.create_model(name, img_size=48, num_classes=10, device="meta", **SMALL).eval()
+    model = timm.create_model(name, img_size=48, num_classes=10, device="meta", **SMALL).eval().requires_grad_(False)
     with torch.no_grad():
         assert flops.upto(3) == counted(lambda: model(torch.empty(1, 3, 48, 48, device="meta")))
     assert flops.classifier > 0

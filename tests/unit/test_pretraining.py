@@ -29,9 +29,9 @@ def test_it_learns_the_digits(trained: tuple[Path, float]) -> None:
     assert trained[1] > 0.5  # chance is 0.1
 
 
-def test_file_is_a_timm_backbone(trained: tuple[Path, float]) -> None:
-    backbone = timm.create_model(TINY.model, img_size=32, num_classes=0, **TINY.kwargs)
-    backbone.load_state_dict(load_file(trained[0]))
+def test_file_is_a_timm_model(trained: tuple[Path, float]) -> None:
+    model = timm.create_model(TINY.model, img_size=32, num_classes=10, **TINY.kwargs)
+    model.load_state_dict(load_file(trained[0]))
     assert [path.name for path in sorted(trained[0].parent.iterdir())] == ["tiny.json", "tiny.safetensors"]
 
 
