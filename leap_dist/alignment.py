@@ -46,7 +46,7 @@ def linear_cka(moments: Moments, weight: Optional[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def linear_cka_of_features(x: Tensor, y: Tensor) -> Tensor:
-    """Linear CKA of x (N, Dx) and y (N, Dy) by its definition, three products. 0-d float64; for checks."""
+    """Linear CKA of x (N, Dx) and y (N, Dy) by its definition, three products. 0-d float64."""
     x, y = x.double(), y.double()
     x, y = x - x.mean(0), y - y.mean(0)
     cross, norm_x, norm_y = (torch.linalg.matrix_norm(a.T @ b) for a, b in ((y, x), (x, x), (y, y)))

@@ -28,6 +28,7 @@ from leap_dist.student import Student, build_student
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
 from leap_dist.timing import PhaseTimer
 from leap_dist.trainer import Parts, Trainer
+from leap_dist.validation import Validation
 
 BAD_SAMPLES = "bad_samples.jsonl"  # in the run folder
 
@@ -78,6 +79,7 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
         coordinator=Coordinator(curriculum, world, schedule, timer),
         checkpoints=checkpoints,
         timer=timer,
+        validation=Validation(replace(config, data=data), world),
     )
     trainer = Trainer(config, world, parts)
     if resume is not None:

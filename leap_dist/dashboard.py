@@ -10,11 +10,18 @@ from leap_dist.timing import PHASES
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "progress": {
         "loss": ["Multiline", ["loss/total", "loss/patch", "loss/cls", "loss/ce", "loss/kd"]],
+        "accuracy of the student": ["Multiline", ["evaluation/knn"]],
         "learning rate": ["Multiline", ["^lr$"]],
     },
     "curriculum": {
         "target block": ["Multiline", ["curriculum/block$"]],
         "score and its average": ["Multiline", ["curriculum/cka", "curriculum/cosine", "curriculum/ema"]],
+    },
+    "spectra": {
+        "dimensions of an image's tokens at 90 % energy": ["Multiline", ["spectra/.*/dims_90$"]],
+        "dimensions of an image's tokens at 99 % energy": ["Multiline", ["spectra/.*/dims_99$"]],
+        "effective rank of an image's tokens": ["Multiline", ["spectra/.*/effective_rank$"]],
+        "share of channel frequencies with 90 % energy": ["Multiline", ["spectra/.*/sep_90$"]],
     },
     "speed": {
         "images per second": ["Multiline", ["images_per_s"]],
@@ -38,14 +45,23 @@ CARDS = {
 **loss/total** is what is minimised: **loss/patch** (error of the projected patch tokens against those of the target
 block) plus `objective.cls_weight` times **loss/cls**; with a classifier, `objective.feature_weight` times that, plus
 **loss/ce** (cross-entropy with the labels) and, from the last block on, **loss/kd** (soft distillation). It *jumps at
-every advance*: the target has changed. Losses on different blocks are not comparable; compare runs by accuracy at the
-end.
+every advance*: the target has changed. Losses on different blocks are not comparable; compare runs by accuracy: with
+`evaluation.every_epochs` **evaluation/knn** is the student's by nearest neighbours, on `evaluation.quick_images` images
+of each set.
 """,
     "curriculum": """
 **curriculum/block** is the teacher block that is imitated, 1 the shallowest. **curriculum/cka** (or **cosine**) is how
 alike student and target are on the step's own batch, 0 to 1; **curriculum/ema** is its running average after the
 decision, so it falls to 0 at an advance. The block moves on when the average reaches `curriculum.threshold`, or after
 `curriculum.max_epochs_per_block` epochs. `curriculum.jsonl` in the run folder has every decision with its reason.
+""",
+    "spectra": """
+With `telemetry.spectra_every`, of four images: **spectra/student/...** are the student's tokens as they meet the head,
+**spectra/target/...** those of the target block, so these *jump at an advance*. **dims_80** to **dims_99**: the fewest
+directions that hold that share of the energy of one image's tokens about their mean. **effective_rank** counts
+directions without a threshold. **sep_50**, **sep_90**: the share of a token's channel frequencies below which half, or
+90 %, of its energy lies; 0.5 and 0.9 mean evenly spread. A student whose numbers stay below its target's cannot say all
+that the target says. `docs/analysis.md` explains them; `tools/analyze.py` measures them over a whole set.
 """,
     "speed": """
 **images_per_s** counts wall time between two points, all ranks together. **time/...** are seconds per step on rank 0,

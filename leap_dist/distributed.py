@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leap_dist.allocator import keep_freed_memory
 from leap_dist.errors import UserError
 
 _T = TypeVar("_T")
@@ -69,7 +68,6 @@ def initialise(timeout: timedelta = timedelta(minutes=30)) -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-        keep_freed_memory()
         # Ranks of one host share its cores; more threads than cores cost 2-3x in a ViT forward.
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))

@@ -80,7 +80,8 @@ class Objective(nn.Module):
         terms, evidence = self._feature_terms(views, targets, with_evidence)
         loss = config.feature_weight * (terms["patch"] + config.cls_weight * terms["cls"])
         if labels is not None:
-            supervised = self._supervised_terms(self.student.classify(views[-1]), labels, targets[-1].logits)
+            logits = self.student.classify(views[-1])
+            supervised = self._supervised_terms(logits, labels, targets[-1].logits)
             alpha = config.kd_alpha if "kd" in supervised else 0.0
             loss = loss + (1 - alpha) * supervised["ce"] + alpha * supervised.get("kd", 0.0)
             terms |= supervised
@@ -99,10 +100,8 @@ class Objective(nn.Module):
             if self.config.cls_weight:
                 cls_losses.append(head(view.cls, target.cls)[0])
         patch = torch.stack(patch_losses).mean()
-        return {
-            "patch": patch,
-            "cls": torch.stack(cls_losses).mean() if cls_losses else torch.zeros_like(patch),
-        }, evidence
+        cls = torch.stack(cls_losses).mean() if cls_losses else torch.zeros_like(patch)
+        return {"patch": patch, "cls": cls}, evidence
 
     def _supervised_terms(self, logits: Tensor, labels: Tensor, teacher_logits: Optional[Tensor]) -> dict[str, Tensor]:
         terms = {"ce": F.cross_entropy(logits.float(), labels)}

@@ -30,15 +30,18 @@ from leap_dist.distributed import World, sum_over_ranks
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features
 from leap_dist.flops import StepFlops
+from leap_dist.latch import Latch
 from leap_dist.ledger import Ledger
 from leap_dist.lookahead import Lookahead, MicroBatch, Work
 from leap_dist.objective import Match
 from leap_dist.optim import lr_factor, peak_lr
 from leap_dist.profiling import ProfilerWindow
 from leap_dist.reset import reset_heads
+from leap_dist.spectroscope import Spectroscope
 from leap_dist.teacher import Teacher
 from leap_dist.telemetry import Telemetry, memory_bytes
 from leap_dist.timing import PhaseTimer
+from leap_dist.validation import Validation
 
 MIXUP, DROPOUT, HEAD = range(3)  # streams of random numbers
 CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x 40 blocks are 2 GB in fp32
@@ -49,7 +52,7 @@ class Progress:
     """Where the run is; saved in every checkpoint.
 
     trajectory: (first step, block) of every target block so far. next_block: the next step's, where its work has begun
-    (`leap_dist.lookahead`).
+    (`leap_dist.lookahead`). validations: lines of `leap_dist.validation`.
     """
 
     step: int = 0
@@ -57,30 +60,12 @@ class Progress:
     step_in_epoch: int = 0
     trajectory: list[tuple[int, int]] = field(default_factory=list)
     next_block: Optional[int] = None
+    validations: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def advanced_at(self) -> Optional[int]:
         """First step on the current block, if there was an advance."""
         return self.trajectory[-1][0] if len(self.trajectory) > 1 else None
-
-
-class Latch:
-    """Scalars on their way from the device to the host: copied without waiting, read when they are needed."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._ready: Optional[torch.cuda.Event] = None
-        if values.is_cuda:
-            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._host.copy_(values, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
-        else:
-            self._host = values
-
-    def read(self) -> list[float]:
-        if self._ready is not None:
-            self._ready.synchronize()
-        return self._host.tolist()
 
 
 class Pending(NamedTuple):
@@ -122,6 +107,7 @@ class Parts:
     coordinator: Coordinator
     checkpoints: Checkpoints
     timer: PhaseTimer
+    validation: Validation
 
 
 class Trainer:
@@ -138,6 +124,7 @@ class Trainer:
         self.coordinator = parts.coordinator
         self.curriculum = parts.coordinator.curriculum
         self.checkpoints = parts.checkpoints
+        self.validation = parts.validation
         self.accumulation = config.engine.accumulation
         self.steps_per_epoch = len(parts.loader) // self.accumulation
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -147,6 +134,7 @@ class Trainer:
             self.timer.watch(head, "match")
         self.accountant = Accountant(config, parts.flops, world.size, configured_peaks(config, world.device))
         self.profiler = ProfilerWindow(config, world, self.timer, parts.teacher.blocks)
+        self.spectroscope = Spectroscope(config, world, parts.engine.module.heads[-1])
         self.lookahead = Lookahead(parts.teacher, self._work, world.device, ahead=config.teacher.prefetch > 0)
         self.progress = Progress()
         self.costs = Costs()
@@ -182,6 +170,7 @@ class Trainer:
         self._clock_zero = time.perf_counter() - self.costs.seconds
         self.accountant.begin(self.progress.step, self.costs)
         if self.progress.step:
+            self._validate()
             self._save()
         with Interrupt() as interrupt:
             while self.progress.epoch < self.config.epochs and not self.stopping:
@@ -217,6 +206,7 @@ class Trainer:
             self._record(self.progress.step - 1, target, math.nan, advanced=True)
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
+        self._validate()
         if self._is_save_due(self.progress.epoch, self.config.checkpoint.every_epochs):
             self._save()
 
@@ -259,6 +249,7 @@ class Trainer:
         self._enter(work.block)
         torch.manual_seed(self._seed(DROPOUT, self.world.rank))  # drop path and dropout: the same after a resume
         lr = self._set_lr()
+        self.spectroscope.before(self.progress.step)
         scored, evidence, losses = self._wants_score(), None, []
         for index, (images, targets, labels) in enumerate(work.micro_batches):
             with self.timer.phase("student.forward"):
@@ -455,6 +446,7 @@ class Trainer:
             "teacher FLOPs saved": f"{self.costs.teacher_saved:.0%}",
         }
         self.telemetry.step(shown)
+        self.telemetry.points(pending.step, self.spectroscope.scalars())
         if not self.telemetry.is_due(pending.step):
             return
         scalars = {
@@ -470,6 +462,34 @@ class Trainer:
         known = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
         self.ledger.flush()
         self.telemetry.points(pending.step, known | self.accountant.scalars(pending.step, pending.block, self.costs))
+
+    def _validate(self) -> None:
+        """Evaluate the student between two epochs, if that is due and not done; the run's clock stands. Collective."""
+        progress, costs = self.progress, self.costs
+        done = any(line["epoch"] == progress.epoch for line in progress.validations)
+        if done or self.stopping or progress.step_in_epoch or not self.validation.is_due(progress.epoch):
+            return
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        self._read_clocks()
+        begin = time.perf_counter()
+        knn = self.validation.knn(self.engine)
+        spent = time.perf_counter() - begin
+        self._clock_zero += spent
+        progress.validations.append(
+            {
+                "epoch": progress.epoch,
+                "step": progress.step,
+                "knn": knn,
+                "teacher_flops": costs.flops["teacher"],
+                "flops": costs.total_flops,
+                "seconds": costs.seconds,
+                "evaluation_seconds": spent,
+            }
+        )
+        if self.telemetry is not None:
+            self.validation.write(progress.validations)
+            self.telemetry.points(progress.step - 1, {"evaluation/knn": knn})
 
     def _read_clocks(self) -> None:
         """Bring the seconds of `costs` up to now."""

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from leap_dist.alignment import linear_cka_of_features
 from leap_dist.config import Config
-from leap_dist.data import build_eval_loader
-from leap_dist.distributed import World, collect_objects, gather_objects
+from leap_dist.distributed import World
 from leap_dist.engine import micro_batch
 from leap_dist.evaluation import evaluate
-from leap_dist.evaluation.features import FeatureSet, extract, in_step, merge
+from leap_dist.evaluation.features import FeatureSet
+from leap_dist.evaluation.held_out import HeldOut
 from leap_dist.export import export_student, load_student
 from leap_dist.files import write_json
-from leap_dist.student import Student
 from leap_dist.teacher import Teacher
 from leap_dist.telemetry import table
 from leap_dist.trainer import Trainer
 
-EVALUATION_BATCH = 64
 TIMED_PASSES = 5
 
 
@@ -35,24 +33,14 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
     exported = export_student(trainer.engine, config, world)
     if world.is_main:
         write_json(Path(config.output) / "summary.json", summary)  # whatever becomes of the evaluation
-    trainer.loader.close()  # streaming lets one dataset at a time use a cache folder
+    trainer.loader.close()  # its workers' memory is free for those of the evaluation
     if config.data.val is not None:
-        student = load_student(exported, world.device)
-        if config.student.num_classes:
-            summary |= _top1(student, config, world)
-        summary |= _accuracies("student", lambda images: student(images).patch.mean(1), config, world)
-        if config.evaluation.teacher:
-            trainer.teacher.retarget(trainer.teacher.spec.depth)
-            summary |= _accuracies("teacher", _pooled(trainer.teacher), config, world)
+        summary |= _evaluated(config, world, trainer, exported)
     if trainer.telemetry is not None:
         write_json(Path(config.output) / "summary.json", summary)
         trainer.telemetry.finish(summary, trainer.progress.trajectory, trainer.teacher.spec.depth)
         trainer.telemetry.say(_final_table(summary, config))
     return summary
-
-
-def _pooled(teacher: Teacher) -> Callable[[Tensor], Tensor]:
-    return lambda images: teacher.features(images).patch.float().mean(1)
 
 
 def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
@@ -129,34 +117,42 @@ def _seconds_by_depth(teacher: Teacher, images: Tensor, blocks: set[int]) -> dic
     return medians
 
 
-def _accuracies(who: str, model: Callable[[Tensor], Tensor], config: Config, world: World) -> dict[str, float]:
-    """kNN and linear probe on average-pooled patch tokens of the held-out shards."""
-    assert config.data.val is not None
-    train = _outputs(model, config.data.train, config, world, config.evaluation.max_train_images)
-    val = _outputs(model, config.data.val, config, world)
-    if train is None or val is None:
+def _evaluated(config: Config, world: World, trainer: Trainer, exported: Path) -> dict[str, float]:
+    """Accuracies of student and teacher on the held-out images, and how alike their features are. Collective.
+
+    student_teacher_cka: linear CKA of what is judged, average-pooled patch tokens of the held-out images; biased upward
+    by about width / images.
+    """
+    held_out = HeldOut(config, world, config.evaluation.max_train_images, None)
+    student = load_student(exported, world.device)
+    ours = held_out.features(lambda images: student(images).patch.mean(1))
+    results = _accuracies("student", ours, config, world)
+    if config.student.num_classes:
+        results |= _top1(held_out.validation(lambda images: student.classify(student(images))))
+    if config.evaluation.teacher:
+        trainer.teacher.retarget(trainer.teacher.spec.depth)
+        theirs = held_out.features(lambda images: trainer.teacher.features(images).patch.float().mean(1))
+        results |= _accuracies("teacher", theirs, config, world)
+        if ours and theirs:
+            results["student_teacher_cka"] = linear_cka_of_features(ours[1].features, theirs[1].features).item()
+    return results
+
+
+def _top1(logits: Optional[FeatureSet]) -> dict[str, float]:
+    """Share of the held-out images that the student's own classifier gets right; empty on all ranks but 0."""
+    if logits is None:
         return {}
-    results = evaluate(train, val, config.evaluation, device=world.device, seed=config.seed)
+    return {"student_top1": (logits.features.argmax(1) == logits.labels).double().mean().item()}
+
+
+def _accuracies(
+    who: str, found: Optional[tuple[FeatureSet, FeatureSet]], config: Config, world: World
+) -> dict[str, float]:
+    """kNN and linear probe on features of both sets; empty where there are none, on all ranks but 0."""
+    if found is None:
+        return {}
+    results = evaluate(*found, config.evaluation, device=world.device, seed=config.seed)
     return {f"{who}_{name}": value for name, value in results.items()}
-
-
-def _top1(student: Student, config: Config, world: World) -> dict[str, float]:
-    """Share of the held-out shards that the student's own classifier gets right, 0 to 1."""
-    assert config.data.val is not None
-    val = _outputs(lambda images: student.classify(student(images)), config.data.val, config, world)
-    return {} if val is None else {"student_top1": (val.features.argmax(1) == val.labels).double().mean().item()}
-
-
-def _outputs(
-    model: Callable[[Tensor], Tensor], source: str, config: Config, world: World, limit: Optional[int] = None
-) -> Optional[FeatureSet]:
-    """What a model, perhaps a collective one, gives for each image of a source, on rank 0; None on the others."""
-    parts = config.teacher.microbatches
-    batch = -(-EVALUATION_BATCH // parts) * parts
-    loader = build_eval_loader(source, config.data, batch=batch, world=world, limit=limit)
-    batches = in_step(loader, batch, max(gather_objects(len(loader), world)))
-    shares = collect_objects(extract(model, batches, world.device), world)
-    return merge(shares) if world.is_main else None
 
 
 def _percent(value: Optional[float]) -> Optional[str]:
@@ -175,6 +171,7 @@ def _final_table(summary: dict[str, Any], config: Config) -> str:
             ("student linear probe", _percent(summary.get("student_probe"))),
             ("teacher kNN", _percent(summary.get("teacher_knn"))),
             ("teacher linear probe", _percent(summary.get("teacher_probe"))),
+            ("CKA of student and teacher", _decimals(summary.get("student_teacher_cka"))),
             ("target block at the end", f"{summary['final_block']} of {summary['teacher_depth']}"),
             ("optimizer steps", f"{summary['steps']} in {summary['train_seconds']:.1f} s"),
             ("images/s", f"{summary['images_per_s']:.0f}"),

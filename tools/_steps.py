@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leap_dist.allocator import keep_freed_memory
 from leap_dist.assembly import build_objective, check_pair
 from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config, load
@@ -32,6 +33,7 @@ from leap_dist.teacher.lazy import LazyBackbone
 from leap_dist.teacher.replicated import ReplicatedTeacher
 from leap_dist.timing import PhaseTimer
 from leap_dist.trainer import Parts, Trainer
+from leap_dist.validation import Validation
 
 STEPS_PER_EPOCH = 10**6
 # Instead of the run's own; overrides on the tool's command line come later and win.
@@ -133,6 +135,7 @@ def build_conducted(config: Config, world: World, teacher: ReplicatedTeacher, im
         coordinator=Coordinator(build_curriculum(config.curriculum, spec.depth), world, timer=timer),
         checkpoints=Checkpoints(config, world, num_samples=len(images)),
         timer=timer,
+        validation=Validation(config, world),
     )
     return Trainer(config, world, parts)
 
@@ -155,7 +158,9 @@ def aim(trainer: Trainer, teacher: ReplicatedTeacher, block: int) -> None:
 
 
 def held_teacher(config: Config, device: torch.device) -> tuple[LazyBackbone, HeldTeacher]:
-    """The whole teacher on the device, and the blocks it is made of."""
+    """The whole teacher on the device, and the blocks it is made of; the rest as `build_teacher` has it."""
+    if device.type == "cpu":
+        keep_freed_memory()
     lazy = LazyBackbone(config.teacher, config.data.image_size, device)
     return lazy, HeldTeacher(lazy)
 

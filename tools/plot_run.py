@@ -3,8 +3,9 @@
 python tools/plot_run.py runs/leap runs/baseline --out runs.png
 
 Reads of each run folder what is there: curriculum.jsonl (the ledger of decisions), TensorBoard (curriculum/block,
-curriculum/cka or curriculum/cosine, loss/total) and summary.json (accuracies of the student at the end). Without a
-ledger score and blocks are TensorBoard's, seconds are counted from its first point, and there are no FLOPs.
+curriculum/cka or curriculum/cosine, loss/total), evaluation.jsonl (kNN between epochs, `evaluation.every_epochs`) and
+summary.json (accuracies of the student at the end). Without a ledger score and blocks are TensorBoard's, seconds are
+counted from its first point, and there are no FLOPs. Runs of one name have one colour.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 
 from leap_dist.errors import UserError
 
-LEDGER, SUMMARY, BOARD = "curriculum.jsonl", "summary.json", "tensorboard"
+LEDGER, SUMMARY, BOARD, VALIDATION = "curriculum.jsonl", "summary.json", "tensorboard", "evaluation.jsonl"
 SCORES = ("curriculum/cka", "curriculum/cosine")
 AXES = {"step": "optimizer step", "flops": "teacher FLOPs spent", "seconds": "seconds"}
 ROWS = {"score": "score", "loss": "loss", "block": "target block", "accuracy": "accuracy of the student"}
@@ -39,8 +40,8 @@ class Series(NamedTuple):
 class Run:
     """What one run folder tells.
 
-    series: by the names of ROWS but accuracy; clocks: cumulative FLOPs and seconds by step, as far as they are known;
-    accuracies: of the finished student; missing: inputs that are not there, for the user.
+    series: by the names of ROWS, accuracy being kNN between epochs; clocks: cumulative FLOPs and seconds by step, as
+    far as they are known; accuracies: of the finished student; missing: inputs that are not there, for the user.
     """
 
     name: str
@@ -70,12 +71,14 @@ def read(folder: Path, name: str) -> Run:
     """The run in `folder`. UserError if there is none, or a file of it cannot be read."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    ledger, board, summary = _ledger(folder / LEDGER), _board(folder / BOARD), _summary(folder / SUMMARY)
+    ledger, board, summary = _lines(folder / LEDGER), _board(folder / BOARD), _summary(folder / SUMMARY)
+    validations = [{**line, "step": line["step"] - 1} for line in _lines(folder / VALIDATION)]  # done -> the last one
     series = {row: found for row, found in board.items() if row in ROWS}
     clocks = {"seconds": board["seconds"]} if "seconds" in board else {}
     if ledger:
         series |= {"score": _column(ledger, "score"), "block": _column(ledger, "block")}
         clocks = {"flops": _column(ledger, "teacher_flops"), "seconds": _column(ledger, "seconds")}
+    series["accuracy"] = _column(validations, "knn")
     series = {row: found for row, found in series.items() if len(found.steps)}
     if not series:
         raise UserError(f"{folder}: no run folder; it holds neither {LEDGER} nor TensorBoard points of a run")
@@ -90,7 +93,7 @@ def read(folder: Path, name: str) -> Run:
     )
 
 
-def _ledger(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
@@ -99,9 +102,9 @@ def _ledger(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not JSON lines ({error})") from None
 
 
-def _column(ledger: Sequence[dict[str, Any]], key: str) -> Series:
+def _column(lines: Sequence[dict[str, Any]], key: str) -> Series:
     """The numbers of a key by step, the last where a step has several."""
-    found = {line["step"]: line[key] for line in ledger if line.get(key) is not None}
+    found = {line["step"]: line[key] for line in lines if line.get(key) is not None}
     return Series(np.array(sorted(found)), np.array([float(found[step]) for step in sorted(found)]))
 
 
@@ -142,21 +145,26 @@ def draw(runs: Sequence[Run]) -> Any:
     """Figure: a row for each of ROWS that a run has, a column for each of AXES."""
     from matplotlib.figure import Figure
 
+    colors = _colors(runs)
     rows = [row for row in ROWS if any(row in run.series or (row == "accuracy" and run.accuracies) for run in runs)]
     figure = Figure(figsize=(13, 2.9 * len(rows) + 0.5), layout="constrained")
     grid = figure.subplots(len(rows), len(AXES), squeeze=False, sharex="col", sharey="row")
     for row, panels in zip(rows, grid, strict=True):
         for axis, panel in zip(AXES, panels, strict=True):
-            for color, run in enumerate(runs):
-                _draw_run(panel, run, row, axis, f"C{color}")
+            for run in runs:
+                _draw_run(panel, run, row, axis, colors[run.name])
             panel.grid(alpha=0.3)
         panels[0].set_ylabel(ROWS[row])
         if row == "loss":
             panels[0].set_yscale("log")
     for label, panel in zip(AXES.values(), grid[-1], strict=True):
         panel.set_xlabel(label)
-    _legend(figure, runs)
+    _legend(figure, runs, colors)
     return figure
+
+
+def _colors(runs: Sequence[Run]) -> dict[str, str]:
+    return {name: f"C{index}" for index, name in enumerate(dict.fromkeys(run.name for run in runs))}
 
 
 def _draw_run(panel: Any, run: Run, row: str, axis: str, color: str) -> None:
@@ -164,7 +172,7 @@ def _draw_run(panel: Any, run: Run, row: str, axis: str, color: str) -> None:
         end = run.along(axis, np.array([run.last_step]))
         for key, value in run.accuracies.items() if end is not None else ():
             panel.plot(end, [value], ACCURACIES[key][0], color=color)
-    elif row in run.series:
+    if row in run.series:
         steps, values = run.series[row]
         where = run.along(axis, steps)
         if where is not None:
@@ -172,11 +180,11 @@ def _draw_run(panel: Any, run: Run, row: str, axis: str, color: str) -> None:
             panel.plot(where, values, color=color, **style)
 
 
-def _legend(figure: Any, runs: Sequence[Run]) -> None:
+def _legend(figure: Any, runs: Sequence[Run], colors: dict[str, str]) -> None:
     """Names of the runs by color, and of the accuracies by mark."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=f"C{index}", label=run.name) for index, run in enumerate(runs)]
+    handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
     for key, (mark, label) in ACCURACIES.items():
         if any(key in run.accuracies for run in runs):
             handles.append(Line2D([], [], color="grey", marker=mark, linestyle="", label=label))

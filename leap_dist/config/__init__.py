@@ -4,7 +4,7 @@ Imports no torch, so a mistyped key is reported in well under a second.
 """
 
 from leap_dist.config.checks import problems
-from leap_dist.config.loading import describe, differences, flat, load, merge, option_fields, to_yaml
+from leap_dist.config.loading import OPERATIONAL, describe, differences, flat, load, merge, option_fields, to_yaml
 from leap_dist.config.options import (
     DEMO_TEACHER,
     DIGITS,
@@ -29,6 +29,7 @@ __all__ = [
     "DEMO_TEACHER",
     "DIGITS",
     "HUB",
+    "OPERATIONAL",
     "RANDOM",
     "CheckpointConfig",
     "Config",

@@ -42,6 +42,7 @@ def problems(config: Config) -> list[str]:
         *_placement_problems(config),
         *_engine_problems(config),
         *_telemetry_problems(config.telemetry),
+        *_evaluation_problems(config),
         *_path_problems(config),
     ]
 
@@ -61,9 +62,6 @@ def _range_problems(config: Config) -> list[str]:
         "engine.accumulation": config.engine.accumulation,
         "checkpoint.keep": config.checkpoint.keep,
         "telemetry.every": config.telemetry.every,
-        "evaluation.knn_k": evaluation.knn_k,
-        "evaluation.probe_epochs": evaluation.probe_epochs,
-        "evaluation.max_train_images": 1 if evaluation.max_train_images is None else evaluation.max_train_images,
         "optim.batch_reference": 1 if optim.batch_reference is None else optim.batch_reference,
     }
     at_least_zero = {
@@ -80,6 +78,7 @@ def _range_problems(config: Config) -> list[str]:
         "engine.silence_s": config.engine.silence_s,
         "checkpoint.every_epochs": config.checkpoint.every_epochs,
         "checkpoint.every_steps": config.checkpoint.every_steps,
+        "telemetry.spectra_every": config.telemetry.spectra_every,
     }
     above_zero = {
         "data.mixup_alpha": data.mixup_alpha,
@@ -162,6 +161,22 @@ def _telemetry_problems(telemetry: TelemetryConfig) -> list[str]:
             problems.append(f"telemetry.profile_steps=[{first}, {last}]: must satisfy 0 <= first <= last")
     if telemetry.peak_tflops is not None and not 0 < telemetry.peak_tflops < math.inf:
         problems.append(f"telemetry.peak_tflops={telemetry.peak_tflops}: must be above 0")
+    return problems
+
+
+def _evaluation_problems(config: Config) -> list[str]:
+    evaluation = config.evaluation
+    at_least_one = {
+        "knn_k": evaluation.knn_k,
+        "probe_epochs": evaluation.probe_epochs,
+        "quick_images": evaluation.quick_images,
+        "max_train_images": 1 if evaluation.max_train_images is None else evaluation.max_train_images,
+    }
+    problems = [f"evaluation.{key}={value}: must be at least 1" for key, value in at_least_one.items() if value < 1]
+    if evaluation.every_epochs < 0:
+        problems.append(f"evaluation.every_epochs={evaluation.every_epochs}: must not be negative")
+    if evaluation.every_epochs > 0 and config.data.val is None:
+        problems.append(f"evaluation.every_epochs={evaluation.every_epochs}: needs data.val")
     return problems
 
 

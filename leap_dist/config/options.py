@@ -180,6 +180,7 @@ class TelemetryConfig:
     """TensorBoard and the terminal."""
 
     every: int = _option(10, "steps between TensorBoard points")
+    spectra_every: int = _option(0, "steps between looks at the spectra of student tokens and target; 0 = never")
     progress: bool = _option(True, "progress bar on rank 0")
     profile_steps: Optional[tuple[int, int]] = _option(
         None, "first and last step of a torch.profiler trace, e.g. [20,30]"
@@ -189,13 +190,15 @@ class TelemetryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured at the end of the run (needs data.val)."""
+    """What is measured at the end of the run, and between its epochs (needs data.val)."""
 
     knn_k: int = _option(20, "neighbours")
     probe_epochs: int = _option(100, "epochs of the linear probe on frozen features")
     probe_lr: float = _option(0.1, "SGD learning rate of the probe")
     max_train_images: Optional[int] = _option(50_000, "training images used for kNN and probe; null = all")
     teacher: bool = _option(True, "evaluate the teacher's last block too")
+    every_epochs: int = _option(0, "epochs between evaluations by kNN while training; 0 = only at the end")
+    quick_images: int = _option(5_000, "images of data.train and of data.val used for those, at most")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Optional, Protocol
 import torch
 from torch import Tensor, nn
 
+from leap_dist.allocator import keep_freed_memory
 from leap_dist.backbone import TeacherSpec, split
 from leap_dist.config import TeacherConfig
 from leap_dist.distributed import World
@@ -61,6 +62,8 @@ def build_teacher(
     """
     lazy = LazyBackbone(config, image_size, device, classes)
     if config.placement == "replicated":
+        if device.type == "cpu":
+            keep_freed_memory()
         return ReplicatedTeacher(lazy)
     from leap_dist.teacher.placements import build_home  # torch's pipelining: a second to import
 

@@ -9,6 +9,7 @@ import pytest
 import timm
 from safetensors.torch import load_file
 
+from leap_dist.validation import VALIDATION
 from runs import run_ok, scalars, write_config
 
 MODES = {
@@ -56,8 +57,10 @@ def test_a_run_learns(overrides: tuple[str, ...], tmp_path: Path) -> None:
 def test_a_calibrated_run_ends_with_evaluation_and_export(tmp_path: Path) -> None:
     """From the scan of all blocks on the first batch to the table, on two ranks."""
     config = write_config(tmp_path)
-    printed = run_ok(config, "curriculum.start=null", "data.val=digits", "evaluation.probe_epochs=5")
+    overrides = ("data.val=digits", "evaluation.probe_epochs=5", "evaluation.every_epochs=1")
+    printed = run_ok(config, "curriculum.start=null", *overrides)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert json.loads((tmp_path / "run" / VALIDATION).read_text())["knn"] == summary["student_knn"]
     depth, steps = summary["teacher_depth"], summary["steps"]
     assert (depth, steps) == (6, 23) and summary["trajectory"][0][1] in range(1, depth + 1)
     for row, key in (("student kNN", "student_knn"), ("teacher linear probe", "teacher_probe")):

@@ -73,6 +73,22 @@ def test_every_run_is_drawn_in_its_color_over_all_three_axes(tmp_path: Path) -> 
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "kNN", "linear probe"]
 
 
+def test_accuracy_between_epochs_is_a_curve_over_all_three_axes(tmp_path: Path) -> None:
+    """Evaluated when two and six steps are done: after steps 1 and 5. Two runs of one name share a colour."""
+    write_ledger(tmp_path)
+    lines = [{"epoch": 1, "step": 2, "knn": 0.3}, {"epoch": 3, "step": 6, "knn": 0.6}]
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "summary.json").write_text(json.dumps({"student_knn": 0.6}))
+    run = plot_run.read(tmp_path, "leap")
+    figure = plot_run.draw([run, run])
+    accuracy = np.array(figure.axes).reshape(3, 3)[2]
+    assert [panel.lines[1].get_xydata().tolist() for panel in accuracy] == [
+        [[1, 0.3], [5, 0.6]], [[20, 0.3], [100, 0.6]], [[2, 0.3], [10, 0.6]],
+    ]  # fmt: skip
+    assert {line.get_color() for line in accuracy[0].lines} == {"C0"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["leap", "kNN"]
+
+
 def test_the_picture_is_written_and_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_ledger(tmp_path / "leap")
     assert plot_run.main([str(tmp_path / "leap"), "--out", str(tmp_path / "out" / "runs.png")]) == 0

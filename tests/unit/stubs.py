@@ -26,6 +26,7 @@ from leap_dist.student import build_student
 from leap_dist.teacher import TeacherSpec
 from leap_dist.timing import PhaseTimer
 from leap_dist.trainer import Parts, Trainer
+from leap_dist.validation import Validation
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 DEPTH, WIDTH, GRID = 4, 12, (2, 2)
@@ -134,6 +135,7 @@ def stub_trainer(config: Config, teacher: StubTeacher | None = None, length: int
         coordinator=Coordinator(build_curriculum(config.curriculum, DEPTH), ONE, schedule, timer),
         checkpoints=Checkpoints(config, ONE, num_samples=12),
         timer=timer,
+        validation=Validation(config, ONE),
     )
     return Trainer(config, ONE, parts)
 

@@ -10,6 +10,7 @@ import torch
 from stubs import stub_config
 
 from leap_dist.accounting import PARTS, Accountant, Costs, configured_peaks, peak_tflops
+from leap_dist.analysis import token_summary
 from leap_dist.dashboard import LAYOUT
 from leap_dist.flops import StepFlops, StudentFlops, TeacherFlops
 from leap_dist.timing import PHASES
@@ -105,8 +106,11 @@ def test_every_chart_of_the_layout_shows_a_tag_that_is_written(tmp_path: Path) -
     accountant.charge(costs, block=1, scored=True)
     costs.seconds, costs.phases = 1.0, dict.fromkeys(PHASES, 0.1)
     written = accountant.scalars(0, 1, costs).keys()
-    trainers = {"loss/total", "loss/patch", "loss/cls", "lr", "memory/peak_gib"}
-    trainers |= {"curriculum/block", "curriculum/cka", "curriculum/cosine", "curriculum/ema"}
+    trainers = {"loss/total", "loss/patch", "loss/cls", "loss/ce", "loss/kd", "lr", "memory/peak_gib"}
+    trainers |= {"curriculum/block", "curriculum/cka", "curriculum/cosine", "curriculum/ema", "evaluation/knn"}
+    trainers |= {
+        f"spectra/{side}/{name}" for side in ("student", "target") for name in token_summary(torch.eye(4)[None])
+    }
     patterns = [tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags]
     for pattern in patterns:
         assert any(re.match(pattern, tag) for tag in written | trainers), pattern

@@ -270,9 +270,10 @@ def test_summary_is_the_mean_of_the_spectra_of_a_batch() -> None:
     centred = (x - x.mean(1, keepdim=True)).double().numpy()
     found = token_summary(x.requires_grad_())
     assert all(value.ndim == 0 for value in found.values())
-    dims = np.array([numpy_dims(image, (0.9, 0.99)) for image in centred])
-    assert [found["dims_90"].item(), found["dims_99"].item()] == dims.mean(0).tolist()
+    dims = np.array([numpy_dims(image, (0.8, 0.9, 0.95, 0.99)) for image in centred])
+    assert [found[f"dims_{level}"].item() for level in (80, 90, 95, 99)] == dims.mean(0).tolist()
     sigma = np.linalg.svd(centred, compute_uv=False)
     share = sigma / sigma.sum(-1, keepdims=True) + 1e-30
     assert found["effective_rank"].item() == pytest.approx(np.exp(-(share * np.log(share)).sum(-1)).mean(), rel=1e-5)
-    assert found["sep_90"] == sep.fractions(sep_curve(x))[4]
+    half, *_, most = sep.fractions(sep_curve(x))
+    assert (found["sep_50"], found["sep_90"]) == (half, most)

@@ -129,6 +129,22 @@ def test_a_supervised_run_that_was_cut_continues_bitwise(tmp_path: Path) -> None
     assert scalars(rest, "loss/kd") == scalars(whole, "loss/kd")[-2:]
 
 
+def test_the_student_sees_labels_mixed_as_their_images(tmp_path: Path) -> None:
+    """Each image is all of one brightness, its class; a mixed one must be as bright as its label says."""
+    options = ("student.num_classes=5", "data.mixup=true", "data.mixup_group=4", "epochs=4")
+    trainer, seen = stub_trainer(stub_config(tmp_path, *options)), []
+    epoch, forward = trainer.loader.epoch, trainer.engine.module.forward
+    classes = torch.tensor([0, 4, 1, 3])
+    images = classes.float()[:, None, None, None].expand(4, 3, 8, 8)
+    trainer.loader.epoch = lambda *where: (b._replace(images=images, labels=classes) for b in epoch(*where))
+    trainer.engine.module.forward = lambda *inputs: (seen.append((inputs[0], inputs[3])), forward(*inputs))[1]
+    run(trainer)
+    assert len(seen) == 12
+    for images, labels in seen:
+        torch.testing.assert_close(labels @ torch.arange(5.0), images[:, 0, 0, 0])
+        assert labels.max() < 1 and ((labels > 0).sum(1) == 2).all()
+
+
 def test_shards_without_labels_are_refused(tmp_path: Path) -> None:
     trainer = stub_trainer(stub_config(tmp_path, *LABELS))
     epoch = trainer.loader.epoch

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from stubs import DEPTH, ONE, StubTeacher, stub_config, stub_trainer
 
 from leap_dist import wrapup
+from leap_dist.data import build_eval_loader, resolve
+from leap_dist.export import export_student
 
 
 @pytest.mark.parametrize(("start", "calibration"), [("1", 0), ("null", 1)])
@@ -35,3 +40,28 @@ def test_time_and_efficiency_follow_the_steps_spent_on_each_block(
     assert summary["skip_efficiency"] == pytest.approx(summary["time_saved"] / trainer.costs.flops_saved)
     assert trainer.costs.teacher_saved == pytest.approx(spared / (6 * 160))
     assert summary["teacher_skip_efficiency"] == pytest.approx((saved / (6 * 9)) / (spared / (6 * 160)))
+
+
+def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: Path) -> None:
+    """Against the form by Gram matrices over images, in numpy."""
+    overrides = ("data.val=digits", "data.workers=0", "evaluation.probe_epochs=1", "evaluation.max_train_images=99")
+    config = stub_config(tmp_path, *overrides)
+    config = replace(config, data=resolve(config.data, tmp_path, ONE))
+    trainer = stub_trainer(config)
+    found = wrapup._evaluated(config, ONE, trainer, export_student(trainer.engine, config, ONE))
+    trainer.close()
+    assert set(found) == {f"{w}_{a}" for w in ("student", "teacher") for a in ("knn", "probe")} | {
+        "student_teacher_cka"
+    }
+    (batch,) = build_eval_loader(config.data.val, config.data, batch=999, world=ONE)
+    with torch.no_grad():
+        maps = trainer.engine.module.student(batch.images).patch, StubTeacher().at(DEPTH, batch.images).patch
+    grams = []
+    for tokens in maps:
+        features = tokens.mean(1).double().numpy()
+        features -= features.mean(0)
+        grams.append(features @ features.T)
+    x, y = grams
+    expected = (x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum())
+    assert found["student_teacher_cka"] == pytest.approx(expected, rel=1e-4)
+    assert 0.01 < expected < 0.99

@@ -1,0 +1,49 @@
+"""The labelled images a run's features are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Optional
+
+from torch import Tensor
+
+from leap_dist.config import Config
+from leap_dist.data import EvalLoader, build_eval_loader
+from leap_dist.distributed import World, collect_objects, gather_objects
+from leap_dist.evaluation.features import FeatureSet, extract, in_step, merge
+
+BATCH = 64
+
+
+class HeldOut:
+    """Images of `data.train`, which kNN and probe may know, and of `data.val`, on which they are judged.
+
+    Opened by all ranks together; UserError if the shards are not fit to be read.
+
+    Args:
+        train_limit, val_limit: as many images at most, evenly strided over the set; None = all.
+    """
+
+    def __init__(self, config: Config, world: World, train_limit: Optional[int], val_limit: Optional[int]) -> None:
+        assert config.data.val is not None
+        parts = config.teacher.microbatches
+        self._batch = -(-BATCH // parts) * parts
+        self._world = world
+        self._train, self._val = (
+            build_eval_loader(source, config.data, batch=self._batch, world=world, limit=limit)
+            for source, limit in ((config.data.train, train_limit), (config.data.val, val_limit))
+        )
+
+    def features(self, model: Callable[[Tensor], Tensor]) -> Optional[tuple[FeatureSet, FeatureSet]]:
+        """Both sets as `model` sees them, images (B,3,H,W) -> features (B,D): on rank 0, None elsewhere. Collective."""
+        train, val = self._outputs(model, self._train), self.validation(model)
+        return None if train is None or val is None else (train, val)
+
+    def validation(self, model: Callable[[Tensor], Tensor]) -> Optional[FeatureSet]:
+        """The images of `data.val` alone, likewise."""
+        return self._outputs(model, self._val)
+
+    def _outputs(self, model: Callable[[Tensor], Tensor], loader: EvalLoader) -> Optional[FeatureSet]:
+        batches = in_step(loader, self._batch, max(gather_objects(len(loader), self._world)))
+        shares = collect_objects(extract(model, batches, self._world.device), self._world)
+        return merge(shares) if self._world.is_main else None

@@ -1,0 +1,275 @@
+"""A sweep makes every run once, survives what kills it, and its tables say what the runs said."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sweep
+import yaml
+from _sweep_plan import read_plan
+from fake_run import summary
+
+from runs import write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE = Path(__file__).with_name("fake_run.py")
+BASE = {
+    "teacher": {"model": "vit_tiny_patch16_224", "weights": "random"},
+    "student": {"model": "vit_tiny_patch16_224"},
+    "data": {"train": "digits", "val": "digits"},
+    "optim": {"lr": 0.1},
+    "epochs": 10,
+}
+
+
+def write_sweep(folder: Path, rows: dict[str, Any], **spec: Any) -> Path:
+    """A sweep of `fake_run.py` with two seeds."""
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+    path = folder / "sweep.yaml"
+    defaults = {"base": "base.yaml", "output": str(folder / "out"), "seeds": [0, 2], "launcher": f"python {FAKE}"}
+    path.write_text(yaml.safe_dump({**defaults, "rows": rows, **spec}, sort_keys=False))
+    return path
+
+
+def started(folder: Path) -> list[str]:
+    """Names of the runs, in the order in which they were started; a run has a line for every start."""
+    return [line.split()[0] for line in (folder / "out" / "runs" / "started").read_text().splitlines()]
+
+
+def table(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
+    with (folder / "out" / "results.csv").open() as file:
+        return {(line["row"], line["seed"]): line for line in csv.DictReader(file)}
+
+
+def cells(folder: Path, row: str) -> list[str]:
+    """Of the main table."""
+    lines = (folder / "out" / "results.md").read_text().splitlines()
+    return next(line for line in lines if line.startswith(f"| {row} |")).strip("| ").split(" | ")
+
+
+def test_tables_say_what_the_runs_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_sweep(tmp_path, {"fixed": ["curriculum.mode=fixed"], "leap": {"overrides": [], "seeds": [0, 1, 4]}})
+    assert sweep.main([str(path), "optim.lr=0.2"]) == 0
+    assert started(tmp_path) == ["fixed-s0", "fixed-s2", "leap-s0", "leap-s1", "leap-s4"]
+    for (row, seed), line in table(tmp_path).items():
+        mode = {"fixed": "fixed", "leap": "leap"}[row]
+        said = summary({"seed": int(seed), "optim": {"lr": 0.2}, "epochs": 10, "curriculum": {"mode": mode}})
+        assert line["status"] == "done" and line["error"] == ""
+        assert float(line["student_knn"]) == said["student_knn"]
+        assert float(line["teacher_flops"]) == said["flops"]["teacher"]
+        assert float(line["flops"]) == said["flops"]["teacher"] + 5
+    knn = [70.0, 71.0, 86.0]  # 0.5 + 0.2 + 0.01 seed^2, in percent
+    assert cells(tmp_path, "leap")[:4] == [
+        "leap", "3", f"{sum(knn) / 3:.2f} ± {statistics.stdev(knn):.2f}", "63.33 ± 4.16",
+    ]  # fmt: skip
+    assert cells(tmp_path, "fixed")[4:7] == ["10.0", "9.000e+01 ± 4.243e+01", "9.500e+01 ± 4.243e+01"]
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "| leap | 4 | done |" in capsys.readouterr().out
+
+
+def test_a_failed_run_is_told_in_its_own_line_and_tried_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_sweep(tmp_path, {"bad": {"overrides": ["optim.lr=13"], "seeds": [0]}, "good": []})
+    assert sweep.main([str(path)]) == 1
+    line = table(tmp_path)["bad", "0"]
+    assert (line["status"], line["error"], line["student_knn"]) == ("failed", "non-finite loss on rank 0 at step 3", "")
+    assert cells(tmp_path, "good")[1] == "2"
+    assert "bad-s0: non-finite loss on rank 0 at step 3" in capfd.readouterr().err
+    assert sweep.main([str(path)]) == 1
+    assert started(tmp_path) == ["bad-s0", "good-s0", "good-s2", "bad-s0"]
+
+
+def test_epochs_can_be_those_that_cost_as_much(tmp_path: Path) -> None:
+    """leap costs two per epoch and seed-dependent unit, fixed three: ten epochs of the one are 6.67 of the other."""
+    rows = {
+        "fixed": ["curriculum.mode=fixed"],
+        "leap": [],
+        "flops": {"like": "fixed", "epochs_as": {"of": "leap", "by": "teacher_flops"}},
+        "time": {"like": "fixed", "epochs_as": {"of": "leap", "by": "seconds"}, "overrides": ["optim.lr=0.3"]},
+    }
+    assert sweep.main([str(write_sweep(tmp_path, rows, seeds=[1])), "--jobs=3"]) == 0
+    results = table(tmp_path)
+    assert (results["flops", "1"]["epochs"], results["time", "1"]["epochs"]) == ("7", "10")
+    assert float(results["flops", "1"]["teacher_flops"]) == pytest.approx(
+        float(results["leap", "1"]["teacher_flops"]), rel=0.06
+    )
+    assert float(results["time", "1"]["student_knn"]) == pytest.approx(0.5 + 0.01 + 0.3)
+    assert sweep.main([str(tmp_path / "sweep.yaml")]) == 0
+    assert len(started(tmp_path)) == 4
+
+
+def test_a_row_whose_measure_failed_is_not_made(tmp_path: Path) -> None:
+    rows = {
+        "fixed": ["curriculum.mode=fixed"],
+        "leap": ["optim.lr=13"],
+        "equal": {"like": "fixed", "epochs_as": {"of": "leap", "by": "flops"}},
+    }
+    assert sweep.main([str(write_sweep(tmp_path, rows, seeds=[0]))]) == 1
+    assert table(tmp_path)["equal", "0"]["error"] == "its epochs depend on leap-s0, which failed"
+    assert started(tmp_path) == ["fixed-s0", "leap-s0"]
+
+
+def test_a_run_of_another_config_is_neither_taken_nor_overwritten(tmp_path: Path) -> None:
+    assert sweep.main([str(write_sweep(tmp_path, {"a": [], "b": ["epochs=3"]}, seeds=[0]))]) == 0
+    path = write_sweep(tmp_path, {"a": ["optim.lr=0.4"], "b": ["epochs=3", "data.workers=1"]}, seeds=[0])
+    assert sweep.main([str(path)]) == 1
+    line = table(tmp_path)["a", "0"]
+    assert "holds a run of another config (optim.lr: 0.1 -> 0.4)" in line["error"] and line["student_knn"] == ""
+    assert table(tmp_path)["b", "0"]["status"] == "done"  # how it was read does not matter
+    path = write_sweep(tmp_path, {"b": ["epochs=3", "evaluation.knn_k=3"]}, seeds=[0])
+    assert sweep.main([str(path)]) == 1  # what was measured does
+    assert len(started(tmp_path)) == 2
+
+
+def test_seeds_can_be_made_one_by_one_and_the_tables_are_of_all(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, {"a": [], "b": ["epochs=3"]})
+    assert sweep.main([str(path), "--seeds", "2"]) == 0
+    assert started(tmp_path) == ["a-s2", "b-s2"]
+    assert {key: line["status"] for key, line in table(tmp_path).items()} == {
+        ("a", "0"): "not made", ("a", "2"): "done", ("b", "0"): "not made", ("b", "2"): "done",
+    }  # fmt: skip
+
+
+def test_jobs_run_beside_each_other_with_slots_and_ports_of_their_own(tmp_path: Path) -> None:
+    """Each of these runs waits until two have started."""
+    launcher = f"env SLOT={{slot}}:{{port}} python {FAKE}"
+    path = write_sweep(tmp_path, {"a": ["optim.lr=22"]}, launcher=launcher)
+    begun = time.monotonic()
+    assert sweep.main([str(path), "--jobs=2"]) == 0
+    assert time.monotonic() - begun < 25, "one waited for the other in vain"
+    places = [line.split()[1].split(":") for line in (tmp_path / "out/runs/started").read_text().splitlines()]
+    assert sorted(slot for slot, _ in places) == ["0", "1"] and len({port for _, port in places}) == 2
+
+
+def start(path: Path) -> subprocess.Popen[str]:
+    """The sweep as a process, once its first run has begun."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "sweep.py"), str(path)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (path.parent / "out" / "runs" / "slow-s0" / "waiting").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def test_sigterm_lets_the_run_save_and_the_next_sweep_goes_on(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, {"slow": ["optim.lr=77"], "quick": []}, seeds=[0])
+    process = start(path)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command goes on" in output
+    assert sweep.main([str(path)]) == 0
+    assert started(tmp_path) == ["slow-s0", "slow-s0", "quick-s0"]
+
+
+def test_a_killed_sweep_leaves_no_run_to_be_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run goes on by itself; the next sweep makes the others and waits for that one's end."""
+    monkeypatch.setattr(sweep, "PATIENCE_S", 0.1)
+    path = write_sweep(tmp_path, {"slow": ["optim.lr=77"], "quick": []}, seeds=[0])
+    process = start(path)
+    process.kill()
+    process.communicate()
+    waiting_for = sweep.Sweep(read_plan(path, None, []), jobs=1)
+    end = sweep.Sweep._end
+    orphan = int(subprocess.run(["pgrep", "-f", f"{FAKE}.*{tmp_path}"], capture_output=True, text=True).stdout)
+
+    def then_kill_the_orphan(self: Any, job: Any, bar: Any) -> None:
+        end(self, job, bar)
+        if job.run.name == "quick-s0":
+            assert "slow-s0" in self._waiting
+            os.kill(orphan, signal.SIGKILL)
+
+    monkeypatch.setattr(sweep.Sweep, "_end", then_kill_the_orphan)
+    waiting_for.make()
+    assert not waiting_for.failures
+    assert started(tmp_path) == ["slow-s0", "quick-s0", "slow-s0"]
+
+
+MISTAKES = {
+    "unknown key": ({"rows": {"a": []}, "sedes": [0]}, "unknown key sedes; it takes base, common"),
+    "no rows": ({"rows": {}}, "rows: expected names with lists of overrides"),
+    "a row's option": ({"rows": {"a": ["optim.rl=1"]}}, "row a: optim.rl"),
+    "a row's text": ({"rows": {"a": "optim.lr=1"}}, "row a: expected a list of overrides"),
+    "seeds": ({"rows": {"a": []}, "seeds": 3}, "seeds=3: expected a list of whole numbers"),
+    "like": ({"rows": {"a": {"like": "b"}}}, "row a: like=b: no row above it"),
+    "a cost": ({"rows": {"a": [], "b": {"like": "a", "epochs_as": {"of": "a", "by": "euro"}}}}, "one of teacher_flops"),
+    "no like": ({"rows": {"a": [], "b": {"epochs_as": {"of": "a", "by": "flops"}}}}, "epochs_as needs `like`"),
+    "a leap": ({"rows": {"a": [], "b": {"like": "a", "epochs_as": {"of": "a", "by": "flops"}}}}, "is not known before"),
+    "a name": ({"rows": {"a/b": []}}, "row a/b: a name of letters, digits"),
+    "a column": ({"rows": {"a": []}, "show": ["knn"]}, "show: knn is none of student_knn"),
+    "a program": ({"rows": {"a": []}, "launcher": "nosuch --n 2"}, "nosuch is not a program here"),
+}
+
+
+@pytest.mark.parametrize(("spec", "words"), [pytest.param(*case, id=name) for name, case in MISTAKES.items()])
+def test_a_mistake_is_told_in_one_line_before_anything_starts(
+    spec: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.main([str(write_sweep(tmp_path, **spec))]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("sweep: error: ") and words in told and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_parallel_launchers_need_ports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_sweep(tmp_path, {"a": []}, launcher="deepspeed --num_gpus 1")
+    assert sweep.main([str(path), "--jobs", "2"]) == 2
+    assert "--jobs=2 needs a port for each" in capsys.readouterr().err
+    assert sweep.main([str(path), "--jobs", "0"]) == 2
+    assert "--jobs=0: must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "launch_configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_sweeps_that_are_delivered_hold_together(path: Path) -> None:
+    plan = read_plan(path, None, ["data.train=digits", "data.val=digits", "teacher.weights=random"])
+    assert len(plan.runs) >= 12
+
+
+@pytest.mark.slow
+def test_real_runs_are_killed_continued_and_told_as_they_were(tmp_path: Path) -> None:
+    """Two rows, two seeds on digits. Sweep and run are killed in the second run, after a checkpoint of its own."""
+    out = tmp_path / "out"
+    base = write_config(
+        tmp_path, epochs=3, data={"val": "digits"}, evaluation={"every_epochs": 1, "probe_epochs": 2, "teacher": False}
+    )
+    rows = {"fixed": ["curriculum.mode=fixed", "curriculum.start=null"], "leap": []}
+    path = write_sweep(tmp_path, rows, base=base.name, launcher="python", seeds=[0, 1])
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "sweep.py"), str(path)], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while not (out / "runs/fixed-s1/checkpoints/latest").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    os.killpg(
+        int(subprocess.check_output(["pgrep", "-f", f"{out}/configs/fixed-s1"], text=True).split()[0]), signal.SIGKILL
+    )
+    process.wait()
+    saved = (out / "runs/fixed-s1/checkpoints/latest").read_text()
+    before = (out / "runs/fixed-s0/summary.json").stat().st_mtime_ns
+    assert sweep.main([str(path)]) == 0
+    assert (out / "runs/fixed-s0/summary.json").stat().st_mtime_ns == before, "made twice"
+    assert saved != "step00000069"
+    for (row, seed), line in table(tmp_path).items():
+        said = json.loads((out / f"runs/{row}-s{seed}/summary.json").read_text())
+        evaluated = (out / f"runs/{row}-s{seed}/evaluation.jsonl").read_text().splitlines()
+        assert [json.loads(text)["epoch"] for text in evaluated] == [1, 2, 3]
+        assert float(line["student_knn"]) == said["student_knn"] == json.loads(evaluated[-1])["knn"]
+        assert float(line["flops"]) == sum(said["flops"].values())
+    knn = [100 * float(line["student_knn"]) for (row, _), line in table(tmp_path).items() if row == "leap"]
+    assert cells(tmp_path, "leap")[2] == f"{statistics.mean(knn):.2f} ± {statistics.stdev(knn):.2f}"

@@ -1,0 +1,226 @@
+"""A sweep's YAML as a list of runs, each with its whole config, before anything is started."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import OmegaConf
+
+from leap_dist.config import OPERATIONAL, Config, flat, load, to_yaml
+from leap_dist.errors import UserError
+
+KEYS = {"base", "output", "launcher", "seeds", "common", "rows", "show"}
+ROW_KEYS = {"overrides", "seeds", "like", "epochs_as"}
+# What a row's epochs can be made to cost as much as: a finished run's teacher FLOPs, FLOPs of all parts, or seconds.
+COSTS = {
+    "teacher_flops": lambda summary: summary["flops"]["teacher"],
+    "flops": lambda summary: sum(summary["flops"].values()),
+    "seconds": lambda summary: summary["train_seconds"],
+}
+# Operational to a run that goes on, but part of what its numbers mean.
+MEASURED = ("evaluation.", "data.train", "data.val", "teacher.weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the table.
+
+    like: the row it was derived from; epochs_as: (row, cost) whose cost its epochs are to equal, of COSTS.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    seeds: tuple[int, ...]
+    like: Optional[str] = None
+    epochs_as: Optional[tuple[str, str]] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One row with one seed. config: whole, but for the epochs of a row with `epochs_as`, which `with_budget` sets."""
+
+    row: Row
+    seed: int
+    config: Config
+    out: Path
+
+    @property
+    def name(self) -> str:
+        return run_name(self.row.name, self.seed)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.out / "runs" / self.name
+
+    @property
+    def asked(self) -> Path:
+        """The config it is started with."""
+        return self.out / "configs" / f"{self.name}.yaml"
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.out / "logs" / f"{self.name}.log"
+
+    def needs(self) -> tuple[str, ...]:
+        """Runs that must have finished before this one can start: those that its epochs depend on."""
+        if self.row.epochs_as is None or self.row.like is None:
+            return ()
+        return run_name(self.row.epochs_as[0], self.seed), run_name(self.row.like, self.seed)
+
+    def summary(self) -> Optional[dict[str, Any]]:
+        """What the run left at its end; None before. One that dies while it evaluates leaves it without accuracies."""
+        path = self.folder / "summary.json"
+        summary = json.loads(path.read_text()) if path.is_file() else {}
+        whole = self.config.data.val is None or "student_knn" in summary
+        return summary if summary and whole else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Runs by name, in the order of the table. launcher: see `tools/sweep.py`; show: columns of the table."""
+
+    runs: dict[str, Run]
+    rows: dict[str, Row]
+    out: Path
+    launcher: str = "python"
+    show: tuple[str, ...] = ()
+
+
+def run_name(row: str, seed: int) -> str:
+    """Of a row's run; also of its folder."""
+    return f"{row}-s{seed}"
+
+
+def read_plan(path: Path, out: Optional[Path], overrides: Sequence[str]) -> Plan:
+    """The plan of the sweep at `path`. Every config is checked here.
+
+    Args:
+        out: instead of the YAML's `output`. overrides: win over base and common, not over the rows'.
+
+    Raises:
+        UserError: what is wrong with the YAML or with a row's config, in one line.
+    """
+    spec = _mapping(path)
+    unknown = sorted(set(spec) - KEYS)
+    if unknown or not {"base", "rows"} <= set(spec):
+        what = f"unknown key {unknown[0]}" if unknown else "base and rows are required"
+        raise UserError(f"{path}: {what}; it takes {', '.join(sorted(KEYS))}")
+    out = out or Path(spec.get("output") or f"runs/sweeps/{path.stem}")
+    rows = _rows(spec["rows"], _listed(spec, "seeds", int, str(path)) or (0,), str(path))
+    common = (*_listed(spec, "common", str, str(path)), *overrides)
+    runs = {}
+    for row in rows.values():
+        config = _config(row, path.parent / spec["base"], common)
+        for seed in row.seeds:
+            name = run_name(row.name, seed)
+            own = replace(config, seed=seed, output=str(out / "runs" / name))
+            runs[name] = Run(row=row, seed=seed, config=own, out=out)
+    for run in runs.values():
+        missing = [name for name in run.needs() if name not in runs]
+        if missing:
+            raise UserError(f"{path}: row {run.row.name}: {missing[0]} is not among the runs, its epochs depend on it")
+    show = _listed(spec, "show", str, str(path))
+    return Plan(runs=runs, rows=rows, out=out, launcher=spec.get("launcher") or "python", show=show)
+
+
+def _listed(spec: dict[str, Any], key: str, kind: type, where: str) -> tuple[Any, ...]:
+    """A list of the YAML, or nothing."""
+    value = spec.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise UserError(f"{where}: {key}={value}: expected a list of {'whole numbers' if kind is int else 'texts'}")
+    return tuple(value)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        spec = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # yaml has no common base for what a broken file raises
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(spec, dict):
+        raise UserError(f"{path}: expected a mapping with base and rows")
+    return spec
+
+
+def _rows(spec: Any, seeds: tuple[int, ...], where: str) -> dict[str, Row]:
+    if not isinstance(spec, dict) or not spec:
+        raise UserError(f"{where}: rows: expected names with lists of overrides")
+    rows: dict[str, Row] = {}
+    for name, value in spec.items():
+        if not re.fullmatch(r"[\w.+-]+", str(name)):
+            raise UserError(f"{where}: row {name}: a name of letters, digits and _ . + - is expected, folders bear it")
+        known = {"overrides": value} if isinstance(value, list) else value
+        rows[str(name)] = _row(str(name), known, rows, seeds, where)
+    return rows
+
+
+def _row(name: str, value: Any, above: dict[str, Row], seeds: tuple[int, ...], where: str) -> Row:
+    """One row; `above`: those that it may refer to."""
+    where = f"{where}: row {name}"
+    if not isinstance(value, dict) or set(value) - ROW_KEYS:
+        raise UserError(f"{where}: expected a list of overrides, or a mapping of {sorted(ROW_KEYS)}")
+    like, epochs_as = value.get("like"), value.get("epochs_as")
+    if like is not None and like not in above:
+        raise UserError(f"{where}: like={like}: no row above it has that name")
+    overrides = (*(above[like].overrides if like else ()), *_listed(value, "overrides", str, where))
+    row = Row(name=name, overrides=overrides, seeds=_listed(value, "seeds", int, where) or seeds, like=like)
+    if epochs_as is None:
+        return row
+    if not isinstance(epochs_as, dict) or set(epochs_as) != {"of", "by"} or epochs_as["by"] not in COSTS:
+        raise UserError(f"{where}: epochs_as: expected {{of: a row, by: one of {', '.join(COSTS)}}}")
+    for other in (like, epochs_as["of"]):
+        if other not in above or above[other].epochs_as:
+            raise UserError(f"{where}: epochs_as needs `like` and `of`: rows above it with epochs of their own")
+    return replace(row, epochs_as=(epochs_as["of"], epochs_as["by"]))
+
+
+def _config(row: Row, base: Path, common: Sequence[str]) -> Config:
+    """A row's config, checked; seed and output are still to be set."""
+    try:
+        config = load(
+            base, [*common, *row.overrides, f"seed={row.seeds[0]}", "resume=auto", "telemetry.progress=false"]
+        )
+    except UserError as error:
+        raise UserError(f"row {row.name}: {error}") from None
+    if row.epochs_as and config.curriculum.mode == "leap":
+        raise UserError(f"row {row.name}: epochs_as: what an epoch of a curriculum costs is not known before it")
+    return config
+
+
+def with_budget(run: Run, plan: Plan) -> Run:
+    """The run with as many whole epochs as cost what `epochs_as` says, an epoch costing what it did in row `like`."""
+    if run.row.epochs_as is None:
+        return run
+    goal, like = (plan.runs[name].summary() for name in run.needs())
+    cost = COSTS[run.row.epochs_as[1]]
+    epochs = max(1, round(like["epochs"] * cost(goal) / cost(like)))
+    return replace(run, config=replace(run.config, epochs=epochs))
+
+
+def result(run: Run, plan: Plan) -> Optional[dict[str, Any]]:
+    """The summary of a run that has finished and is the one that is wanted; None else."""
+    needed = [result(plan.runs[name], plan) for name in run.needs()]
+    summary = run.summary()
+    return None if summary is None or None in needed or conflict(with_budget(run, plan)) else summary
+
+
+def conflict(run: Run) -> Optional[str]:
+    """How the run that is there differs from the one that is wanted, in a line; None if nothing is in the way."""
+    there = (run.folder / "config.yaml").is_file() and run.asked.is_file()
+    if not there or run.asked.read_text() == to_yaml(run.config):
+        return None
+    before, after = flat(load(run.asked, [], check=False)), flat(run.config)
+    changed = [
+        f"{key}: {before[key]} -> {after[key]}"
+        for key in before
+        if before[key] != after[key] and (key.startswith(MEASURED) or not key.startswith(OPERATIONAL))
+    ]
+    return f"{run.folder} holds a run of another config ({'; '.join(changed[:3])}); remove it" if changed else None
