@@ -17,7 +17,7 @@ from typing import Optional
 
 from leap_dist.config import describe
 from leap_dist.errors import UserError
-from leap_dist.pretraining.recipe import Recipe, load_recipe
+from leap_dist.pretraining.recipe import TeacherRecipe, load_recipe
 
 
 def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
@@ -25,14 +25,13 @@ def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(prog="train_teacher.py", description=__doc__, **raw)
     commands = parser.add_subparsers(dest="command", required=True)
-    shards = commands.add_parser("shards", help="a teacher of one's own", epilog=describe(Recipe), **raw)
+    shards = commands.add_parser("shards", help="a teacher of one's own", epilog=describe(TeacherRecipe), **raw)
     shards.add_argument("--config", type=Path, help="YAML with what differs from the defaults")
     shards.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="wins over the YAML")
     demo = commands.add_parser("demo", help="the demo's teacher", **raw)
     demo.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    demo.add_argument("--epochs", type=int, default=6)
-    demo.add_argument("--lr", type=float, default=1e-3)
-    demo.add_argument("--seed", type=int, default=0)
+    for option, kind in (("--epochs", int), ("--lr", float), ("--seed", int)):
+        demo.add_argument(option, type=kind, help="default: the demo's own")
     for command, run in ((shards, train_shards), (demo, train_demo)):
         command.set_defaults(run=run)
     return parser.parse_args(argv)
@@ -54,7 +53,8 @@ def train_demo(options: argparse.Namespace) -> None:
     """The recipe of the demo, once."""
     from leap_dist.pretraining.demo import TeacherTraining, train_teacher
 
-    accuracy = train_teacher(TeacherTraining(epochs=options.epochs, lr=options.lr, seed=options.seed), options.out)
+    given = {key: getattr(options, key) for key in ("epochs", "lr", "seed") if getattr(options, key) is not None}
+    accuracy = train_teacher(TeacherTraining(**given), options.out)
     print(f"{options.out}: validation accuracy {accuracy:.1%}")
 
 

@@ -9,8 +9,12 @@ from torch import Tensor
 from leap_dist.errors import UserError
 
 
-def soft_labels(labels: Tensor, classes: int, smoothing: float, device: torch.device) -> Tensor:
+def soft_labels(
+    labels: Tensor, classes: int, smoothing: float, device: torch.device, *, option: str = "student.num_classes"
+) -> Tensor:
     """(B,) int64 on the host -> (B, classes) float32 on `device`: 1 - smoothing, spread with smoothing / classes.
+
+    option: what sets `classes`, for the message.
 
     Raises:
         UserError: a label that is none of the classes; shards without labels have -1.
@@ -18,7 +22,7 @@ def soft_labels(labels: Tensor, classes: int, smoothing: float, device: torch.de
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise UserError(
-            f"student.num_classes={classes}: data.train has a sample of label {low if low < 0 else high}, and the "
+            f"{option}={classes}: data.train has a sample of label {low if low < 0 else high}, and the "
             f"cross-entropy needs labels from 0 to {classes - 1} (-1: the shards have none)"
         )
     if device.type == "cuda":  # a copy from pageable memory may make the host wait for the stream

@@ -1,7 +1,7 @@
 """The recipe of a teacher that is trained on labelled shards: options, a YAML with what differs, checks.
 
-Data and optimizer are the sections of a distillation run's config and mean the same, but for `data.mixup`, which is
-LEAP's: here images and labels are mixed, as `mix_prob` says. Imports no torch.
+Data and optimizer are the sections of a distillation run's config and mean the same, with `data.mixup` for images and
+labels. Imports no torch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class InitialWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(InitialWeights):
+class TeacherRecipe(InitialWeights):
     """How a teacher is trained on labelled shards."""
 
     output: str = _option("runs/teacher", "folder of the weights, their record and the checkpoint")
@@ -54,9 +54,7 @@ class Recipe(InitialWeights):
     kwargs: dict[str, Any] = field(default_factory=dict, metadata={"doc": "further arguments of timm.create_model"})
     classes: int = _option(10, "labels are 0 to classes - 1")
     label_smoothing: float = _option(0.1, "of the cross-entropy's targets")
-    mix_prob: float = _option(0.5, "share of the batches that are mixed, every other one of them cut; 0 = off")
-    mixup_alpha: float = _option(0.8, "lambda of mixup ~ Beta(this, this)")
-    cutmix_alpha: float = _option(1.0, "lambda of CutMix ~ Beta(this, this)")
+    mix_prob: float = _option(0.5, "data.mixup: share of the batches that are mixed")
     ema_decay: float = _option(0.999, "of the average of the weights over steps, which becomes the teacher")
     clip: float = _option(1.0, "gradient-norm clip")
     precision: Literal["fp32", "bf16"] = _option("fp32", "autocast dtype; weights stay fp32")
@@ -70,47 +68,43 @@ class Recipe(InitialWeights):
 _OPERATIONAL = ("evaluate_every", "save_minutes")
 
 
-def load_recipe(path: Optional[Path], overrides: list[str], check: bool = True) -> Recipe:
+def load_recipe(path: Optional[Path], overrides: list[str], check: bool = True) -> TeacherRecipe:
     """Defaults, the YAML at `path`, then ``key=value`` overrides. UserError in one line for what cannot be.
 
     check=False skips what depends on this moment's files, to read an earlier run's recipe.
     """
-    recipe = merge(Recipe, path, overrides)
+    recipe = merge(TeacherRecipe, path, overrides)
     for problem in _problems(recipe) if check else []:
         raise UserError(problem)
     return recipe
 
 
-def changes(old: Recipe, new: Recipe) -> list[str]:
+def changes(old: TeacherRecipe, new: TeacherRecipe) -> list[str]:
     """What would make the continued training another one, as ``key: old -> new``."""
     return [change for change in differences(old, new) if not change.startswith(_OPERATIONAL)]
 
 
-def _problems(recipe: Recipe) -> list[str]:
+def _problems(recipe: TeacherRecipe) -> list[str]:
     """Every impossible value or combination, one line each."""
     at_least_one = {"classes": recipe.classes, "evaluate_every": recipe.evaluate_every}
     above_zero = {
-        "mixup_alpha": recipe.mixup_alpha,
-        "cutmix_alpha": recipe.cutmix_alpha,
         "clip": recipe.clip,
         "save_minutes": recipe.save_minutes,
         "embed_std": recipe.embed_std,
         "init_std": 1.0 if recipe.init_std is None else recipe.init_std,
     }
     fractions = {"label_smoothing": recipe.label_smoothing, "ema_decay": recipe.ema_decay}
-    odd = recipe.mix_prob > 0 and recipe.data.global_batch % 2 == 1
     return [
         *(f"{key}={value}: must be at least 1" for key, value in at_least_one.items() if not value >= 1),
         *(f"{key}={value}: must be above 0" for key, value in above_zero.items() if not value > 0),
         *(f"{key}={value}: must be in [0, 1)" for key, value in fractions.items() if not 0 <= value < 1),
         *([] if 0 <= recipe.mix_prob <= 1 else [f"mix_prob={recipe.mix_prob}: must be in [0, 1]"]),
-        *([f"data.global_batch={recipe.data.global_batch}: must be even with mix_prob > 0"] if odd else []),
         *(["data.val is required: held-out labelled shards"] if recipe.data.val is None else []),
         *problems(_as_run(recipe)),
     ]
 
 
-def _as_run(recipe: Recipe) -> Config:
+def _as_run(recipe: TeacherRecipe) -> Config:
     """A distillation run with the recipe's data and optimizer, whose checks are the recipe's too."""
     return Config(
         seed=recipe.seed,

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import Mixup
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leap_dist.data import Batch, check_groups, draw_mix, soft_labels
 from leap_dist.errors import UserError
 from leap_dist.files import write_whole
 from leap_dist.optim import build_optimizer, lr_factor, peak_lr
-from leap_dist.pretraining.recipe import Recipe
+from leap_dist.pretraining.recipe import TeacherRecipe
 
 LOSS_STEPS = 50  # between looks at the loss, for which the host waits for the device
 
@@ -37,7 +37,7 @@ class Session:
         model: on its device. steps_per_epoch: in a pass over the shards. checkpoint: file to save to.
     """
 
-    def __init__(self, recipe: Recipe, model: VisionTransformer, steps_per_epoch: int, checkpoint: Path) -> None:
+    def __init__(self, recipe: TeacherRecipe, model: VisionTransformer, steps_per_epoch: int, checkpoint: Path) -> None:
         self.recipe, self.model = recipe, model.train()
         self.steps_per_epoch, self.total_steps = steps_per_epoch, recipe.epochs * steps_per_epoch
         self.average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
@@ -46,22 +46,18 @@ class Session:
         self._checkpoint, self._saved_at = checkpoint, time.monotonic()
         self._device = next(model.parameters()).device
         self._optimizer = build_optimizer(recipe.optim, model)
-        self._mix = Mixup(
-            recipe.mixup_alpha, recipe.cutmix_alpha, prob=recipe.mix_prob,
-            label_smoothing=recipe.label_smoothing, num_classes=recipe.classes,
-        )  # fmt: skip
         self._losses, self._looked_at = torch.zeros((), device=self._device), 0
+        if recipe.data.mixup:
+            check_groups(recipe.data.mixup_group, recipe.data.global_batch)
         if self._device.type == "cpu" and recipe.precision == "bf16":
             _unfuse_attention(model)
 
-    def advance(self, images: Tensor, labels: Tensor) -> None:
-        """One optimizer step. images (B, 3, S, S), normalised, on the device; labels (B,) int64, on the host.
+    def advance(self, images: Tensor, batch: Batch) -> None:
+        """One optimizer step. images (B, 3, S, S): those of `batch`, normalised, on the device.
 
         UserError for labels that are no classes, and at a look at the loss if it is not finite.
         """
-        check_labels(labels, self.recipe.classes)
-        self._seed()
-        images, targets = self._mix(images, labels.to(self._device))
+        images, targets = self._mixed(images, batch)
         self._set_lr()
         with self._autocast():
             logits = self.model.head(self.model.forward_features(images))
@@ -75,6 +71,17 @@ class Session:
         self._losses += loss.detach()
         if self.step - self._looked_at >= LOSS_STEPS:
             self.look_at_loss()
+
+    def look_at_loss(self) -> None:
+        """Wait for the device and note the loss; UserError if it is not finite."""
+        steps = self.step - self._looked_at
+        if steps == 0:
+            return
+        self.loss = self._losses.item() / steps
+        if not math.isfinite(self.loss):
+            raise UserError(f"the loss is not finite by step {self.step}; try a lower optim.lr or clip")
+        self._losses.zero_()
+        self._looked_at = self.step
 
     def is_save_due(self) -> bool:
         """Whether `save_minutes` have passed since the last checkpoint."""
@@ -105,11 +112,17 @@ class Session:
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         self._looked_at = self.step
 
-    def _seed(self) -> None:
-        """timm's Mixup draws from NumPy's global generator, drop path and dropout from torch's."""
-        state = np.random.SeedSequence([self.recipe.seed, self.step]).generate_state(1).item()
-        np.random.seed(state)
-        torch.manual_seed(state)
+    def _mixed(self, images: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and soft labels (B, classes), in `mix_prob` of the steps mixed."""
+        recipe = self.recipe
+        targets = soft_labels(batch.labels, recipe.classes, recipe.label_smoothing, self._device, option="classes")
+        seed = np.random.SeedSequence([recipe.seed, self.step]).generate_state(1).item()
+        torch.manual_seed(seed)  # for drop path and dropout
+        generator = torch.Generator().manual_seed(seed)
+        if not recipe.data.mixup or torch.rand((), generator=generator).item() >= recipe.mix_prob:
+            return images, targets
+        mix = draw_mix(recipe.data, batch.positions, generator)
+        return mix.images(images), mix.labels(targets)
 
     def _set_lr(self) -> None:
         recipe = self.recipe
@@ -122,17 +135,6 @@ class Session:
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
-    def look_at_loss(self) -> None:
-        """Wait for the device and note the loss; UserError if it is not finite."""
-        steps = self.step - self._looked_at
-        if steps == 0:
-            return
-        self.loss = self._losses.item() / steps
-        if not math.isfinite(self.loss):
-            raise UserError(f"the loss is not finite by step {self.step}; try a lower optim.lr or clip")
-        self._losses.zero_()
-        self._looked_at = self.step
-
 
 def token_loss(logits: Tensor, targets: Tensor, prefix: int) -> Tensor:
     """Cross-entropy, one half for the class token, one for the mean patch, which kNN and probe look at.
@@ -143,17 +145,12 @@ def token_loss(logits: Tensor, targets: Tensor, prefix: int) -> Tensor:
     return (F.cross_entropy(cls, targets) + F.cross_entropy(patch, targets)) / 2
 
 
-def check_labels(labels: Tensor, classes: int) -> None:
-    """UserError for labels (B,) that are not 0 to classes - 1; shards without labels give -1."""
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        wrong = low if low < 0 else high
-        raise UserError(f"classes={classes}: a sample has the label {wrong} (-1: the shards have none)")
-
-
 def _unfuse_attention(model: nn.Module) -> None:
-    """torch 2.15's CPU kernel of the fused attention takes half of a bf16 step in its backward: 75 against 133 images
-    per core-second (12 blocks of width 192, 65 tokens; fp32: 54 and 57)."""
+    """Let timm's attention be products and a softmax.
+
+    torch 2.15's fused attention on a CPU takes half of a bf16 step in its backward: 75 against 133 images per
+    core-second (12 blocks of width 192, 65 tokens; fp32: 54 and 57).
+    """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False

@@ -27,7 +27,7 @@ from leap_dist.distributed import World
 from leap_dist.errors import UserError
 from leap_dist.files import write_json, write_text, write_whole
 from leap_dist.pretraining.initial import initialise
-from leap_dist.pretraining.recipe import Recipe, changes, load_recipe
+from leap_dist.pretraining.recipe import TeacherRecipe, changes, load_recipe
 from leap_dist.pretraining.session import Session
 from leap_dist.telemetry import bar_interval
 from leap_dist.trainer import Interrupt
@@ -35,7 +35,7 @@ from leap_dist.trainer import Interrupt
 RECIPE, CHECKPOINT, WEIGHTS = "recipe.yaml", "checkpoint.pt", "teacher.safetensors"
 
 
-def train_on_shards(recipe: Recipe) -> Optional[float]:
+def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
     """Train on `recipe.data.train`, from the start or from where an earlier call was stopped, and write the teacher.
 
     Returns its accuracy on `recipe.data.val`, 0 to 1, or None if SIGTERM came first: everything is saved then, and the
@@ -66,7 +66,7 @@ def train_on_shards(recipe: Recipe) -> Optional[float]:
     return session.history[-1]["val_accuracy"]
 
 
-def build_model(recipe: Recipe) -> VisionTransformer:
+def build_model(recipe: TeacherRecipe) -> VisionTransformer:
     """timm's model with a classifier on its class token and the recipe's initial weights, on the host."""
     sketch = outline(recipe.model, recipe.kwargs, recipe.data.image_size, side="teacher")
     if not isinstance(sketch, VisionTransformer) or sketch.cls_token is None:
@@ -78,12 +78,12 @@ def build_model(recipe: Recipe) -> VisionTransformer:
     return model
 
 
-def _kwargs(recipe: Recipe) -> dict[str, Any]:
+def _kwargs(recipe: TeacherRecipe) -> dict[str, Any]:
     """Arguments with which `timm.create_model(recipe.model, ...)` rebuilds the teacher and its classifier."""
     return {"num_classes": recipe.classes, "img_size": recipe.data.image_size, **recipe.kwargs}
 
 
-def _claim(output: Path, recipe: Recipe) -> None:
+def _claim(output: Path, recipe: TeacherRecipe) -> None:
     """Note the recipe in a new folder; UserError if the folder is another training's."""
     noted = output / RECIPE
     if noted.is_file():
@@ -119,7 +119,7 @@ def _finish_epoch(session: Session, loader: TrainLoader, feed: Feed, bar: tqdm, 
         return True
     since = time.monotonic()
     for batch in feed.ahead(loader.epoch(epoch, done)):
-        session.advance(feed.images(batch), batch.labels)
+        session.advance(feed.images(batch), batch)
         now = time.monotonic()
         session.seconds, since = session.seconds + now - since, now
         bar.set_postfix(epoch=epoch + 1, loss=f"{session.loss:.3f}", accuracy=_last_accuracy(session), refresh=False)

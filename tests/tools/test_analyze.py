@@ -97,6 +97,18 @@ def test_students_with_and_without_a_remedy_are_compared_block_by_block(tmp_path
     assert len(heat_maps) == 2 and all(np.isfinite(found).all() for found in heat_maps)
 
 
+@pytest.mark.slow
+def test_two_ranks_report_the_blocks_as_one_does(student: Path, tmp_path: Path) -> None:
+    command = ["blocks", str(student), "--train", "digits", "--data", "digits", "--images", "21", "--workers", "0"]
+    command += ["--train-images", "101", "--batch", "8", "--out"]
+    assert analyze.main([*command, str(tmp_path / "one")]) == 0
+    assert on_two_ranks(*command, str(tmp_path / "two")).count("101 images to train on, 21 held out") == 1
+    for name, columns in (("blocks.csv", 3), ("cka.csv", 3)):
+        one, two = (np.loadtxt(tmp_path / ranks / name, delimiter=",", skiprows=1) for ranks in ("one", "two"))
+        assert one.shape[1] == columns
+        np.testing.assert_allclose(two, one, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
