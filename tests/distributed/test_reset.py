@@ -11,7 +11,10 @@ import pytest
 from runs import environment
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 def test_reset_head_holds_at_every_zero_stage(stage: int) -> None:
     worker = Path(__file__).with_name("reset_worker.py")
     done = subprocess.run(
