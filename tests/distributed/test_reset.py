@@ -10,7 +10,6 @@ import pytest
 
 from runs import environment
 
-
 SLOW = pytest.mark.slow
 
 
