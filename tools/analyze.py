@@ -68,6 +68,7 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=1000, help="evenly strided over the set (default: 1000)")
     add("--batch", type=int, default=16, help="images per process at a time (default: 16)")
     add("--image-size", type=int, help="pixels, for timm models; default: a student's or a run's own, else the model's")
+    add("--crop-pct", type=float, default=0.875, help="side that the centre crop sees; CIFAR: 1 (default: 0.875)")
     add("--workers", type=int, default=2, help="loader processes per rank (default: 2)")
     add("--cache", help="local folder for the shards of a URI")
 
@@ -108,6 +109,8 @@ def check(args: argparse.Namespace) -> list[Request]:
     for option in ("images", "train_images", "pairs", "subspace", "batch"):
         if getattr(args, option, 1) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: at least 1")
+    if not 0 < args.crop_pct <= 1:
+        raise UserError(f"--crop-pct {args.crop_pct}: above 0, at most 1")
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: at least 0")
     for option in ("data", "train"):
@@ -156,7 +159,7 @@ def open_data(args: argparse.Namespace, subject: Subject, world: World) -> DataC
     mean, std = subject.normalisation
     config = DataConfig(
         train=getattr(args, "train", args.data), val=args.data, cache=args.cache, image_size=subject.image_size,
-        workers=args.workers, augment="none", mean=mean, std=std,
+        crop_pct=args.crop_pct, workers=args.workers, augment="none", mean=mean, std=std,
     )  # fmt: skip
     return resolve(config, args.out.absolute().parent, world)
 

@@ -104,6 +104,7 @@ def _range_problems(config: Config) -> list[str]:
         *([] if config.seed < 2**32 else [f"seed={config.seed}: must be below 2**32"]),
         *([] if betas_hold else [f"optim.betas={list(optim.betas)}: each must be in [0, 1)"]),
         *([] if 0 < low <= high <= 1 else [f"data.crop_scale=[{low}, {high}]: must satisfy 0 < low <= high <= 1"]),
+        *([] if 0 < data.crop_pct <= 1 else [f"data.crop_pct={data.crop_pct}: must be in (0, 1]"]),
     ]
 
 

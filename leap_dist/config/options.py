@@ -120,6 +120,9 @@ class DataConfig:
         "only; none: resize and centre crop",
     )
     crop_scale: tuple[float, float] = _option((0.14, 1.0), "area range of the random resized crop")
+    crop_pct: float = _option(
+        0.875, "share of a side that evaluation's centre crop sees (timm's name); 0.875 = 224/256"
+    )
     mixup: bool = _option(True, "blend each image with another of its group, one lambda per optimizer step")
     mixup_alpha: float = _option(1.0, "lambda ~ Beta(this, this); 1 = U(0,1), as LEAP; DeiT: 0.8")
     cutmix_alpha: float = _option(0.0, "in half of the steps cut rather than blend, the same way; 0 = off; DeiT: 1")

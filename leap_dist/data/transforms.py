@@ -15,7 +15,6 @@ from leap_dist.data.colours import Crops, draw_colours, recolour, untouched
 from leap_dist.data.crops import decode, decode_crop
 from leap_dist.data.deit import Deit
 
-EVAL_RESIZE = 256 / 224  # the usual evaluation crop: shorter side 256, centre 224
 FLIP = 0.5
 
 
@@ -35,10 +34,10 @@ def sample_stream(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
 
 
 def eval_transform(config: DataConfig) -> v2.Transform:
-    """Shorter side to 256/224 of `image_size`, centre crop, normalise: (3, H, W) uint8 -> (3, S, S) float32."""
+    """Shorter side to `image_size / crop_pct`, centre crop, normalise: (3, H, W) uint8 -> (3, S, S) float32."""
     size = config.image_size
     normalise = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)]
-    return v2.Compose([v2.Resize(round(size * EVAL_RESIZE)), v2.CenterCrop(size), *normalise])
+    return v2.Compose([v2.Resize(round(size / config.crop_pct)), v2.CenterCrop(size), *normalise])
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ def test_two_ranks_report_the_blocks_as_one_does(student: Path, tmp_path: Path) 
         (["run", "nowhere/student.safetensors"], "nowhere/student.safetensors: no such file"),
         (["run", "nowhere/config.yaml"], "nowhere/config.yaml: no such file"),
         (["run", TEACHER, "--pairs", "0"], "--pairs 0: at least 1"),
+        (["run", TEACHER, "--crop-pct", "0"], "--crop-pct 0.0: above 0, at most 1"),
         (["run", TEACHER, "--data", "s3://bucket/val"], "--data s3://bucket/val: a URI needs --cache"),
         (["run", TEACHER, "--out", "{used}"], "exists and is not empty"),
         (["run", "vit_tinny_patch16_224=random"], "error: vit_tinny_patch16_224: unknown to timm"),

@@ -43,6 +43,7 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("telemetry.profile_steps=[20]", ["telemetry.profile_steps=[20]", "two whole numbers or null"]),
         ("telemetry.profile_steps=20", ["telemetry.profile_steps=20", "two whole numbers or null"]),
         ("telemetry.peak_tflops=0", ["telemetry.peak_tflops=0", "above 0"]),
+        ("data.crop_pct=1.2", ["data.crop_pct=1.2", "(0, 1]"]),
         ("data.crop_scale=[0.9,0.1]", ["data.crop_scale=[0.9, 0.1]", "low <= high"]),
         ("data.train=/no/such/folder", ["data.train=/no/such/folder", "no such folder"]),
         ("data.train=s3://bucket/set", ["data.train=s3://bucket/set", "data.cache"]),

@@ -60,6 +60,14 @@ def test_evaluation_is_resize_centre_crop_normalise() -> None:
         torch.testing.assert_close(out, expected, rtol=0, atol=1 / 255 / 0.2)  # uint8 rounding
 
 
+def test_an_evaluation_may_see_the_whole_image() -> None:
+    image = ramps(24, 24)
+    whole, usual = (eval_transform(config(image_size=24, crop_pct=share))(image) for share in (1.0, 0.75))
+    torch.testing.assert_close(whole, image / 255, rtol=0, atol=1e-6)
+    resized = F.interpolate(image[None].float(), (32, 32), mode="bilinear", antialias=True, align_corners=False)[0]
+    torch.testing.assert_close(usual, resized[:, 4:28, 4:28] / 255, rtol=0, atol=1 / 255)
+
+
 @pytest.mark.parametrize("augment", ["crop", "leap"])
 def test_a_worker_finishes_for_a_cpu_and_leaves_the_rest_to_a_gpu(augment: str) -> None:
     """Both end in the same pixels: on a GPU the same function runs on the batch."""
