@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,7 @@ def stub_config(output: Path, *overrides: str) -> Config:
 
 def stub_trainer(config: Config, teacher: StubTeacher | None = None, length: int = 3) -> Trainer:
     """A trainer whose student, objective, curriculum and optimizer are real. length: micro-batches an epoch."""
+    _let_a_second_begin(Path(config.output) / "tensorboard")
     torch.manual_seed(config.seed)
     teacher = teacher or StubTeacher()
     timer, replay = PhaseTimer(ONE.device), config.curriculum.replay
@@ -138,6 +140,16 @@ def stub_trainer(config: Config, teacher: StubTeacher | None = None, length: int
         validation=Validation(config, ONE),
     )
     return Trainer(config, ONE, parts)
+
+
+def _let_a_second_begin(tensorboard: Path) -> None:
+    """Make a continued run's event file sort behind those of `tensorboard`.
+
+    Their names hold the second and then a counter of the process, and 10 sorts before 9: real runs are continued by
+    another process in another second.
+    """
+    while any(int(path.name.split(".")[3]) >= int(time.time()) for path in tensorboard.glob("events.out.tfevents.*")):
+        time.sleep(0.05)
 
 
 def scalars(output: Path, tag: str) -> list[float]:
