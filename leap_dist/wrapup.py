@@ -23,7 +23,7 @@ from leap_dist.teacher import Teacher
 from leap_dist.telemetry import table
 from leap_dist.trainer import Trainer
 
-TIMED_PASSES = 3  # each way
+TIMED_PASSES = 5
 
 
 def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
@@ -102,25 +102,19 @@ def _calibrated(config: Config) -> bool:
 
 
 def _seconds_by_depth(teacher: Teacher, images: Tensor, blocks: set[int]) -> dict[int, float]:
-    """Median seconds of a pass with each of `blocks` as the target. Collective, as the teacher is.
-
-    From the deepest to the shallowest and back, so that a machine that gets slower or faster meanwhile favours none.
-    """
-    down = sorted(blocks, reverse=True)
-    times: dict[int, list[float]] = {block: [] for block in down}
-    for block in (*down, *reversed(down)):
+    """Median seconds of a pass with each of `blocks` as the target. Collective, as the teacher is."""
+    medians = {}
+    for block in sorted(blocks, reverse=True):  # from the deepest, so that weights are let go rather than loaded
         teacher.retarget(block)
-        _seconds_of_pass(teacher, images)  # warms up
-        times[block] += [_seconds_of_pass(teacher, images) for _ in range(TIMED_PASSES)]
-    return {block: statistics.median(taken) for block, taken in times.items()}
-
-
-def _seconds_of_pass(teacher: Teacher, images: Tensor) -> float:
-    begin = time.perf_counter()
-    teacher.features(images)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return time.perf_counter() - begin
+        times = []
+        for _ in range(1 + TIMED_PASSES):
+            begin = time.perf_counter()
+            teacher.features(images)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+            times.append(time.perf_counter() - begin)
+        medians[block] = statistics.median(times[1:])  # the first pass warms up
+    return medians
 
 
 def _evaluated(config: Config, world: World, trainer: Trainer, exported: Path) -> dict[str, float]:

@@ -68,7 +68,7 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=1000, help="evenly strided over the set (default: 1000)")
     add("--batch", type=int, default=16, help="images per process at a time (default: 16)")
     add("--image-size", type=int, help="pixels, for timm models; default: a student's or a run's own, else the model's")
-    add("--crop-pct", type=float, default=0.875, help="side that the centre crop sees; CIFAR: 1 (default: 0.875)")
+    add("--crop-pct", type=float, default=DataConfig.crop_pct, help="side that the centre crop sees (default: 0.875)")
     add("--workers", type=int, default=2, help="loader processes per rank (default: 2)")
     add("--cache", help="local folder for the shards of a URI")
 

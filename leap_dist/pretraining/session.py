@@ -117,7 +117,7 @@ class Session:
         recipe = self.recipe
         targets = soft_labels(batch.labels, recipe.classes, recipe.label_smoothing, self._device, option="classes")
         seed = np.random.SeedSequence([recipe.seed, self.step]).generate_state(1).item()
-        torch.manual_seed(seed)  # for drop path and dropout
+        torch.manual_seed(seed)  # for drop path and dropout, of patches too
         generator = torch.Generator().manual_seed(seed)
         if not recipe.data.mixup or torch.rand((), generator=generator).item() >= recipe.mix_prob:
             return images, targets
