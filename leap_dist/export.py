@@ -44,6 +44,7 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
             "image_size": config.data.image_size,
             "mean": list(config.data.mean),
             "std": list(config.data.std),
+            "crop_pct": config.data.crop_pct,
         }
         write_json(path.with_suffix(".json"), about)
     barrier(world)

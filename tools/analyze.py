@@ -68,7 +68,11 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=1000, help="evenly strided over the set (default: 1000)")
     add("--batch", type=int, default=16, help="images per process at a time (default: 16)")
     add("--image-size", type=int, help="pixels, for timm models; default: a student's or a run's own, else the model's")
-    add("--crop-pct", type=float, default=DataConfig.crop_pct, help="side that the centre crop sees (default: 0.875)")
+    add(
+        "--crop-pct",
+        type=float,
+        help="share of a side the centre crop keeps; default: a student's or a run's own, or 0.875",
+    )
     add("--workers", type=int, default=2, help="loader processes per rank (default: 2)")
     add("--cache", help="local folder for the shards of a URI")
 
@@ -109,7 +113,7 @@ def check(args: argparse.Namespace) -> list[Request]:
     for option in ("images", "train_images", "pairs", "subspace", "batch"):
         if getattr(args, option, 1) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: at least 1")
-    if not 0 < args.crop_pct <= 1:
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         raise UserError(f"--crop-pct {args.crop_pct}: above 0, at most 1")
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: at least 0")
@@ -137,7 +141,7 @@ def open_subjects(requests: list[Request], image_size: Optional[int], world: Wor
 
 
 def _open_timm(asked: Request, size: int, world: World) -> Subject:
-    from leap_dist.analysis import timm_subject
+    from leap_dist.analysis import Sight, timm_subject
 
     if asked.run is None:
         try:
@@ -149,17 +153,18 @@ def _open_timm(asked: Request, size: int, world: World) -> Subject:
 
     teacher = with_demo_teacher(replace(asked.run, teacher=asked.teacher), world).teacher
     subject = timm_subject(teacher, asked.name, size, world.device)
-    return replace(subject, normalisation=(tuple(asked.run.data.mean), tuple(asked.run.data.std)))
+    seen = asked.run.data
+    return replace(subject, sight=Sight(tuple(seen.mean), tuple(seen.std), seen.crop_pct))
 
 
 def open_data(args: argparse.Namespace, subject: Subject, world: World) -> DataConfig:
-    """The images, of the size and normalisation that `subject` takes."""
+    """The images as `subject` takes them."""
     from leap_dist.data import resolve
 
-    mean, std = subject.normalisation
+    sight = subject.sight
     config = DataConfig(
         train=getattr(args, "train", args.data), val=args.data, cache=args.cache, image_size=subject.image_size,
-        crop_pct=args.crop_pct, workers=args.workers, augment="none", mean=mean, std=std,
+        crop_pct=args.crop_pct or sight.crop_pct, workers=args.workers, augment="none", mean=sight.mean, std=sight.std,
     )  # fmt: skip
     return resolve(config, args.out.absolute().parent, world)
 
@@ -205,8 +210,8 @@ def look_at_tokens(args: argparse.Namespace, subjects: list[Subject], world: Wor
     from leap_dist.data import build_eval_loader
 
     for subject in subjects[1:]:
-        if subject.normalisation != subjects[0].normalisation and world.is_main:
-            say(f"{subject.name} expects another normalisation than {subjects[0].name}, whose images it gets")
+        if subject.sight != subjects[0].sight and world.is_main:
+            say(f"{subject.name} expects another normalisation or crop than {subjects[0].name}, whose images it gets")
     students, teacher = (subjects[:-1], subjects[-1]) if args.teacher else (subjects, None)
     options = SurveyOptions(pairs=args.pairs, k=args.subspace, batch=args.batch)
     data = open_data(args, subjects[0], world)

@@ -171,6 +171,7 @@ def _record(session: Session) -> dict[str, Any]:
         "image_size": recipe.data.image_size,
         "mean": list(recipe.data.mean),
         "std": list(recipe.data.std),
+        "crop_pct": recipe.data.crop_pct,
         "val_accuracy": session.history[-1]["val_accuracy"],
         "finished": _is_finished(session),
         "train_seconds": session.seconds,

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import analyze
 
 from leap_dist.config import StudentConfig
+from leap_dist.distributed import World
 from leap_dist.student import build_student
 
 TOOL = Path(analyze.__file__)
@@ -38,7 +39,7 @@ def exported(model: str, folder: Path, remedy: str = "none") -> Path:
     torch.manual_seed(0)
     built = build_student(StudentConfig(model=model, kwargs=kwargs, remedy=remedy), 32, width=36)
     save_file(built.backbone.state_dict(), path)
-    about = asdict(built.recipe) | {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    about = asdict(built.recipe) | {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
     path.with_suffix(".json").write_text(json.dumps(about))
     return path
 
@@ -59,7 +60,7 @@ def test_two_ranks_find_what_one_finds(student: Path, tmp_path: Path, capfd: pyt
     assert analyze.main([*command, str(tmp_path / "one")]) == 0
     printed, log = capfd.readouterr()
     assert "21 images, 3 pairs of them\n\nlast block, uncentred" in printed
-    assert "expects another normalisation" not in log  # this teacher's is 0.5 too
+    assert "expects another normalisation or crop than" in log  # this teacher's colours, but not its crop
     assert on_two_ranks(*command, str(tmp_path / "two")).count("21 images, 3 pairs of them") == 1
     one, two = (np.load(tmp_path / name / "curves.npz") for name in ("one", "two"))
     assert set(one) == set(two)
@@ -152,3 +153,13 @@ def test_what_the_launchers_add_and_names() -> None:
     assert args.models == ["m"]
     assert analyze.request("vit_x").teacher.weights == "hub"
     assert analyze.request("vit_x=/w/file.safetensors").teacher.weights == "/w/file.safetensors"
+
+
+@pytest.mark.parametrize(("asked", "crop_pct"), [([], 0.9), (["--crop-pct", "1"], 1.0)])
+def test_images_are_cropped_as_the_student_was_evaluated(
+    asked: list[str], crop_pct: float, student: Path, tmp_path: Path
+) -> None:
+    args = analyze.parse(["run", str(student), "--data", "digits", "--out", str(tmp_path / "out"), *asked])
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    [subject] = analyze.open_subjects(analyze.check(args), None, world)
+    assert analyze.open_data(args, subject, world).crop_pct == crop_pct

@@ -29,7 +29,7 @@ def exported(folder: Path, *overrides: str) -> tuple[Student, Path]:
     config = load(
         None,
         ["teacher.model=t", "student.model=vit_tiny_patch16_224", "data.train=digits", "data.image_size=16",
-         f"output={folder}", *(f"student.kwargs.{item}" for item in shape), *overrides],
+         "data.crop_pct=0.9", f"output={folder}", *(f"student.kwargs.{item}" for item in shape), *overrides],
     )  # fmt: skip
     student = build_student(config.student, 16, 18).eval()
     for parameter in student.parameters():
@@ -58,9 +58,9 @@ def test_the_documented_lines_load_an_export_bitwise(
     assert torch.equal(names["tokens"][:, 1:], features.patch) and torch.equal(names["tokens"][:, 0], features.cls)
     assert torch.equal(names["logits"], student.classify(features))
     assert names["logits"].shape[-1] == (classes or student.width)
-    assert (
-        json.loads(path.with_suffix(".json").read_text())["width"] == student.width == (12 if remedy == "none" else 18)
-    )
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert about["width"] == student.width == (12 if remedy == "none" else 18)
+    assert about["crop_pct"] == 0.9
 
 
 @pytest.mark.parametrize("remedy", REMEDIES)
