@@ -49,7 +49,7 @@ def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
     run = commands.add_parser("run", help="one model, and how it relates to a teacher if one is named")
     run.add_argument("models", nargs=1, metavar="MODEL")
     compare = commands.add_parser("compare", help="two students on the same images, in one table and one picture")
-    compare.add_argument("models", nargs=2, metavar=("A", "B"))
+    compare.add_argument("models", nargs=2, metavar="MODEL")  # a metavar of two breaks --help
     blocks = commands.add_parser("blocks", help="what each block of one model can do, and how alike they are")
     blocks.add_argument("models", nargs=1, metavar="MODEL")
     blocks.add_argument("--train", required=True, help="labelled shards on which a probe per block is trained")

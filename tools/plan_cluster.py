@@ -1,7 +1,7 @@
 """Which placement a teacher needs on a cluster, at every target block, by the cost model of `leap_dist.planning`.
 
 python tools/plan_cluster.py --cluster 4x8-h100 --teacher vit-7b --batch 32
-python tools/plan_cluster.py --cluster 8x-l40s --config launch_configs/leap_vit7b_vitb16_imagenet1k.yaml
+python tools/plan_cluster.py --cluster 8x-l40s --config launch_configs/leap_vit7b_vitb16_imagenet1k_pipelined.yaml
 
 Bandwidths and peaks are the vendors'; the share of the peak that a ViT reaches (--mfu) is yours to measure. Bytes
 are tested against small runs; no table has been compared with a run on such a cluster.

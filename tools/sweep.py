@@ -1,7 +1,8 @@
 """A table from one command: every row of a sweep with every seed, then mean and deviation, every run, and curves.
 
 python tools/sweep.py launch_configs/sweeps/demo_remedies.yaml
-python tools/sweep.py launch_configs/sweeps/cifar10.yaml data.train=/data/cifar10/train data.val=/data/cifar10/val
+python tools/sweep.py launch_configs/sweeps/cifar10.yaml data.train=/data/cifar10-mds/train \\
+    data.val=/data/cifar10-mds/test
 
 A sweep is a YAML: base (a launch config, relative to it), output, seeds, common (overrides for all), rows (name -> list
 of overrides) and launcher (default `python`; {port} is a free port, {slot} the number of the job, from 0). More in

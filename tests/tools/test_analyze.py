@@ -163,3 +163,10 @@ def test_images_are_cropped_as_the_student_was_evaluated(
     world = World(0, 1, 0, 1, torch.device("cpu"))
     [subject] = analyze.open_subjects(analyze.check(args), None, world)
     assert analyze.open_data(args, subject, world).crop_pct == crop_pct
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "blocks"])
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        analyze.parse([command, "--help"])
+    assert "MODEL" in capsys.readouterr().out
