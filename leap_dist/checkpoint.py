@@ -74,8 +74,9 @@ def _resume_from(config: Config) -> Optional[Path]:
             raise UserError(f"output={output}: holds a run of another config ({'; '.join(changed[:3])}{more})")
         if config.resume == "none":
             raise UserError(f"output={output}: holds a run; continue it with resume=auto, or choose another output")
-        if config.resume == "auto":
-            return newest(output / "checkpoints")
+        own = newest(output / "checkpoints")
+        if config.resume == "auto" or (own is not None and not _is_inside(Path(config.resume), output)):
+            return own  # a queue that starts the same command again must not begin at the other run's checkpoint again
     if config.resume in ("none", "auto"):
         return None
     return _named(Path(config.resume))
@@ -94,6 +95,10 @@ def newest(folder: Path) -> Optional[Path]:
     if not (path / RUN).is_file():
         raise UserError(f"{latest} names {path.name}, which is not there; write an existing one's name into it")
     return path
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _named(path: Path) -> Path:
@@ -133,12 +138,14 @@ class Checkpoints:
     """The checkpoints of one run; every method is called by all ranks.
 
     num_samples: of the training set, whose positions the checkpoints hold.
+    teacher: fingerprint of the weights that the student imitates.
     """
 
-    def __init__(self, config: Config, world: World, num_samples: int) -> None:
+    def __init__(self, config: Config, world: World, num_samples: int, teacher: str) -> None:
         self.config = config
         self.world = world
         self.num_samples = num_samples
+        self.teacher = teacher
         self._unconfirmed: Optional[Path] = None
         self.folder = Path(config.output) / "checkpoints"
 
@@ -186,7 +193,7 @@ class Checkpoints:
         """Whether `path` is in parts for another number of ranks: ZeRO stages 1-3 save one per rank, stage 0 does not.
 
         Raises:
-            UserError: saved at another ZeRO stage, precision, batch, seed or set.
+            UserError: saved with another ZeRO stage, precision, batch, seed, set, optimizer, mode or teacher.
         """
         saved = json.loads((path / RUN).read_text())
         for key, mine in self._identity().items():
@@ -232,7 +239,7 @@ class Checkpoints:
         return client["leap"]
 
     def _identity(self) -> dict[str, int | str]:
-        """What a data position and DeepSpeed's files mean anything for; the number of ranks is not part of it."""
+        """What a checkpoint's position, block and DeepSpeed's files mean anything for; not the number of ranks."""
         return {
             "zero_stage": self.config.engine.zero_stage,
             "precision": self.config.engine.precision,
@@ -240,9 +247,16 @@ class Checkpoints:
             "seed": self.config.seed,
             "canonical_nodes": self.config.data.canonical_nodes,
             "num_samples": self.num_samples,
+            "optim.name": self.config.optim.name,
+            "curriculum.mode": self.config.curriculum.mode,
+            "teacher": self.teacher,
         }
 
     def _prune(self, newest_path: Path) -> None:
-        older = sorted(path for path in self.folder.glob("step*") if path.is_dir() and path != newest_path)
+        # By age, not by step: a run that went back to an earlier step leaves later ones behind.
+        older = sorted(
+            (path for path in self.folder.glob("step*") if path.is_dir() and path != newest_path),
+            key=lambda path: path.stat().st_mtime_ns,
+        )
         for path in older[: max(0, len(older) - (self.config.checkpoint.keep - 1))]:
             shutil.rmtree(path, ignore_errors=True)

@@ -172,12 +172,14 @@ class Trainer:
         if self.progress.step:
             self._validate()
             self._save()
+        self.profiler.before(self.progress.step)
         with Interrupt() as interrupt:
             while self.progress.epoch < self.config.epochs and not self.stopping:
                 self._epoch(interrupt)
-        self.profiler.close()
-        self._save()
-        self.checkpoints.confirm()
+            # Still inside: a second SIGTERM, torchrun's after SLURM's, must not kill the save that the first asked for.
+            self.profiler.close()
+            self._save()
+            self.checkpoints.confirm()
         return self.progress.epoch == self.config.epochs
 
     def close(self) -> None:
@@ -200,6 +202,7 @@ class Trainer:
             if self._is_save_due(self.progress.step, self.config.checkpoint.every_steps):
                 self._settle(interrupt)
                 self._save()
+            self.profiler.before(self.progress.step)
         self._settle(interrupt)
         target = self.curriculum.block
         if self.curriculum.end_epoch():
@@ -216,12 +219,10 @@ class Trainer:
         """
         start = self.progress.step_in_epoch
         stream = self.feed.ahead(self.loader.epoch(self.progress.epoch, start * self.accumulation))
-        first = self.progress.step - start
-        steps = (self._fetched(stream, first + index) for index in range(start, self.steps_per_epoch))
+        steps = (self._fetched(stream) for _ in range(start, self.steps_per_epoch))
         return pairwise(chain(steps, [None])) if self.config.teacher.prefetch else zip(steps, repeat(None))
 
-    def _fetched(self, stream: Iterator[Batch], step: int) -> list[Batch]:
-        self.profiler.before(step)
+    def _fetched(self, stream: Iterator[Batch]) -> list[Batch]:
         with self.timer.phase("data", host=True):
             micro_batches = [next(stream) for _ in range(self.accumulation)]
         for batch in micro_batches:

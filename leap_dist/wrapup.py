@@ -19,6 +19,7 @@ from leap_dist.evaluation.features import FeatureSet
 from leap_dist.evaluation.held_out import HeldOut
 from leap_dist.export import export_student, load_student
 from leap_dist.files import write_json
+from leap_dist.student import Student
 from leap_dist.teacher import Teacher
 from leap_dist.telemetry import table
 from leap_dist.trainer import Trainer
@@ -27,20 +28,32 @@ TIMED_PASSES = 5
 
 
 def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
-    """Export, evaluate, write `summary.json` and the figures, print the table. Collective; returns the summary."""
-    summary = _progress_summary(config, trainer)
-    summary |= _time_saved(config, world, trainer)
+    """Export, evaluate, write `summary.json` and the figures, print the table. Collective; returns the summary.
+
+    What needs the whole teacher comes last: a run that ended early never had all of it in memory, and if it does not
+    fit, student and figures are there.
+    """
     exported = export_student(trainer.engine, config, world)
-    if world.is_main:
-        write_json(Path(config.output) / "summary.json", summary)  # whatever becomes of the evaluation
+    summary = _progress_summary(config, trainer)
+    _write(summary, config, world)
     trainer.loader.close()  # its workers' memory is free for those of the evaluation
-    if config.data.val is not None:
-        summary |= _evaluated(config, world, trainer, exported)
+    judge = None if config.data.val is None else Judge(config, world)
+    if judge is not None:
+        summary |= judge.student(load_student(exported, world.device))
+        _write(summary, config, world)
+    summary |= _time_saved(config, world, trainer)
+    if judge is not None and config.evaluation.teacher:
+        summary |= judge.teacher(trainer.teacher)
+    _write(summary, config, world)
     if trainer.telemetry is not None:
-        write_json(Path(config.output) / "summary.json", summary)
         trainer.telemetry.finish(summary, trainer.progress.trajectory, trainer.teacher.spec.depth)
         trainer.telemetry.say(_final_table(summary, config))
     return summary
+
+
+def _write(summary: dict[str, Any], config: Config, world: World) -> None:
+    if world.is_main:
+        write_json(Path(config.output) / "summary.json", summary)
 
 
 def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
@@ -117,25 +130,42 @@ def _seconds_by_depth(teacher: Teacher, images: Tensor, blocks: set[int]) -> dic
     return medians
 
 
-def _evaluated(config: Config, world: World, trainer: Trainer, exported: Path) -> dict[str, float]:
-    """Accuracies of student and teacher on the held-out images, and how alike their features are. Collective.
+class Judge:
+    """Accuracies of student and teacher on the held-out images, and how alike their features are.
 
-    student_teacher_cka: linear CKA of what is judged, average-pooled patch tokens of the held-out images; biased upward
-    by about width / images.
+    Methods are collective; results are empty on all ranks but 0.
     """
-    held_out = HeldOut(config, world, config.evaluation.max_train_images, None)
-    student = load_student(exported, world.device)
-    ours = held_out.features(lambda images: student(images).patch.mean(1))
-    results = _accuracies("student", ours, config, world)
-    if config.student.num_classes:
-        results |= _top1(held_out.validation(lambda images: student.classify(student(images))))
-    if config.evaluation.teacher:
-        trainer.teacher.retarget(trainer.teacher.spec.depth)
-        theirs = held_out.features(lambda images: trainer.teacher.features(images).patch.float().mean(1))
-        results |= _accuracies("teacher", theirs, config, world)
-        if ours and theirs:
-            results["student_teacher_cka"] = linear_cka_of_features(ours[1].features, theirs[1].features).item()
-    return results
+
+    def __init__(self, config: Config, world: World) -> None:
+        self._config, self._world = config, world
+        self._held_out = HeldOut(config, world, config.evaluation.max_train_images, None)
+        self._ours: Optional[FeatureSet] = None
+
+    def student(self, student: Student) -> dict[str, float]:
+        """Its kNN and linear probe on average-pooled patch tokens; top-1 of its own classifier, if it has one."""
+        found = self._held_out.features(lambda images: student(images).patch.mean(1))
+        self._ours = found and found[1]
+        results = self._accuracies("student", found)
+        if self._config.student.num_classes:
+            results |= _top1(self._held_out.validation(lambda images: student.classify(student(images))))
+        return results
+
+    def teacher(self, teacher: Teacher) -> dict[str, float]:
+        """Likewise, at its last block; and `student_teacher_cka`: linear CKA of what was judged on the held-out images,
+        biased upward by about width / images.
+        """
+        teacher.retarget(teacher.spec.depth)
+        found = self._held_out.features(lambda images: teacher.features(images).patch.float().mean(1))
+        results = self._accuracies("teacher", found)
+        if self._ours and found:
+            results["student_teacher_cka"] = linear_cka_of_features(self._ours.features, found[1].features).item()
+        return results
+
+    def _accuracies(self, who: str, found: Optional[tuple[FeatureSet, FeatureSet]]) -> dict[str, float]:
+        if found is None:
+            return {}
+        results = evaluate(*found, self._config.evaluation, device=self._world.device, seed=self._config.seed)
+        return {f"{who}_{name}": value for name, value in results.items()}
 
 
 def _top1(logits: Optional[FeatureSet]) -> dict[str, float]:
@@ -143,16 +173,6 @@ def _top1(logits: Optional[FeatureSet]) -> dict[str, float]:
     if logits is None:
         return {}
     return {"student_top1": (logits.features.argmax(1) == logits.labels).double().mean().item()}
-
-
-def _accuracies(
-    who: str, found: Optional[tuple[FeatureSet, FeatureSet]], config: Config, world: World
-) -> dict[str, float]:
-    """kNN and linear probe on features of both sets; empty where there are none, on all ranks but 0."""
-    if found is None:
-        return {}
-    results = evaluate(*found, config.evaluation, device=world.device, seed=config.seed)
-    return {f"{who}_{name}": value for name, value in results.items()}
 
 
 def _percent(value: Optional[float]) -> Optional[str]:

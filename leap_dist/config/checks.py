@@ -191,6 +191,8 @@ def _placement_problems(config: Config) -> list[str]:
         )
     elif teacher.memory_budget is not None and not 0 < teacher.memory_budget < math.inf:
         problems.append(f"teacher.memory_budget={teacher.memory_budget}: must be above 0")
+    if teacher.placement == "auto" and not teacher.rebalance:
+        problems.append("teacher.rebalance=false with teacher.placement=auto: its budget counts on balanced stages")
     if teacher.placement in ("pipelined", "auto") and mode == "all_layers":
         problems.append(
             f"teacher.placement={teacher.placement} with curriculum.mode=all_layers: only a pipeline's last stage "

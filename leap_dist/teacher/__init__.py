@@ -31,6 +31,7 @@ class Teacher(Protocol):
     spec: TeacherSpec
     block: int  # current target, 1-indexed
     blocks: nn.ModuleList  # all of them, whether loaded or not
+    fingerprint: str  # differs where the weights do
 
     def features(self, images: Tensor) -> Features:
         """Images (B, 3, H, W) to final-normed tokens of block `self.block`; no grad; deeper blocks are not run."""

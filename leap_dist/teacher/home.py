@@ -24,6 +24,7 @@ class Home:
         self.spec = lazy.spec
         self.block = 0
         self.blocks = lazy.backbone.blocks
+        self.fingerprint = lazy.fingerprint
         self._lazy = lazy
         self._world = world
         self._calls = 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from leap_dist import allocator
 from leap_dist.backbone import DTYPES, Backbone, split
 from leap_dist.config import TeacherConfig
-from leap_dist.teacher.weights import Weights, build_skeleton, open_weights
+from leap_dist.teacher.weights import Weights, build_skeleton, fingerprint, open_weights
 
 
 class LazyBackbone:
@@ -22,6 +22,7 @@ class LazyBackbone:
     classes: keep the classifier, which must have so many; 0 = do without.
     backbone: the modules; blocks keep their identity (hooks, compiled code) over loading and dropping.
     token_shape, dtype: (T, D) of the tokens of one image between two blocks, and their type.
+    fingerprint: of the stem's weights, which every rank holds.
     """
 
     def __init__(self, config: TeacherConfig, image_size: int, device: torch.device, classes: int = 0) -> None:
@@ -38,7 +39,9 @@ class LazyBackbone:
         if config.compile:
             for block in self.backbone.blocks:
                 block.compile()
-        _fill(self.backbone.stem, self._read(self._stem_names()), device)
+        stem = self._read(self._stem_names())
+        self.fingerprint = fingerprint(stem)
+        _fill(self.backbone.stem, stem, device)
 
     def hold(self, wanted: Iterable[int]) -> None:
         """Make the 0-indexed blocks `wanted` those that are loaded: drop the others, then load what is missing."""

@@ -56,6 +56,7 @@ class AutoTeacher:
     ) -> None:
         self.spec = lazy.spec
         self.blocks = lazy.backbone.blocks
+        self.fingerprint = lazy.fingerprint
         self._lazy = lazy
         self._makers = makers
         self._chosen = chosen

@@ -42,6 +42,7 @@ class StubTeacher:
     asked: list[int] = field(default_factory=list)
     spec: TeacherSpec = SPEC
     blocks: torch.nn.ModuleList = field(default_factory=torch.nn.ModuleList)
+    fingerprint: str = "stub"
 
     def at(self, block: int, images: Tensor) -> Features:
         generator = torch.Generator().manual_seed(block)
@@ -135,7 +136,7 @@ def stub_trainer(config: Config, teacher: StubTeacher | None = None, length: int
         loader=StubLoader(length),
         bad_samples=BadSamples(Path(config.output) / "bad_samples.jsonl", 0, ONE),
         coordinator=Coordinator(build_curriculum(config.curriculum, DEPTH), ONE, schedule, timer),
-        checkpoints=Checkpoints(config, ONE, num_samples=12),
+        checkpoints=Checkpoints(config, ONE, num_samples=12, teacher="stub"),
         timer=timer,
         validation=Validation(config, ONE),
     )

@@ -43,7 +43,7 @@ class PlainEngine:
 
 
 def claimed(tmp_path: Path, *overrides: str, steps: tuple[int, ...] = ()) -> Checkpoints:
-    checkpoints = Checkpoints(config(tmp_path, *overrides), ONE, num_samples=12)
+    checkpoints = Checkpoints(config(tmp_path, *overrides), ONE, num_samples=12, teacher="t")
     checkpoints.claim_output()
     for step in steps:
         checkpoints.save(PlainEngine(), step, {"step": step})
@@ -107,10 +107,27 @@ def test_resume_from_a_path_takes_run_folder_or_checkpoint(tmp_path: Path) -> No
         find_resume(config(tmp_path / "third", f"resume={new}"), ONE)
 
 
+def test_a_run_begun_at_anothers_checkpoint_continues_at_its_own(tmp_path: Path) -> None:
+    """A queue starts the same command again; only a checkpoint of the run's own folder takes it back."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    claimed(old, steps=(9,))
+    claimed(new, steps=(10, 20))
+    assert find_resume(config(new, f"resume={old}"), ONE) == new / "checkpoints" / "step00000020"
+    back = new / "checkpoints" / "step00000010"
+    assert find_resume(config(new, f"resume={back}"), ONE) == back
+
+
+def test_a_run_that_went_back_keeps_what_it_has_made_since(tmp_path: Path) -> None:
+    claimed(tmp_path, "checkpoint.keep=2", steps=(30, 10, 20))
+    assert {path.name for path in (tmp_path / "checkpoints").glob("step*")} == {"step00000010", "step00000020"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "samples", "words"),
     [
         ((), 99, "num_samples=12, this run has num_samples=99"),
+        (("optim.name=lars",), 12, "optim.name=adamw, this run has optim.name=lars"),
+        (("curriculum.mode=fixed",), 12, "curriculum.mode=leap, this run has curriculum.mode=fixed"),
         (("engine.zero_stage=1",), 12, "zero_stage=0, this run has zero_stage=1"),
         (("engine.precision=bf16",), 12, "precision=fp32, this run has precision=bf16"),
         (("data.global_batch=8",), 12, "global_batch=256, this run has global_batch=8"),
@@ -124,10 +141,17 @@ def test_what_the_position_does_not_hold_for_is_refused(
 ) -> None:
     """At another number of ranks too, before anything is converted or written."""
     claimed(tmp_path / "old", steps=(7,))
-    checkpoints = Checkpoints(config(tmp_path / "new", *overrides), replace(ONE, size=size), samples)
+    checkpoints = Checkpoints(config(tmp_path / "new", *overrides), replace(ONE, size=size), samples, "t")
     with pytest.raises(UserError, match=words):
         checkpoints.needs_conversion(tmp_path / "old" / "checkpoints" / "step00000007")
     assert not (tmp_path / "new").exists()
+
+
+def test_another_teacher_is_refused(tmp_path: Path) -> None:
+    """`teacher.weights` may name another place, but not another teacher."""
+    claimed(tmp_path, steps=(7,))
+    with pytest.raises(UserError, match="saved with teacher=t, this run has teacher=u"):
+        Checkpoints(config(tmp_path), ONE, 12, "u").needs_conversion(newest(tmp_path / "checkpoints"))
 
 
 @pytest.mark.parametrize(("stage", "size", "needed"), [(0, 2, False), (1, 1, False), (1, 2, True), (3, 2, True)])
@@ -135,7 +159,7 @@ def test_only_what_zero_has_cut_up_for_other_ranks_is_converted(
     stage: int, size: int, needed: bool, tmp_path: Path
 ) -> None:
     claimed(tmp_path, f"engine.zero_stage={stage}", steps=(7,))
-    checkpoints = Checkpoints(config(tmp_path, f"engine.zero_stage={stage}"), replace(ONE, size=size), 12)
+    checkpoints = Checkpoints(config(tmp_path, f"engine.zero_stage={stage}"), replace(ONE, size=size), 12, "t")
     assert checkpoints.needs_conversion(newest(tmp_path / "checkpoints")) is needed
 
 
@@ -182,7 +206,7 @@ def test_a_failed_conversion_is_one_line_and_leaves_nothing(tmp_path: Path) -> N
     (folder / ".universal-0").mkdir()  # of a conversion that was killed
     # One process cannot be two ranks: the checkpoint says that it was two that saved it.
     (path / "run.json").write_text(json.dumps(saved | {"world_size": 2}))
-    checkpoints = Checkpoints(config(tmp_path, stage), ONE, 12)
+    checkpoints = Checkpoints(config(tmp_path, stage), ONE, 12, "t")
     with pytest.raises(
         UserError, match=r"step00000007: cannot be converted for 1 ranks in .*1 of 2 ranks' parts"
     ) as caught:

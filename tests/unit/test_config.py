@@ -85,6 +85,8 @@ def test_combinations_that_cannot_be() -> None:
         load(None, [*NEEDED, "curriculum.mode=all_layers", "student.remedy=wide_last"])
     with pytest.raises(UserError, match=r"teacher.memory_budget=-1.0: must be above 0"):
         load(None, [*NEEDED, "teacher.placement=auto", "teacher.memory_budget=-1"])
+    with pytest.raises(UserError, match=r"rebalance=false with teacher.placement=auto: its budget counts on balanced"):
+        load(None, [*NEEDED, "teacher.placement=auto", "teacher.memory_budget=1", "teacher.rebalance=false"])
     for stage in (1, 2, 3):
         with pytest.raises(UserError, match=rf"optim\.name=lars with engine\.zero_stage={stage}"):
             load(None, [*NEEDED, "optim.name=lars", f"engine.zero_stage={stage}"])

@@ -56,7 +56,7 @@ def test_the_trace_holds_the_phases_of_its_steps(window: tuple[int, int], tmp_pa
     found = ranges(tmp_path)
     for name in ("data", "teacher", "student.forward", "student.backward", "optimizer"):
         assert found[name] == 2, name
-    assert found["decide"] == found["broadcast"] == 3  # of the step before too, and both windows end with an epoch
+    assert found["decide"] == found["broadcast"] == 2  # a step begins with the decision on the one before
     assert found["match"] >= 4  # patch tokens, class token, score
     blocks = {name: count for name, count in found.items() if name.startswith("teacher.block_")}
     expected = {1: {1: 2, 2: 2, 3: 1}, 4: {1: 2, 2: 2, 3: 2, 4: 2}}[window[0]]
@@ -75,3 +75,14 @@ def test_a_window_past_the_end_is_refused(tmp_path: Path) -> None:
     check_window(config, total_steps=7)
     with pytest.raises(UserError, match=r"telemetry.profile_steps=\[4, 6\]: the run has 6 steps, the last one is 5"):
         check_window(config, total_steps=6)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_the_window_counts_the_steps_that_train(prefetch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where batches are fetched a step ahead."""
+    trainer = stub_trainer(stub_config(tmp_path, f"teacher.prefetch={prefetch}"), BlockTeacher())
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(trainer.profiler, "before", lambda step: told.append((step, trainer.progress.step)))
+    assert trainer.run()
+    trainer.close()
+    assert told == [(step, step) for step in range(7)]

@@ -231,3 +231,16 @@ def test_hub_weights_come_from_its_file(monkeypatch, state, tmp_path):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert_same(load("hub"), state)
     assert asked == [("timm/vit_giant_patch14_dinov2.lvd142m", "model.safetensors")]
+
+
+def test_the_fingerprint_tells_weights_apart_and_not_files(state, tmp_path):
+    def fingerprint(weights: Path | str) -> str:
+        config = TeacherConfig(model=MODEL, kwargs=KWARGS, weights=str(weights), dtype="bf16")
+        return LazyBackbone(config, SIZE, torch.device("cpu")).fingerprint
+
+    here, there, other = (tmp_path / name for name in ("here.pth", "there.safetensors", "other.pth"))
+    torch.save({"model": state}, here)
+    save_file(state, there)
+    torch.save(state | {"patch_embed.proj.bias": state["patch_embed.proj.bias"] + 1}, other)
+    assert fingerprint(here) == fingerprint(there)
+    assert len({fingerprint(here), fingerprint(other), fingerprint("random")}) == 3

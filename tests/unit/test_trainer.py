@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from stubs import DEPTH, StubLoader, StubTeacher, scalars, stub_config, stub_trainer
 from torch.nn.functional import mse_loss
 
+from leap_dist.checkpoint import newest
 from leap_dist.errors import UserError
 from leap_dist.trainer import Trainer
 
@@ -124,3 +127,16 @@ def test_the_score_at_the_last_block_is_only_computed_when_shown(tmp_path: Path)
     )[1]
     run(trainer)
     assert asked == [True, False, False, True, False, False]
+
+
+def test_a_second_sigterm_does_not_kill_the_save_that_the_first_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = stub_trainer(stub_config(tmp_path))
+    step, save = trainer._step, trainer._save
+    signalled = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    monkeypatch.setattr(trainer, "_step", lambda work: (step(work), signalled())[0])
+    monkeypatch.setattr(trainer, "_save", lambda: (signalled(), save())[1])
+    assert not trainer.run()
+    trainer.close()
+    assert newest(tmp_path / "checkpoints").name == "step00000001"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from stubs import DEPTH, ONE, StubTeacher, stub_config, stub_trainer
 
 from leap_dist import wrapup
 from leap_dist.data import build_eval_loader, resolve
-from leap_dist.export import export_student
+from leap_dist.export import export_student, load_student
 
 
 @pytest.mark.parametrize(("start", "calibration"), [("1", 0), ("null", 1)])
@@ -48,7 +49,9 @@ def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: P
     config = stub_config(tmp_path, *overrides)
     config = replace(config, data=resolve(config.data, tmp_path, ONE))
     trainer = stub_trainer(config)
-    found = wrapup._evaluated(config, ONE, trainer, export_student(trainer.engine, config, ONE))
+    judge = wrapup.Judge(config, ONE)
+    found = judge.student(load_student(export_student(trainer.engine, config, ONE), ONE.device))
+    found |= judge.teacher(trainer.teacher)
     trainer.close()
     assert set(found) == {f"{w}_{a}" for w in ("student", "teacher") for a in ("knn", "probe")} | {
         "student_teacher_cka"
@@ -65,3 +68,25 @@ def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: P
     expected = (x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum())
     assert found["student_teacher_cka"] == pytest.approx(expected, rel=1e-4)
     assert 0.01 < expected < 0.99
+
+
+class Unaffordable(StubTeacher):
+    """Its last block does not fit."""
+
+    def retarget(self, block: int) -> None:
+        if block == DEPTH:
+            raise torch.OutOfMemoryError
+        super().retarget(block)
+
+
+def test_a_teacher_that_does_not_fit_whole_costs_no_student(tmp_path: Path) -> None:
+    overrides = ("data.val=digits", "data.workers=0", "evaluation.probe_epochs=1", "evaluation.max_train_images=99")
+    config = stub_config(tmp_path, *overrides, "curriculum.threshold=9")  # it never leaves block 1
+    config = replace(config, data=resolve(config.data, tmp_path, ONE))
+    trainer = stub_trainer(config, Unaffordable())
+    assert trainer.run()
+    with pytest.raises(torch.OutOfMemoryError):
+        wrapup.wrap_up(config, ONE, trainer)
+    trainer.close()
+    assert (tmp_path / "student.safetensors").is_file()
+    assert 0 < json.loads((tmp_path / "summary.json").read_text())["student_knn"] <= 1
