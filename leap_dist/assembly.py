@@ -1,4 +1,6 @@
-"""From a config to the parts of a run, cheapest checks first: nothing is written before everything fits together."""
+"""From a config to the parts of a run, cheapest checks first: nothing but the demo's own teacher and
+data is written before everything fits together.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-from leap_dist.config import Config, differences, flat, load, to_yaml
+from leap_dist.config import Config, abridged, differences, flat, load, to_yaml
 from leap_dist.distributed import World, barrier, gather_objects, is_lost_peer
 from leap_dist.errors import UserError
 from leap_dist.files import write_json, write_text
@@ -70,8 +70,7 @@ def _resume_from(config: Config) -> Optional[Path]:
     if (output / CONFIG).is_file():
         changed = differences(load(output / CONFIG, [f"resume={config.resume}"], check=False), config)
         if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise UserError(f"output={output}: holds a run of another config ({'; '.join(changed[:3])}{more})")
+            raise UserError(f"output={output}: holds a run of another config ({abridged(changed)})")
         if config.resume == "none":
             raise UserError(f"output={output}: holds a run; continue it with resume=auto, or choose another output")
         own = newest(output / "checkpoints")
@@ -150,7 +149,7 @@ class Checkpoints:
         self.folder = Path(config.output) / "checkpoints"
 
     def claim_output(self) -> None:
-        """Mark the output folder as this run's. The first thing written, once everything has been built."""
+        """Mark the output folder as this run's, when all is built (the demo's data may lie there already)."""
         if self.world.is_main:
             try:
                 write_text(Path(self.config.output) / CONFIG, to_yaml(self.config))

@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple, Optional
 
 from leap_dist.curriculum import Curriculum
-from leap_dist.distributed import World, gather_objects, meet
+from leap_dist.distributed import World, checked_gather, gather_objects
 from leap_dist.errors import UserError
 from leap_dist.ledger import Schedule
 from leap_dist.timing import PhaseTimer
@@ -59,7 +59,7 @@ class Coordinator:
             self._judge(step, score)
         row = [curriculum.block, curriculum.ema, curriculum.epochs_on_block, math.isfinite(loss), stop, bad]
         with self.timer.phase("broadcast", host=True):
-            rows = meet(here, [float(value) for value in row], self.world)
+            rows = checked_gather(here, [float(value) for value in row], self.world)
         for rank, finite in enumerate(rows[:, 3].tolist()):
             if not finite:
                 raise UserError(f"non-finite loss on rank {rank} at step {step}")

@@ -65,12 +65,12 @@ that the target says. `docs/analysis.md` explains them; `tools/analyze.py` measu
 """,
     "speed": """
 **images_per_s** counts wall time between two points, all ranks together. **time/...** are seconds per step on rank 0,
-each second counted in one phase only. On a GPU these are the device's seconds, but for `data`, `decide` and
-`broadcast`, which are the host's and may pass while the device works. `student.backward` holds the reduction of
-gradients over ranks; `match` holds loss, the head's gradients and the score. **time/next_block_adds** is an *estimate*
-of what a step will take more after the next advance. **flops/...** are TFLOPs per step over all ranks. **speed/mfu** is
-the share of the device's dense peak that these FLOPs come to; absent where the peak is not known
-(`telemetry.peak_tflops` sets it).
+each second counted in one phase only, but for a teacher that works ahead, beside the student. On a GPU these are the
+device's seconds, but for `data`, `decide` and `broadcast`, which are the host's and may pass while the device works.
+`student.backward` holds the reduction of gradients over ranks; `match` holds loss, the head's gradients and the score.
+**time/next_block_adds** is an *estimate* of what a step will take more after the next advance. **flops/...** are
+TFLOPs per step over all ranks. **speed/mfu** is the share of the device's dense peak that these FLOPs come to; absent
+where the peak is not known (`telemetry.peak_tflops` sets it).
 """,
     "savings": """
 Against a run that runs the whole teacher at every step, from the first step on, calibration included:

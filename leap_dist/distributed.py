@@ -142,7 +142,7 @@ def gather_rows(row: Tensor, world: World) -> Tensor:
     return torch.stack(rows)
 
 
-def meet(label: str, row: list[float], world: World) -> Tensor:
+def checked_gather(label: str, row: list[float], world: World) -> Tensor:
     """Every rank's `row` of up to 8 numbers, (size, 8) in float64 with zeros behind, over the control group.
 
     label: where this rank is, in at most 96 bytes; ranks that meet with different ones would from then on wait for each

@@ -17,7 +17,7 @@ from torch import nn
 from leap_dist.config import Config
 from leap_dist.distributed import World, barrier
 from leap_dist.files import write_json, write_whole
-from leap_dist.student import Recipe, Student, assemble
+from leap_dist.student import Student, StudentRecipe, assemble
 
 STUDENT = "student.safetensors"
 
@@ -54,6 +54,8 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
 def load_student(path: Path, device: torch.device) -> Student:
     """The exported student, or a teacher of `tools/train_teacher.py`, ready to extract features."""
     about = json.loads(path.with_suffix(".json").read_text())
-    student = assemble(Recipe(**{key.name: about[key.name] for key in fields(Recipe) if key.name in about}))
+    student = assemble(
+        StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})
+    )
     student.backbone.load_state_dict(load_file(path))
     return student.to(device).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,3 +19,11 @@ class Features(NamedTuple):
     patch: Tensor
     cls: Optional[Tensor]
     logits: Optional[Tensor] = None
+
+
+def on_grid(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Patch tokens (B, N, D) of `grid` (rows, columns), resized bilinearly to `wanted`."""
+    if grid == wanted:
+        return tokens
+    image = tokens.unflatten(1, grid).movedim(-1, 1)
+    return F.interpolate(image, wanted, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)

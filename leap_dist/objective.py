@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from leap_dist.config import ObjectiveConfig, matching_head
 from leap_dist.errors import UserError
 from leap_dist.evidence import Evidence
-from leap_dist.features import Features
+from leap_dist.features import Features, on_grid
 from leap_dist.heads import build_head
 from leap_dist.losses import soft_distillation
 from leap_dist.student import Student
@@ -94,9 +94,9 @@ class Objective(nn.Module):
         for index, (view, target) in enumerate(zip(views, targets, strict=True)):
             head = self.heads[index if self.every_layer else 0]
             tokens = self._on_teacher_grid(view.patch, target)
-            loss, proof = head(tokens, target.patch, with_evidence, self.patch_grid)
+            loss, found = head(tokens, target.patch, with_evidence, self.patch_grid)
             patch_losses.append(loss)
-            evidence += [proof] if proof is not None else []
+            evidence += [found] if found is not None else []
             if self.config.cls_weight:
                 cls_losses.append(head(view.cls, target.cls)[0])
         patch = torch.stack(patch_losses).mean()
@@ -110,15 +110,11 @@ class Objective(nn.Module):
         return terms
 
     def _on_teacher_grid(self, tokens: Tensor, target: Features) -> Tensor:
-        """(B, N, Ds) -> (B, Nt, Ds), bilinear. Before the head: resizing and a linear map commute, and Ds < Dt."""
+        """(B, N, Ds) -> (B, Nt, Ds). Before the head: resizing and a linear map commute, and Ds < Dt."""
         rows, columns = self.teacher_grid
         if target.patch.shape[1] != rows * columns:
             raise UserError(
                 f"the teacher gave {target.patch.shape[1]} patch tokens, its grid is {rows}x{columns}: "
                 "images are not of the size it was built for"
             )
-        if self.student.grid == self.teacher_grid:
-            return tokens
-        image = tokens.unflatten(1, self.student.grid).movedim(-1, 1)
-        resized = F.interpolate(image, self.teacher_grid, mode="bilinear", align_corners=False)
-        return resized.flatten(2).transpose(1, 2)
+        return on_grid(tokens, self.student.grid, self.teacher_grid)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from leap_dist.analysis import token_summary
 from leap_dist.config import Config
 from leap_dist.distributed import World
-from leap_dist.latch import Latch
+from leap_dist.host_copy import HostCopy
 
 IMAGES = 4
 
@@ -31,7 +31,7 @@ class Spectroscope:
         self._every = config.telemetry.spectra_every if world.is_main else 0
         self._head = head
         self._hook: Optional[RemovableHandle] = None
-        self._seen: dict[str, Latch] = {}
+        self._seen: dict[str, HostCopy] = {}
 
     def before(self, step: int) -> None:
         """The 0-based `step` is about to begin."""
@@ -41,7 +41,7 @@ class Spectroscope:
     def scalars(self) -> dict[str, float]:
         """TensorBoard tag -> value, of what was seen since the last call."""
         seen, self._seen = self._seen, {}
-        summaries = {side: token_summary(latch.tensor()) for side, latch in seen.items()}
+        summaries = {side: token_summary(copy.tensor()) for side, copy in seen.items()}
         return {
             f"spectra/{side}/{name}": value.item()
             for side, summary in summaries.items()
@@ -51,5 +51,5 @@ class Spectroscope:
     def _look(self, _head: nn.Module, inputs: tuple[Any, ...]) -> None:
         sides: dict[str, Tensor] = dict(zip(("student", "target"), inputs, strict=False))
         if all(tokens.dim() == 3 for tokens in sides.values()):
-            self._seen = {side: Latch(tokens[:IMAGES].detach()) for side, tokens in sides.items()}
+            self._seen = {side: HostCopy(tokens[:IMAGES].detach()) for side, tokens in sides.items()}
             self._hook.remove()

@@ -29,7 +29,7 @@ _LIFT_KWARGS = {"global_pool": "avg", "fc_norm": False}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StudentRecipe:
     """What a student is built from, as its export records it.
 
     model, kwargs: of timm.create_model. width: channels of the tokens it gives; only remedies need it.
@@ -49,7 +49,7 @@ class Student(nn.Module):
     width: channels of the tokens; depth: blocks; grid: (rows, columns) of patch tokens.
     """
 
-    def __init__(self, backbone: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, backbone: nn.Module, recipe: StudentRecipe) -> None:
         super().__init__()
         self.backbone = backbone
         self.recipe = recipe
@@ -108,14 +108,14 @@ def build_student(
     """
     model = outline(config.model, config.kwargs, image_size, side="student")
     _check_classifier(config, model)
-    recipe = Recipe(config.model, {"num_classes": config.num_classes, "img_size": image_size, **config.kwargs})
+    recipe = StudentRecipe(config.model, {"num_classes": config.num_classes, "img_size": image_size, **config.kwargs})
     if config.remedy != "none":
         recipe = _remedied(recipe, config, model, width)
     with torch.device(device or "cpu"):
         return assemble(recipe)
 
 
-def assemble(recipe: Recipe) -> Student:
+def assemble(recipe: StudentRecipe) -> Student:
     """Build what a recipe says."""
     model = timm.create_model(recipe.model, pretrained=False, **recipe.kwargs)
     if recipe.remedy == "lift":
@@ -154,7 +154,7 @@ def _widening(width: int, wider: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, wider, bias=False), nn.LayerNorm(wider)).apply(init_weights_vit_timm)
 
 
-def _remedied(recipe: Recipe, config: StudentConfig, model: nn.Module, width: Optional[int]) -> Recipe:
+def _remedied(recipe: StudentRecipe, config: StudentConfig, model: nn.Module, width: Optional[int]) -> StudentRecipe:
     """The recipe with the remedy in it. model: the outline of the one without."""
     if width is None:
         raise ValueError(f"student.remedy={config.remedy}: needs the teacher's width")
@@ -167,7 +167,7 @@ def _remedied(recipe: Recipe, config: StudentConfig, model: nn.Module, width: Op
     if config.remedy == "lift":
         if taken := _LIFT_KWARGS.keys() & config.kwargs.keys():
             raise UserError(f"{what}: student.kwargs must not set {sorted(taken)}; the mean lifted patch is classified")
-        return Recipe(recipe.model, recipe.kwargs | _LIFT_KWARGS, config.remedy, width)
+        return StudentRecipe(recipe.model, recipe.kwargs | _LIFT_KWARGS, config.remedy, width)
     head_width = model.embed_dim // _heads(model, config)
     heads, rest = divmod(width, head_width)
     if rest:
@@ -177,7 +177,7 @@ def _remedied(recipe: Recipe, config: StudentConfig, model: nn.Module, width: Op
         )
     # Two blocks: timm's drop-path rates rise from 0 at the first block to the configured rate at the last.
     wide = {"embed_dim": width, "num_heads": heads, "depth": 2}
-    return Recipe(recipe.model, recipe.kwargs, config.remedy, width, wide)
+    return StudentRecipe(recipe.model, recipe.kwargs, config.remedy, width, wide)
 
 
 def _heads(model: nn.Module, config: StudentConfig) -> int:

@@ -45,8 +45,8 @@ def around_forward(module: nn.Module, context: Callable[[], AbstractContextManag
 
 
 class PhaseTimer:
-    """Seconds spent in named phases; device time on CUDA, wall time on CPU. Every second counts once: a phase inside
-    another is taken off it, where both are on one clock.
+    """Seconds spent in named phases; device time on CUDA, wall time on CPU. A phase inside another is
+    taken off it, where both are on one clock; on CUDA, phases of two streams (a teacher that works ahead) both count.
 
     tracing: phases are also ranges of torch's profiler.
     """

@@ -45,14 +45,14 @@ def train(config: Config) -> None:
     """One run, from building the parts to the final table."""
     from leap_dist.assembly import build_trainer  # torch and DeepSpeed: seconds, only for a config that holds
     from leap_dist.distributed import initialise, shutdown
-    from leap_dist.pulse import Pulse
+    from leap_dist.heartbeat import Heartbeat
     from leap_dist.wrapup import wrap_up
 
     world = initialise()
     report_to_stderr(logging.INFO if world.is_main else logging.WARNING)
-    with Pulse(world, config.engine.silence_s, give_up) as pulse:
+    with Heartbeat(world, config.engine.silence_s, give_up) as heartbeat:
         config, trainer = build_trainer(config, world)
-        pulse.step = lambda: trainer.progress.step
+        heartbeat.step = lambda: trainer.progress.step
         try:
             if trainer.run():
                 signal.signal(signal.SIGTERM, leave)
@@ -60,7 +60,7 @@ def train(config: Config) -> None:
             elif world.is_main:
                 print(f"leap_dist: stopped at step {trainer.progress.step}; continue with resume=auto", file=sys.stderr)
         except Exception as error:
-            pulse.explain(error)
+            heartbeat.explain(error)
             if " step " not in str(error):
                 error.add_note(f"after step {trainer.progress.step}")
             raise

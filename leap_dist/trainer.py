@@ -30,7 +30,7 @@ from leap_dist.distributed import World, sum_over_ranks
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features
 from leap_dist.flops import StepFlops
-from leap_dist.latch import Latch
+from leap_dist.host_copy import HostCopy
 from leap_dist.ledger import Ledger
 from leap_dist.lookahead import Lookahead, MicroBatch, Work
 from leap_dist.objective import Match
@@ -75,7 +75,7 @@ class Pending(NamedTuple):
     block: int
     lr: float
     terms: list[str]
-    values: Latch
+    values: HostCopy
 
 
 class Interrupt:
@@ -258,7 +258,7 @@ class Trainer:
                 losses.append(torch.stack([match.loss.detach(), *match.terms.values()]))
                 evidence = self._gathered(evidence, match)
             if index + 1 == self.accumulation:
-                means = self._latched(torch.stack(losses).mean(0), evidence)
+                means = self._sent(torch.stack(losses).mean(0), evidence)
                 self.pending = Pending(self.progress.step, work.block, lr, list(match.terms), means)
             with self.timer.phase("student.backward"):
                 self.engine.backward(match.loss)
@@ -309,11 +309,11 @@ class Trainer:
             return None
         return match.evidence[-1] if evidence is None else evidence.merged(match.evidence[-1])
 
-    def _latched(self, losses: Tensor, evidence: Optional[Evidence]) -> Latch:
+    def _sent(self, losses: Tensor, evidence: Optional[Evidence]) -> HostCopy:
         """Send own loss, mean losses and score to the host. losses: own, loss first. Collective."""
         means = self._summed(losses.clone()) / self.world.size
         score = losses.new_full((), math.nan) if evidence is None else self._score(evidence)
-        return Latch(torch.cat([losses[:1], means, score[None].to(losses)]))
+        return HostCopy(torch.cat([losses[:1], means, score[None].to(losses)]))
 
     def _score(self, evidence: Evidence) -> Tensor:
         with torch.no_grad(), self.timer.phase("match"):
@@ -400,7 +400,7 @@ class Trainer:
                 evidence = [a.merged(b) for a, b in zip(evidence, found, strict=True)] if evidence else found
         self.engine.train()
         self.accountant.charge_calibration(self.costs)
-        scores = Latch(torch.stack([self._score(item) for item in evidence])).read()
+        scores = HostCopy(torch.stack([self._score(item) for item in evidence])).read()
         return 1 + max(range(len(scores)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
 
     # -- what it cost, what is shown, what is kept --------------------------------------------------------------------

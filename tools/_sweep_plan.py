@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 from omegaconf import OmegaConf
 
-from leap_dist.config import OPERATIONAL, Config, flat, load, to_yaml
+from leap_dist.config import OPERATIONAL, Config, abridged, flat, load, to_yaml
 from leap_dist.errors import UserError
 
 KEYS = {"base", "output", "launcher", "seeds", "common", "rows", "show"}
@@ -223,4 +223,4 @@ def conflict(run: Run) -> Optional[str]:
         for key in before
         if before[key] != after[key] and (key.startswith(MEASURED) or not key.startswith(OPERATIONAL))
     ]
-    return f"{run.folder} holds a run of another config ({'; '.join(changed[:3])}); remove it" if changed else None
+    return f"{run.folder} holds a run of another config ({abridged(changed)}); remove it" if changed else None

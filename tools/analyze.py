@@ -141,7 +141,7 @@ def open_subjects(requests: list[Request], image_size: Optional[int], world: Wor
 
 
 def _open_timm(asked: Request, size: int, world: World) -> Subject:
-    from leap_dist.analysis import Sight, timm_subject
+    from leap_dist.analysis import Preprocessing, timm_subject
 
     if asked.run is None:
         try:
@@ -154,17 +154,18 @@ def _open_timm(asked: Request, size: int, world: World) -> Subject:
     teacher = with_demo_teacher(replace(asked.run, teacher=asked.teacher), world).teacher
     subject = timm_subject(teacher, asked.name, size, world.device)
     seen = asked.run.data
-    return replace(subject, sight=Sight(tuple(seen.mean), tuple(seen.std), seen.crop_pct))
+    return replace(subject, preprocessing=Preprocessing(tuple(seen.mean), tuple(seen.std), seen.crop_pct))
 
 
 def open_data(args: argparse.Namespace, subject: Subject, world: World) -> DataConfig:
     """The images as `subject` takes them."""
     from leap_dist.data import resolve
 
-    sight = subject.sight
+    expected = subject.preprocessing
     config = DataConfig(
         train=getattr(args, "train", args.data), val=args.data, cache=args.cache, image_size=subject.image_size,
-        crop_pct=args.crop_pct or sight.crop_pct, workers=args.workers, augment="none", mean=sight.mean, std=sight.std,
+        crop_pct=args.crop_pct or expected.crop_pct, workers=args.workers, augment="none",
+        mean=expected.mean, std=expected.std,
     )  # fmt: skip
     return resolve(config, args.out.absolute().parent, world)
 
@@ -210,7 +211,7 @@ def look_at_tokens(args: argparse.Namespace, subjects: list[Subject], world: Wor
     from leap_dist.data import build_eval_loader
 
     for subject in subjects[1:]:
-        if subject.sight != subjects[0].sight and world.is_main:
+        if subject.preprocessing != subjects[0].preprocessing and world.is_main:
             say(f"{subject.name} expects another normalisation or crop than {subjects[0].name}, whose images it gets")
     students, teacher = (subjects[:-1], subjects[-1]) if args.teacher else (subjects, None)
     options = SurveyOptions(pairs=args.pairs, k=args.subspace, batch=args.batch)

@@ -29,7 +29,7 @@ LAYERS = [
         "lookahead",
         "objective",
         "optim",
-        "pulse",
+        "heartbeat",
         "reset",
         "spectroscope",
         "telemetry",
@@ -39,7 +39,7 @@ LAYERS = [
     {"flops"},
     {"student"},
     {"alignment", "backbone", "losses", "planning"},
-    {"distributed", "features", "files", "latch", "timing"},
+    {"distributed", "features", "files", "host_copy", "timing"},
     {"allocator", "config"},
     {"errors"},
 ]

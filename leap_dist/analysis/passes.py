@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from leap_dist.analysis import sep, spectra
@@ -21,6 +20,7 @@ from leap_dist.analysis.subjects import Subject
 from leap_dist.data import Batch
 from leap_dist.distributed import World, gather_objects, sum_over_ranks
 from leap_dist.errors import UserError
+from leap_dist.features import on_grid
 
 
 @dataclass
@@ -120,7 +120,7 @@ class FirstPass:
         for (student, teacher), cka in zip(self._matched, self.cka, strict=True):
             grids = self._subjects[student].grid, self._subjects[teacher].grid
             cka.update(
-                [_on_grid(x, *grids).flatten(0, 1) for x in maps[student]], [y.flatten(0, 1) for y in maps[teacher]]
+                [on_grid(x, *grids).flatten(0, 1) for x in maps[student]], [y.flatten(0, 1) for y in maps[teacher]]
             )
 
     def finish(self) -> Tensor:
@@ -153,14 +153,6 @@ def _finite(subject: Subject, layers: list[Tensor]) -> list[Tensor]:
     if not all(finite):
         raise UserError(f"{subject.name}: tokens of block {finite.index(False) + 1} are not finite")
     return layers
-
-
-def _on_grid(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
-    """tokens (B, N, D) of `grid`, resized bilinearly to `wanted`, as the objective does before it matches."""
-    if grid == wanted:
-        return tokens
-    image = tokens.unflatten(1, grid).movedim(-1, 1)
-    return F.interpolate(image, wanted, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
 
 
 class SampleViews(NamedTuple):

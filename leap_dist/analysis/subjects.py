@@ -26,7 +26,7 @@ Colour = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Sight:
+class Preprocessing:
     """How a model sees a square image: mean and std of RGB in [0, 1], and the share of a side its centre crop keeps."""
 
     mean: Colour
@@ -38,14 +38,14 @@ class Sight:
 class Subject:
     """One model, ready to be looked at.
 
-    name: for tables and figures; image_size: side of the square images it takes, pixels; sight: what else it expects of
-    them; grid: (rows, columns) of patch tokens; layers: images (B, 3, S, S) to the tokens (B, N, D) of every block,
-    shallowest first, float32, no grad.
+    name: for tables and figures; image_size: side of the square images it takes, pixels; preprocessing: what else it
+    expects of them; grid: (rows, columns) of patch tokens; layers: images (B, 3, S, S) to the tokens (B, N, D) of every
+    block, shallowest first, float32, no grad.
     """
 
     name: str
     image_size: int
-    sight: Sight
+    preprocessing: Preprocessing
     grid: tuple[int, int]
     layers: Callable[[Tensor], list[Tensor]]
 
@@ -55,9 +55,9 @@ def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
     record = path.with_suffix(".json")
     try:
         about = json.loads(record.read_text())
-        size, sight = (
+        size, preprocessing = (
             int(about["image_size"]),
-            Sight(tuple(about["mean"]), tuple(about["std"]), about.get("crop_pct", Sight.crop_pct)),
+            Preprocessing(tuple(about["mean"]), tuple(about["std"]), about.get("crop_pct", Preprocessing.crop_pct)),
         )
         student = load_student(path, device).requires_grad_(False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -71,7 +71,7 @@ def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
         layers(torch.zeros(1, 3, size, size, device=device))
     except TypeError as error:  # timm's CaiT does not know return_prefix_tokens
         raise UserError(f"{path}: {about['model']} cannot give the tokens of every block") from error
-    return Subject(name, size, sight, student.grid, layers)
+    return Subject(name, size, preprocessing, student.grid, layers)
 
 
 def timm_subject(config: TeacherConfig, name: str, image_size: int, device: torch.device) -> Subject:
@@ -82,7 +82,7 @@ def timm_subject(config: TeacherConfig, name: str, image_size: int, device: torc
     def layers(images: Tensor) -> list[Tensor]:
         return [features.patch.float() for features in teacher.sweep(images)]
 
-    return Subject(name, image_size, Sight(teacher.spec.mean, teacher.spec.std), teacher.spec.grid, layers)
+    return Subject(name, image_size, Preprocessing(teacher.spec.mean, teacher.spec.std), teacher.spec.grid, layers)
 
 
 def native_image_size(model: str) -> int:

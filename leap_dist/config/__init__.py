@@ -4,7 +4,17 @@ Imports no torch, so a mistyped key is reported in well under a second.
 """
 
 from leap_dist.config.checks import problems
-from leap_dist.config.loading import OPERATIONAL, describe, differences, flat, load, merge, option_fields, to_yaml
+from leap_dist.config.loading import (
+    OPERATIONAL,
+    abridged,
+    describe,
+    differences,
+    flat,
+    load,
+    merge,
+    option_fields,
+    to_yaml,
+)
 from leap_dist.config.options import (
     DEMO_TEACHER,
     DIGITS,
@@ -23,6 +33,7 @@ from leap_dist.config.options import (
     TelemetryConfig,
     is_remote,
     matching_head,
+    option,
 )
 
 __all__ = [
@@ -42,6 +53,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "TelemetryConfig",
+    "abridged",
     "describe",
     "differences",
     "flat",
@@ -49,6 +61,7 @@ __all__ = [
     "load",
     "matching_head",
     "merge",
+    "option",
     "option_fields",
     "problems",
     "to_yaml",

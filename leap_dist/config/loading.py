@@ -184,6 +184,12 @@ def differences(old: Any, new: Any) -> list[str]:
     ]
 
 
+def abridged(changed: list[str]) -> str:
+    """The first three of `differences`, and how many more there are."""
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return "; ".join(changed[:3]) + more
+
+
 def describe(schema: type = Config) -> str:
     """All options with their defaults, by section: the body of ``--help``."""
     lines, section = [], None

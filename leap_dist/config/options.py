@@ -13,7 +13,7 @@ RANDOM = "random"  # teacher.weights: untrained, for tests and throughput work o
 DEMO_TEACHER = "demo"  # teacher.weights: the small ViT trained here on the digits
 
 
-def _option(default: Any, doc: str) -> Any:
+def option(default: Any, doc: str) -> Any:
     """A dataclass field that carries its own help line (shown by ``--help``)."""
     return field(default=default, metadata={"doc": doc})
 
@@ -22,35 +22,35 @@ def _option(default: Any, doc: str) -> Any:
 class TeacherConfig:
     """The frozen teacher."""
 
-    model: str = _option(MISSING, "timm model name, e.g. vit_giant_patch14_dinov2")
+    model: str = option(MISSING, "timm model name, e.g. vit_giant_patch14_dinov2")
     kwargs: dict[str, Any] = field(default_factory=dict, metadata={"doc": "further arguments of timm.create_model"})
-    weights: str = _option(HUB, "hub | random | demo | path of a .safetensors/.pth state dict")
-    placement: Literal["replicated", "sharded", "pipelined", "auto"] = _option(
+    weights: str = option(HUB, "hub | random | demo | path of a .safetensors/.pth state dict")
+    placement: Literal["replicated", "sharded", "pipelined", "auto"] = option(
         "replicated",
         "replicated: a copy on every rank; sharded: split by ZeRO-3; pipelined: stages over ranks; auto: by memory",
     )
-    stages: Optional[int] = _option(None, "pipelined: ranks in one pipeline; null = those of a node")
-    microbatches: int = _option(1, "pipelined: parts in which a pipeline's images travel; must divide them")
-    rebalance: bool = _option(True, "pipelined: spread the blocks up to the target anew over all stages at an advance")
-    memory_budget: Optional[float] = _option(None, "auto: GiB of teacher weights that a rank may hold")
-    prefetch: Literal[0, 1] = _option(
+    stages: Optional[int] = option(None, "pipelined: ranks in one pipeline; null = those of a node")
+    microbatches: int = option(1, "pipelined: parts in which a pipeline's images travel; must divide them")
+    rebalance: bool = option(True, "pipelined: spread the blocks up to the target anew over all stages at an advance")
+    memory_budget: Optional[float] = option(None, "auto: GiB of teacher weights that a rank may hold")
+    prefetch: Literal[0, 1] = option(
         0, "1: the teacher works on the next batch while the student trains; an advance comes one step later"
     )
-    compile: bool = _option(False, "torch.compile each block; once for all of them where they are alike")
-    dtype: Literal["fp32", "bf16", "fp16"] = _option("fp32", "weights and arithmetic of the teacher")
+    compile: bool = option(False, "torch.compile each block; once for all of them where they are alike")
+    dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "weights and arithmetic of the teacher")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """The student backbone."""
 
-    model: str = _option(MISSING, "timm model name, e.g. vit_small_patch14_dinov2")
+    model: str = option(MISSING, "timm model name, e.g. vit_small_patch14_dinov2")
     kwargs: dict[str, Any] = field(
         default_factory=dict,
         metadata={"doc": "further arguments of timm.create_model, e.g. {embed_dim: 192, num_heads: 3}"},
     )
-    num_classes: int = _option(0, "outputs of a classifier on the kept features; 0 = none")
-    remedy: Literal["none", "lift", "wide_last"] = _option(
+    num_classes: int = option(0, "outputs of a classifier on the kept features; 0 = none")
+    remedy: Literal["none", "lift", "wide_last"] = option(
         "none",
         "widen what the student gives to the teacher's width, for good (arXiv 2511.15572). lift: project the tokens of "
         "the last block; wide_last: make the last block itself that wide",
@@ -61,94 +61,92 @@ class StudentConfig:
 class ObjectiveConfig:
     """Feature matching (LEAP, section 3) and, with student.num_classes, labels (arXiv 2511.15572)."""
 
-    feature: Literal["mse", "spectral"] = _option(
+    feature: Literal["mse", "spectral"] = option(
         "mse", "error of the patch tokens: mean square, or that of the 2-D spectra over the token grid"
     )
-    feature_weight: float = _option(1.0, "weight of feature matching beside the labels' terms")
-    kd_alpha: float = _option(
+    feature_weight: float = option(1.0, "weight of feature matching beside the labels' terms")
+    kd_alpha: float = option(
         0.0,
         "share of soft distillation from the teacher's logits, the labels' cross-entropy has the rest; all of it until "
         "the target is the last block, which alone has logits",
     )
-    kd_tau: float = _option(1.0, "temperature of soft distillation")
-    label_smoothing: float = _option(0.0, "of the labels in the cross-entropy; DeiT: 0.1")
-    head: Optional[Literal["linear", "none", "pooled"]] = _option(
+    kd_tau: float = option(1.0, "temperature of soft distillation")
+    label_smoothing: float = option(0.0, "of the labels in the cross-entropy; DeiT: 0.1")
+    head: Optional[Literal["linear", "none", "pooled"]] = option(
         None,
         "how tokens meet the teacher's. linear: a learned projection, dropped after training; none: as they are; "
         "pooled: the teacher's channels averaged to the student's width; null = linear, or none with student.remedy",
     )
-    cls_weight: float = _option(0.05, "weight of the MSE on the class token, through the same head; 0 = off")
-    impl: Literal["auto", "reference", "gram", "triton"] = _option("auto", "implementation of the feature-matching op")
+    cls_weight: float = option(0.05, "weight of the MSE on the class token, through the same head; 0 = off")
+    impl: Literal["auto", "reference", "gram", "triton"] = option("auto", "implementation of the feature-matching op")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumConfig:
     """Which teacher block is imitated, and when the next one is."""
 
-    mode: Literal["leap", "fixed", "all_layers"] = _option(
+    mode: Literal["leap", "fixed", "all_layers"] = option(
         "leap", "leap: from shallow to deep; fixed: one block for ever; all_layers: every block at once, one head each"
     )
-    block: Optional[int] = _option(None, "mode=fixed: the 1-indexed target block; null = the last (the baseline)")
-    start: Optional[int] = _option(None, "mode=leap: first target block; null = calibrate on the first batch")
-    threshold: float = _option(0.85, "advance when the score's EMA reaches this")
-    ema_alpha: float = _option(1.0, "weight of the newest score in the EMA; 1 = no smoothing")
-    max_epochs_per_block: int = _option(5, "advance after this many epochs whatever the score")
-    snap_to_last_at: Optional[int] = _option(None, "from this block on, jump straight to the last; null = off")
-    metric: Literal["cka", "cosine"] = _option("cka", "linear CKA, or the mean cosine per token")
-    reduction: Literal["exact", "mean"] = _option(
+    block: Optional[int] = option(None, "mode=fixed: the 1-indexed target block; null = the last (the baseline)")
+    start: Optional[int] = option(None, "mode=leap: first target block; null = calibrate on the first batch")
+    threshold: float = option(0.85, "advance when the score's EMA reaches this")
+    ema_alpha: float = option(1.0, "weight of the newest score in the EMA; 1 = no smoothing")
+    max_epochs_per_block: int = option(5, "advance after this many epochs whatever the score")
+    snap_to_last_at: Optional[int] = option(None, "from this block on, jump straight to the last; null = off")
+    metric: Literal["cka", "cosine"] = option("cka", "linear CKA, or the mean cosine per token")
+    reduction: Literal["exact", "mean"] = option(
         "exact", "exact: CKA of the global batch; mean: mean of per-rank CKAs (LEAP; biased upward at few tokens)"
     )
-    reset_head: bool = _option(False, "re-initialise the linear head at each advance")
-    replay: Optional[str] = _option(None, "curriculum.jsonl of another run, whose blocks to take step by step")
+    reset_head: bool = option(False, "re-initialise the linear head at each advance")
+    replay: Optional[str] = option(None, "curriculum.jsonl of another run, whose blocks to take step by step")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """MDS shards and augmentation."""
 
-    train: str = _option(MISSING, "folder or remote URI (s3://, gs://, ...) of MDS shards, or 'digits'")
-    val: Optional[str] = _option(None, "held-out labelled shards for kNN and linear probe; null = no evaluation")
-    cache: Optional[str] = _option(None, "local folder for shards of a remote URI (required with one)")
-    cache_limit: Optional[str] = _option(None, "evict cached shards beyond this size, e.g. 200gb; null = keep all")
-    predownload: int = _option(1024, "images of each rank whose shards are fetched into the cache ahead of reading")
-    image_size: int = _option(224, "side of the square image teacher and student see, pixels")
-    global_batch: int = _option(256, "images per optimizer step over all ranks and accumulation steps")
-    workers: int = _option(8, "loader processes per rank")
-    augment: Literal["leap", "deit", "crop", "none"] = _option(
+    train: str = option(MISSING, "folder or remote URI (s3://, gs://, ...) of MDS shards, or 'digits'")
+    val: Optional[str] = option(None, "held-out labelled shards for kNN and linear probe; null = no evaluation")
+    cache: Optional[str] = option(None, "local folder for shards of a remote URI (required with one)")
+    cache_limit: Optional[str] = option(None, "evict cached shards beyond this size, e.g. 200gb; null = keep all")
+    predownload: int = option(1024, "images of each rank whose shards are fetched into the cache ahead of reading")
+    image_size: int = option(224, "side of the square image teacher and student see, pixels")
+    global_batch: int = option(256, "images per optimizer step over all ranks and accumulation steps")
+    workers: int = option(8, "loader processes per rank")
+    augment: Literal["leap", "deit", "crop", "none"] = option(
         "leap",
         "leap: the published recipe; deit: DeiT's, with RandAugment and random erasing; crop: random resized crop "
         "only; none: resize and centre crop",
     )
-    crop_scale: tuple[float, float] = _option((0.14, 1.0), "area range of the random resized crop")
-    crop_pct: float = _option(
-        0.875, "share of a side that evaluation's centre crop sees (timm's name); 0.875 = 224/256"
-    )
-    mixup: bool = _option(True, "blend each image with another of its group, one lambda per optimizer step")
-    mixup_alpha: float = _option(1.0, "lambda ~ Beta(this, this); 1 = U(0,1), as LEAP; DeiT: 0.8")
-    cutmix_alpha: float = _option(0.0, "in half of the steps cut rather than blend, the same way; 0 = off; DeiT: 1")
-    mixup_group: int = _option(8, "images that are mixed among themselves; must divide the micro-batch of a rank")
-    mean: tuple[float, float, float] = _option((0.485, 0.456, 0.406), "normalisation mean, RGB in [0,1]")
-    std: tuple[float, float, float] = _option((0.229, 0.224, 0.225), "normalisation standard deviation")
-    canonical_nodes: int = _option(8, "streaming's num_canonical_nodes: part of the sample order, keep it for a run")
-    validate_hash: Optional[str] = _option(None, "check shards against this hash of the index, e.g. xxh64")
-    max_bad_fraction: float = _option(0.001, "of the training samples that may be unreadable before the run stops")
-    timeout_s: int = _option(300, "a loader worker silent for this long ends the run")
+    crop_scale: tuple[float, float] = option((0.14, 1.0), "area range of the random resized crop")
+    crop_pct: float = option(0.875, "share of a side that evaluation's centre crop sees (timm's name); 0.875 = 224/256")
+    mixup: bool = option(True, "blend each image with another of its group, one lambda per optimizer step")
+    mixup_alpha: float = option(1.0, "lambda ~ Beta(this, this); 1 = U(0,1), as LEAP; DeiT: 0.8")
+    cutmix_alpha: float = option(0.0, "in half of the steps cut rather than blend, the same way; 0 = off; DeiT: 1")
+    mixup_group: int = option(8, "images that are mixed among themselves; must divide the micro-batch of a rank")
+    mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "normalisation mean, RGB in [0,1]")
+    std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "normalisation standard deviation")
+    canonical_nodes: int = option(8, "streaming's num_canonical_nodes: part of the sample order, keep it for a run")
+    validate_hash: Optional[str] = option(None, "check shards against this hash of the index, e.g. xxh64")
+    max_bad_fraction: float = option(0.001, "of the training samples that may be unreadable before the run stops")
+    timeout_s: int = option(300, "a loader worker silent for this long ends the run")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer and learning rate."""
 
-    name: Literal["adamw", "lars"] = _option("adamw", "lars: LEAP's settings, ZeRO stage 0 only")
-    lr: float = _option(1e-3, "base learning rate")
-    batch_reference: Optional[int] = _option(1536, "lr is scaled by sqrt(global_batch / this); null = no scaling")
-    weight_decay: float = _option(0.05, "not applied to biases, norms, position embeddings and prefix tokens")
-    betas: tuple[float, float] = _option((0.9, 0.999), "adamw")
-    momentum: float = _option(0.9, "lars")
-    trust_coefficient: float = _option(0.001, "lars")
-    warmup_epochs: float = _option(10.0, "linear warm-up; never more than a tenth of the epochs")
-    final_lr_fraction: float = _option(0.001, "the cosine ends at this fraction of the peak")
-    on_advance: Literal["keep", "restart", "envelope", "warmup", "constant"] = _option(
+    name: Literal["adamw", "lars"] = option("adamw", "lars: LEAP's settings, ZeRO stage 0 only")
+    lr: float = option(1e-3, "base learning rate")
+    batch_reference: Optional[int] = option(1536, "lr is scaled by sqrt(global_batch / this); null = no scaling")
+    weight_decay: float = option(0.05, "not applied to biases, norms, position embeddings and prefix tokens")
+    betas: tuple[float, float] = option((0.9, 0.999), "adamw")
+    momentum: float = option(0.9, "lars")
+    trust_coefficient: float = option(0.001, "lars")
+    warmup_epochs: float = option(10.0, "linear warm-up; never more than a tenth of the epochs")
+    final_lr_fraction: float = option(0.001, "the cosine ends at this fraction of the peak")
+    on_advance: Literal["keep", "restart", "envelope", "warmup", "constant"] = option(
         "keep",
         "schedule after an advance. keep: one cosine over the run; restart: from the peak; envelope: from the run's "
         "cosine at that step; warmup: a new warm-up, then cosine; constant: warm-up, then no decay",
@@ -159,11 +157,11 @@ class OptimConfig:
 class EngineConfig:
     """The DeepSpeed engine that trains the student."""
 
-    zero_stage: Literal[0, 1, 2, 3] = _option(0, "ZeRO stage of the student")
-    precision: Literal["fp32", "bf16", "fp16"] = _option("fp32", "autocast dtype of the student; weights stay fp32")
-    accumulation: int = _option(1, "micro-batches per optimizer step")
-    silence_s: int = _option(20, "a rank that gives no sign of life for this long ends the run by name; 0 = no watch")
-    clip: float = _option(1.0, "global gradient-norm clip; 0 = off")
+    zero_stage: Literal[0, 1, 2, 3] = option(0, "ZeRO stage of the student")
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "autocast dtype of the student; weights stay fp32")
+    accumulation: int = option(1, "micro-batches per optimizer step")
+    silence_s: int = option(20, "a rank that gives no sign of life for this long ends the run by name; 0 = no watch")
+    clip: float = option(1.0, "global gradient-norm clip; 0 = off")
     deepspeed: dict[str, Any] = field(
         default_factory=dict, metadata={"doc": "merged over the generated config, in DeepSpeed's own schema"}
     )
@@ -173,45 +171,45 @@ class EngineConfig:
 class CheckpointConfig:
     """When to save."""
 
-    every_epochs: int = _option(1, "0 = never")
-    every_steps: int = _option(0, "0 = never; the end of the run and SIGTERM always save")
-    keep: int = _option(2, "newest checkpoints kept")
+    every_epochs: int = option(1, "0 = never")
+    every_steps: int = option(0, "0 = never; the end of the run and SIGTERM always save")
+    keep: int = option(2, "newest checkpoints kept")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
     """TensorBoard and the terminal."""
 
-    every: int = _option(10, "steps between TensorBoard points")
-    spectra_every: int = _option(0, "steps between looks at the spectra of student tokens and target; 0 = never")
-    progress: bool = _option(True, "progress bar on rank 0")
-    profile_steps: Optional[tuple[int, int]] = _option(
+    every: int = option(10, "steps between TensorBoard points")
+    spectra_every: int = option(0, "steps between looks at the spectra of student tokens and target; 0 = never")
+    progress: bool = option(True, "progress bar on rank 0")
+    profile_steps: Optional[tuple[int, int]] = option(
         None, "first and last step of a torch.profiler trace, e.g. [20,30]"
     )
-    peak_tflops: Optional[float] = _option(None, "one device's dense peak, for MFU; null = that of a GPU we know")
+    peak_tflops: Optional[float] = option(None, "one device's dense peak, for MFU; null = that of a GPU we know")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is measured at the end of the run, and between its epochs (needs data.val)."""
 
-    knn_k: int = _option(20, "neighbours")
-    probe_epochs: int = _option(100, "epochs of the linear probe on frozen features")
-    probe_lr: float = _option(0.1, "SGD learning rate of the probe")
-    max_train_images: Optional[int] = _option(50_000, "training images used for kNN and probe; null = all")
-    teacher: bool = _option(True, "evaluate the teacher's last block too")
-    every_epochs: int = _option(0, "epochs between evaluations by kNN while training; 0 = only at the end")
-    quick_images: int = _option(5_000, "images of data.train and of data.val used for those, at most")
+    knn_k: int = option(20, "neighbours")
+    probe_epochs: int = option(100, "epochs of the linear probe on frozen features")
+    probe_lr: float = option(0.1, "SGD learning rate of the probe")
+    max_train_images: Optional[int] = option(50_000, "training images used for kNN and probe; null = all")
+    teacher: bool = option(True, "evaluate the teacher's last block too")
+    every_epochs: int = option(0, "epochs between evaluations by kNN while training; 0 = only at the end")
+    quick_images: int = option(5_000, "images of data.train and of data.val used for those, at most")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole run."""
 
-    output: str = _option("runs/leap", "run folder: TensorBoard, checkpoints, resolved config, export, summary")
-    resume: str = _option("none", "auto: continue the run in `output` if there is one; none; or a checkpoint's path")
-    seed: int = _option(0, "initialisation, sample order, augmentation, mixup")
-    epochs: int = _option(100, "passes over data.train")
+    output: str = option("runs/leap", "run folder: TensorBoard, checkpoints, resolved config, export, summary")
+    resume: str = option("none", "auto: continue the run in `output` if there is one; none; or a checkpoint's path")
+    seed: int = option(0, "initialisation, sample order, augmentation, mixup")
+    epochs: int = option(100, "passes over data.train")
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -19,13 +19,10 @@ from leap_dist.config import (
     TeacherConfig,
     differences,
     merge,
+    option,
     problems,
 )
 from leap_dist.errors import UserError
-
-
-def _option(default: Any, doc: str) -> Any:
-    return field(default=default, metadata={"doc": doc})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,31 +32,31 @@ class InitialWeights:
     The defaults are for a width of 96; what a block writes stays as strong if init_std shrinks as 1 / sqrt(width).
     """
 
-    init_std: Optional[float] = _option(0.1, "standard deviation of the blocks' linear weights; null = timm's weights")
-    attention_scale: float = _option(0.14, "times this in the output of the first block's attention, and times")
-    attention_growth: float = _option(1.44, "this for every further block")
-    mlp_scale: float = _option(0.7, "the same in the output of the MLPs")
-    mlp_growth: float = _option(1.25, "the same in the output of the MLPs")
-    embed_std: float = _option(0.5, "of position embedding and class token")
+    init_std: Optional[float] = option(0.1, "standard deviation of the blocks' linear weights; null = timm's weights")
+    attention_scale: float = option(0.14, "times this in the output of the first block's attention, and times")
+    attention_growth: float = option(1.44, "this for every further block")
+    mlp_scale: float = option(0.7, "the same in the output of the MLPs")
+    mlp_growth: float = option(1.25, "the same in the output of the MLPs")
+    embed_std: float = option(0.5, "of position embedding and class token")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRecipe(InitialWeights):
     """How a teacher is trained on labelled shards."""
 
-    output: str = _option("runs/teacher", "folder of the weights, their record and the checkpoint")
-    seed: int = _option(0, "initial weights, sample order, augmentation, mixing")
-    epochs: int = _option(100, "passes over data.train")
-    model: str = _option("vit_tiny_patch16_224", "timm VisionTransformer with a class token")
+    output: str = option("runs/teacher", "folder of the weights, their record and the checkpoint")
+    seed: int = option(0, "initial weights, sample order, augmentation, mixing")
+    epochs: int = option(100, "passes over data.train")
+    model: str = option("vit_tiny_patch16_224", "timm VisionTransformer with a class token")
     kwargs: dict[str, Any] = field(default_factory=dict, metadata={"doc": "further arguments of timm.create_model"})
-    classes: int = _option(10, "labels are 0 to classes - 1")
-    label_smoothing: float = _option(0.1, "of the cross-entropy's targets")
-    mix_prob: float = _option(0.5, "data.mixup: share of the batches that are mixed")
-    ema_decay: float = _option(0.999, "of the average of the weights over steps, which becomes the teacher")
-    clip: float = _option(1.0, "gradient-norm clip")
-    precision: Literal["fp32", "bf16"] = _option("fp32", "autocast dtype; weights stay fp32")
-    evaluate_every: int = _option(5, "epochs between accuracies; each leaves a teacher that can be used")
-    save_minutes: float = _option(10.0, "between checkpoints; SIGTERM and the end save too")
+    classes: int = option(10, "labels are 0 to classes - 1")
+    label_smoothing: float = option(0.1, "of the cross-entropy's targets")
+    mix_prob: float = option(0.5, "data.mixup: share of the batches that are mixed")
+    ema_decay: float = option(0.999, "of the average of the weights over steps, which becomes the teacher")
+    clip: float = option(1.0, "gradient-norm clip")
+    precision: Literal["fp32", "bf16"] = option("fp32", "autocast dtype; weights stay fp32")
+    evaluate_every: int = option(5, "epochs between accuracies; each leaves a teacher that can be used")
+    save_minutes: float = option(10.0, "between checkpoints; SIGTERM and the end save too")
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from leap_dist.backbone import outline
-from leap_dist.config import to_yaml
+from leap_dist.config import abridged, to_yaml
 from leap_dist.data import EvalLoader, Feed, TrainLoader, build_eval_loader, build_train_loader, resolve
 from leap_dist.distributed import World
 from leap_dist.errors import UserError
@@ -89,8 +89,7 @@ def _claim(output: Path, recipe: TeacherRecipe) -> None:
     if noted.is_file():
         changed = changes(load_recipe(noted, [], check=False), recipe)
         if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise UserError(f"output={output}: holds a teacher of another recipe ({'; '.join(changed[:3])}{more})")
+            raise UserError(f"output={output}: holds a teacher of another recipe ({abridged(changed)})")
     write_text(noted, to_yaml(recipe))
 
 

@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from leap_dist.distributed import World, meet
+from leap_dist.distributed import World, checked_gather
 from leap_dist.features import Features
 from leap_dist.teacher.lazy import LazyBackbone
 
@@ -66,7 +66,7 @@ class Home:
         """Raise UserError, naming a rank, unless all ranks have come to the same call in the same order."""
         if self._world is not None:
             self._calls += 1
-            meet(f"teacher call {self._calls}: {call}", [], self._world)
+            checked_gather(f"teacher call {self._calls}: {call}", [], self._world)
 
     def _share(self, block: int) -> range:
         """The 0-indexed blocks that this rank must load for 1-indexed target `block`."""

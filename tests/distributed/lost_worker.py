@@ -15,7 +15,7 @@ from leap_dist.coordinator import Coordinator
 from leap_dist.curriculum import Curriculum
 from leap_dist.distributed import World, initialise, is_lost_peer
 from leap_dist.errors import UserError
-from leap_dist.pulse import Pulse
+from leap_dist.heartbeat import Heartbeat
 from leap_dist.teacher import Teacher, build_teacher
 from leap_dist.train import complain, give_up
 from leap_dist.trainer import Interrupt
@@ -58,16 +58,16 @@ def train(world: World, placement: str, fault: str) -> None:
 
 
 def main(placement: str, fault: str) -> int:
-    """As the entry point does: an error leaves the pulse before it is told, and never waits for the others."""
+    """As the entry point does: an error leaves the heartbeat before it is told, and never waits for the others."""
     world = initialise()
     try:
-        with Pulse(world, 20, give_up) as pulse:
-            pulse.step = lambda: 3
+        with Heartbeat(world, 20, give_up) as heartbeat:
+            heartbeat.step = lambda: 3
             try:
                 with Interrupt():  # a launcher's SIGTERM is noted, as in a run, and cuts no explanation short
                     train(world, placement, fault)
             except Exception as error:
-                pulse.explain(error)
+                heartbeat.explain(error)
                 raise
     except UserError as error:
         complain(str(error))

@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from leap_dist.analysis import Sight, exported_subject, native_image_size, timm_subject
+from leap_dist.analysis import Preprocessing, exported_subject, native_image_size, timm_subject
 from leap_dist.config import TeacherConfig
 
 CPU = torch.device("cpu")
@@ -33,11 +33,11 @@ def test_layers_are_timms(model: torch.nn.Module, tmp_path: Path, exported: bool
             json.dumps(about | {"image_size": 32, "mean": [0.1] * 3, "std": [0.2] * 3, "crop_pct": 0.9})
         )
         subject = exported_subject(path, "mine", CPU)
-        assert subject.sight == Sight((0.1,) * 3, (0.2,) * 3, 0.9)
+        assert subject.preprocessing == Preprocessing((0.1,) * 3, (0.2,) * 3, 0.9)
     else:
         config = TeacherConfig(model="vit_tiny_patch16_224", kwargs=SMALL, weights=str(path))
         subject = timm_subject(config, "mine", 32, CPU)
-        assert subject.sight == Sight((0.5,) * 3, (0.5,) * 3, 0.875)  # what timm says of this model
+        assert subject.preprocessing == Preprocessing((0.5,) * 3, (0.5,) * 3, 0.875)  # what timm says of this model
     assert (subject.name, subject.image_size, subject.grid) == ("mine", 32, (4, 4))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

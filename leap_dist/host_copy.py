@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Latch:
+class HostCopy:
     """Numbers on their way from the device to the host: copied without waiting, read when they are needed."""
 
     def __init__(self, values: Tensor) -> None:
@@ -28,5 +28,5 @@ class Latch:
         return self._host
 
     def read(self) -> list[float]:
-        """The values of a 1-D latch."""
+        """The values of a 1-D copy."""
         return self.tensor().tolist()

@@ -19,12 +19,12 @@ INTERVAL_S = 2.0
 GRACE_S = 3.0  # a rank that failed by its own fault tells so in better words
 
 
-class Pulse:
+class Heartbeat:
     """Entered by all ranks together; leaving it without an error waits until all of them do.
 
     Args:
-        silence_s: how long a rank may give no sign; 0 = no pulse. lost: called, with a line that names the rank, from
-            the pulse's thread while the main one waits for ever; it should not return.
+        silence_s: how long a rank may give no sign; 0 = no heartbeat. lost: called, with a line that names the rank,
+            from a thread while the main one waits for ever; it should not return.
 
     step: gives the step this rank is at; what the others last heard of it is named with it.
     """
@@ -39,10 +39,10 @@ class Pulse:
         self._hurry, self._main_knows = threading.Event(), threading.Event()
         self._thread: Optional[threading.Thread] = None
 
-    def __enter__(self) -> Pulse:
+    def __enter__(self) -> Heartbeat:
         if self._world.size > 1 and self._silence_s:
             self._roll = build_roll(self._silence_s)
-            self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+            self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._thread.start()
         return self
 
