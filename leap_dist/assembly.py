@@ -16,7 +16,7 @@ from leap_dist.config import DEMO_TEACHER, Config, matching_head
 from leap_dist.coordinator import Coordinator
 from leap_dist.curriculum import build_curriculum
 from leap_dist.data import BadSamples, build_train_loader, check_groups, check_sources, resolve
-from leap_dist.distributed import World, barrier
+from leap_dist.distributed import World, barrier, check_nodes
 from leap_dist.engine import build_engine, micro_batch
 from leap_dist.errors import UserError
 from leap_dist.flops import step_flops
@@ -43,6 +43,7 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
     Raises:
         UserError: the first thing that does not fit, in one line.
     """
+    check_nodes(world)
     resume = find_resume(config, world)
     batch = micro_batch(config, world)
     if config.data.mixup:

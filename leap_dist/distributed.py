@@ -163,6 +163,30 @@ def checked_gather(label: str, row: list[float], world: World) -> Tensor:
     return rows[:, _LABEL_BYTES:].contiguous().view(torch.float64)
 
 
+def check_nodes(world: World) -> None:
+    """Check that nodes have equally many processes, numbered node by node. Collective.
+
+    Shares of the data and pipelines are laid out by that, by each rank for itself: where it does not hold, some images
+    would be trained on twice and others never, and nobody would notice.
+
+    Raises:
+        UserError: it does not hold; on every rank, in the same words.
+    """
+    places = gather_objects((world.local_rank, world.local_size), world)
+    sizes = sorted({local_size for _, local_size in places})
+    if len(sizes) > 1:
+        raise UserError(
+            f"nodes have {' and '.join(map(str, sizes))} processes: every node needs the same number "
+            "(slots of the hostfile, --nproc-per-node)"
+        )
+    for rank, (local_rank, local_size) in enumerate(places):
+        if local_rank != rank % local_size or world.size % local_size:
+            raise UserError(
+                f"rank {rank} of {world.size} has LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_size}: ranks must "
+                "be numbered node by node, all of the first node before those of the second"
+            )
+
+
 class LostRank(RuntimeError):
     """A rank did not come to the roll call. rank: which."""
 

@@ -31,7 +31,8 @@ class Share:
     """Which images of a global batch a rank takes: every `shares`-th, so that the batch itself is everybody's same.
 
     micro_batch: images per rank and accumulation step. The ranks of a node take what a `StreamingDataset` would give
-    them: the samples of the same canonical nodes in every step, hence of the same shards.
+    them: the samples of the same canonical nodes in every step, hence of the same shards. Nodes must pass
+    `distributed.check_nodes`.
     """
 
     micro_batch: int

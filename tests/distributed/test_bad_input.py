@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from safetensors.torch import save_file
 
 from leap_dist.data import write_shards
 from leap_dist.data.digits import digit_samples
-from runs import TINY, launch, run_ok, scalars, write_config
+from runs import ENTRY, TINY, environment, launch, run_ok, scalars, write_config
 
 PROMPTLY_S = 60
 
@@ -105,6 +108,39 @@ def test_ranks_that_were_started_differently(tmp_path: Path) -> None:
     """One rank would continue a run where the other starts one, and wait for it for ever."""
     line = refused(write_config(tmp_path), f"output={tmp_path}/${{oc.env:RANK}}/run")[0]
     assert "output: rank 1 was started with" in line and "rank 0 with" in line
+
+
+def start_by_hand(config: Path, *nodes: int) -> list[subprocess.Popen[str]]:
+    """A rank per process of each of `nodes`, all on this machine, as launchers start them on machines of their own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    places = [(local_rank, local_size) for local_size in nodes for local_rank in range(local_size)]
+    own = [
+        {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size)}
+        for rank, (local_rank, local_size) in enumerate(places)
+    ]
+    common = {"WORLD_SIZE": str(len(places)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # Two of the nodes would claim the same GPU.
+    shared = environment() | common | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ENTRY), "--config", str(config)]
+    return [subprocess.Popen(command, env=shared | mine, stderr=subprocess.PIPE, text=True) for mine in own]
+
+
+def test_nodes_of_different_sizes(tmp_path: Path) -> None:
+    """Each rank would lay out the batch for nodes like its own: images twice, others never, and a run that succeeds."""
+    ranks = start_by_hand(write_config(tmp_path, data={"global_batch": 48}), 1, 2)
+    try:
+        said = [rank.communicate(timeout=PROMPTLY_S)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [2] * 3, said
+    for index, text in enumerate(said):
+        lines = [line for line in text.splitlines() if line.startswith("leap_dist [rank ")]
+        assert len(lines) == 1 and "Traceback" not in text, text
+        assert lines[0].startswith(f"leap_dist [rank {index}]: error: nodes have 1 and 2 processes: every node needs")
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_images_are_stood_in_for_until_there_are_too_many(tmp_path: Path) -> None:
