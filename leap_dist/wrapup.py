@@ -142,10 +142,15 @@ class Judge:
         self._ours: Optional[FeatureSet] = None
 
     def student(self, student: Student) -> dict[str, float]:
-        """Its kNN and linear probe on average-pooled patch tokens; top-1 of its own classifier, if it has one."""
+        """Its kNN and linear probe on average-pooled patch tokens; top-1 of its own classifier, if it has one.
+
+        known_images, judged_images: of `data.train` and `data.val`; fewer than asked for where some cannot be read.
+        """
         found = self._held_out.features(lambda images: student(images).patch.mean(1))
         self._ours = found and found[1]
         results = self._accuracies("student", found)
+        if found:
+            results |= {"known_images": len(found[0].ids), "judged_images": len(found[1].ids)}
         if self._config.student.num_classes:
             results |= _top1(self._held_out.validation(lambda images: student.classify(student(images))))
         return results

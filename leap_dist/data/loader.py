@@ -189,8 +189,9 @@ class EvalLoader:
     """This rank's share of a set, in order, untouched by chance; the ranks' shares are disjoint and complete.
 
     A sample that cannot be read is left out: another in its place would falsify an accuracy. Shares may differ by one
-    sample and by what is left out, so ranks may get different numbers of batches: no collectives inside the loop.
-    num_samples: over all ranks.
+    sample and by what is left out, so ranks may get different numbers of batches: where a collective runs inside the
+    loop, as an evaluated teacher may be, `evaluation.features.in_step` gives all ranks the same number.
+    What was left out is said when the loop has come to its end. num_samples: over all ranks.
     """
 
     def __init__(

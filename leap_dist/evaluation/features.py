@@ -42,9 +42,11 @@ def in_step(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Exactly `count` batches of `size` rows, so that ranks with unequal shares can run a collective model together.
 
-    What is short or missing repeats rows, with their ids, which `merge` drops again.
+    What is short or missing repeats rows, with their ids, which `merge` drops again. `batches`, of which there are at
+    most `count`, are run to their end: there a loader tells what it left out.
     """
-    for _, batch in zip(range(count), _repeating_last(batches), strict=False):
+    # The range second: only so is a batch asked for after the last one, and the loader resumed behind its loop.
+    for batch, _ in zip(_repeating_last(batches), range(count), strict=False):
         rows = torch.arange(size) % len(batch[2])
         yield batch[0][rows], batch[1][rows], batch[2][rows]
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from test_data_loader import ALONE, SIZE, write
+from test_data_loader import config as data_config
 from torch import Tensor
 
-from leap_dist.config import EvaluationConfig
+from leap_dist.config import EvaluationConfig, load
+from leap_dist.data import build_eval_loader
 from leap_dist.evaluation import evaluate
 from leap_dist.evaluation.features import FeatureSet, extract, in_step, merge
+from leap_dist.evaluation.held_out import HeldOut
 from leap_dist.evaluation.knn import knn_accuracy, knn_predict
 from leap_dist.evaluation.probe import probe_accuracy, train_probe
 
@@ -120,6 +126,35 @@ def test_merge_does_not_depend_on_how_ranks_shared_the_samples() -> None:
     merged = merge([FeatureSet(*(column[rows] for column in whole)) for rows in shares])
     for ours, expected in zip(merged, whole, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_what_the_loader_has_to_say_at_its_end_is_heard_on_every_rank(
+    more: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also on the one with the most batches; the model, which may be collective, is called as often on all."""
+    data = data_config(write(tmp_path / "set", bad=37), max_bad_fraction=0.02)
+    loader = build_eval_loader(str(tmp_path / "set"), data, batch=5, world=ALONE)
+    calls = []
+
+    def model(images: Tensor) -> Tensor:
+        calls.append(len(images))
+        return images.flatten(1)
+
+    found = merge([extract(model, in_step(loader, 5, len(loader) + more), CPU)])
+    assert calls == [5] * (13 + more)
+    assert found.ids.tolist() == [i for i in range(SIZE) if i != 37]
+    assert caplog.text.count("1 samples cannot be read and are left out: [37]") == 1
+
+
+def test_held_out_images_that_cannot_be_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, val = write(tmp_path / "train", bad=5), write(tmp_path / "val", bad=37)
+    options = ("data.image_size=8", "data.workers=0", "data.max_bad_fraction=0.02")
+    run = load(None, ["teacher.model=t", "student.model=s", f"data.train={train}", f"data.val={val}", *options])
+    known, judged = HeldOut(run, ALONE, None, None).features(lambda images: images.flatten(1))
+    assert len(known.ids) == len(judged.ids) == SIZE - 1
+    assert f"{train}: 1 samples cannot be read and are left out: [5]" in caplog.text
+    assert f"{val}: 1 samples cannot be read and are left out: [37]" in caplog.text
 
 
 @pytest.mark.parametrize(("rows", "size", "count"), [(10, 4, 3), (10, 4, 5), (3, 8, 2), (8, 4, 2)])

@@ -53,9 +53,9 @@ def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: P
     found = judge.student(load_student(export_student(trainer.engine, config, ONE), ONE.device))
     found |= judge.teacher(trainer.teacher)
     trainer.close()
-    assert set(found) == {f"{w}_{a}" for w in ("student", "teacher") for a in ("knn", "probe")} | {
-        "student_teacher_cka"
-    }
+    accuracies = {f"{who}_{kind}" for who in ("student", "teacher") for kind in ("knn", "probe")}
+    assert set(found) == accuracies | {"student_teacher_cka", "known_images", "judged_images"}
+    assert (found["known_images"], found["judged_images"]) == (99, 297)
     (batch,) = build_eval_loader(config.data.val, config.data, batch=999, world=ONE)
     with torch.no_grad():
         maps = trainer.engine.module.student(batch.images).patch, StubTeacher().at(DEPTH, batch.images).patch
