@@ -211,17 +211,23 @@ def open_store(source: str, config: DataConfig, world: World) -> ShardStore:
 
     UserError, on every rank, if it is not fit to be read.
     """
-
-    def prepare() -> None:
-        if not is_remote(source):
-            check_shards(Path(source), config.validate_hash)
-        _fetch_index(source, _folder(source, config))
-        store = ShardStore(source, config)
-        store.check()
-        store.tidy()
-
-    on_first(prepare, world)
+    on_first(lambda: prepare(source, config), world)
     return ShardStore(source, config)
+
+
+def prepare(source: str, config: DataConfig) -> Path:
+    """Check `source`, fetch its index if it is read through a cache, clear away there what killed runs left.
+
+    Returns the folder that its index is read from. Enough on one rank of each node. UserError if it is not fit to be
+    read.
+    """
+    if not is_remote(source):
+        check_shards(Path(source), config.validate_hash)
+    _fetch_index(source, _folder(source, config))
+    store = ShardStore(source, config)
+    store.check()
+    store.tidy()
+    return store.folder
 
 
 def _folder(source: str, config: DataConfig) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from test_data_loader import ALONE, SIZE, config, write
 
 from leap_dist.config import DataConfig
+from leap_dist.data import check_sources
 from leap_dist.data.store import LOCKS, STAGING, ShardStore, open_store
 from leap_dist.errors import UserError
 
@@ -154,3 +156,78 @@ def test_a_remote_that_cannot_be_reached_is_one_clear_line(
     with pytest.raises(UserError, match=f"{scheme}://bucket/set cannot be opened: ModuleNotFound") as caught:
         open_store(data.train, data, ALONE)
     assert "\n" not in str(caught.value)
+
+
+# ---- what is known of a run's sets before it begins
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that s3://bucket/ is an address of."""
+
+    def download(remote: str, local: str, _timeout: float) -> None:
+        Path(local).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "bucket" / remote.removeprefix("s3://bucket/"), local)
+
+    monkeypatch.setattr("leap_dist.data.store.ATTEMPTS", 1)
+    monkeypatch.setattr("leap_dist.data.store.CloudDownloader.direct_download", download)
+    return tmp_path / "bucket"
+
+
+def remote_config(tmp_path: Path, **options: object) -> DataConfig:
+    sources = {"train": "s3://bucket/train", "val": "s3://bucket/val"}
+    return DataConfig(**{**sources, "cache": str(tmp_path / "cache"), **options})
+
+
+def test_remote_sets_are_opened_before_anything_is_built_and_no_shard_is_fetched(tmp_path: Path, bucket: Path) -> None:
+    for name in ("train", "val"):
+        write(bucket / name)
+    check_sources(remote_config(tmp_path), ALONE)
+    fetched = [files(folder) for folder in (tmp_path / "cache").iterdir()]
+    assert fetched == [{"index.json", STAGING, LOCKS}] * 2
+
+
+@pytest.mark.parametrize("key", ["train", "val"])
+def test_a_remote_set_that_cannot_be_opened_ends_the_run_at_its_start(key: str, tmp_path: Path, bucket: Path) -> None:
+    """A mistyped bucket of the held-out images would otherwise be heard of after the last step."""
+    write(bucket / {"train": "val", "val": "train"}[key])
+    with pytest.raises(UserError, match=f"s3://bucket/{key} cannot be opened: FileNotFoundError") as caught:
+        check_sources(remote_config(tmp_path), ALONE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["train", "val"])
+def test_with_held_out_images_remote_sets_need_labels(key: str, tmp_path: Path, bucket: Path) -> None:
+    for name in ("train", "val"):
+        write(bucket / name, labels=name != key)
+    with pytest.raises(
+        UserError, match=rf"data\.{key}=s3://bucket/{key}: its shards have no labels, .*; set data\.val="
+    ):
+        check_sources(remote_config(tmp_path), ALONE)
+    if key == "train":
+        check_sources(remote_config(tmp_path, val=None), ALONE)
+
+
+@pytest.mark.parametrize("key", ["train", "val"])
+def test_with_held_out_images_local_sets_need_labels(key: str, tmp_path: Path) -> None:
+    sources = {name: str(write(tmp_path / name, labels=name != key)) for name in ("train", "val")}
+    with pytest.raises(UserError, match=rf"data\.{key}={sources[key]}: its shards have no labels, .*; set data\.val="):
+        check_sources(DataConfig(**sources), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validate_hash": "xxh64"}, "shard.00003.mds is corrupt: its xxh64"),
+        ({"cache": "cache", "cache_limit": "1kb"}, "data.cache_limit: 1024 bytes are too few for .*val"),
+    ],
+)
+def test_held_out_images_are_held_against_the_options_before_training(
+    options: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train, val = write(tmp_path / "train"), write(tmp_path / "val")
+    shard = val / "shard.00003.mds"
+    shard.write_bytes(shard.read_bytes()[:-3] + b"???")
+    with pytest.raises(UserError, match=message):
+        check_sources(DataConfig(train=str(train), val=str(val), **options), ALONE)
