@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any, NamedTuple, Optional, TypeVar
 
 import torch
@@ -68,15 +71,38 @@ def initialise(timeout: timedelta = timedelta(minutes=30)) -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-        # Ranks of one host share its cores; more threads than cores cost 2-3x in a ViT forward.
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
         # Its C++ all-reduce needs a compiler at run time and leaves 69 MB per rank in /dev/shm (DeepSpeed 0.19).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     size = dist.get_world_size()
     control = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
-    return World(dist.get_rank(), size, local_rank, local_size, device, control)
+    world = World(dist.get_rank(), size, local_rank, local_size, device, control)
+    if device.type == "cpu":
+        cores = _own_cores(world)  # on every rank: it is collective, and OMP_NUM_THREADS may be set on some only
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(cores)  # more threads than cores cost 2-3x in a ViT forward
+    return world
+
+
+def _own_cores(world: World) -> int:
+    """This rank's part of the cores it may run on, which other ranks of its host may share. Collective.
+
+    Not all of a machine's cores need be the run's (a cpuset of SLURM or a container), so `os.cpu_count()` is no guide.
+    And nothing in a rank itself tells whether what it may run on is the cpuset of all ranks of the node (torchrun, the
+    deepspeed launcher) or its own part of it already (srun with a task per rank): so they tell each other.
+    """
+    host, mine = socket.gethostname(), os.sched_getaffinity(0)
+    everyone = gather_objects((host, mine), world)
+    return fair_share(mine, [cores for name, cores in everyone if name == host])
+
+
+def fair_share(mine: set[int], everyones: list[set[int]]) -> int:
+    """How many cores are left for one who may use `mine`, if each is divided among those who may use it; at least 1.
+
+    everyones: the cores that each may use, mine among them.
+    """
+    sharers = Counter(core for cores in everyones for core in cores)
+    return max(1, int(sum(Fraction(1, sharers[core]) for core in mine)))
 
 
 def shutdown() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from leap_dist import distributed
-from leap_dist.distributed import World, check_nodes
+from leap_dist.distributed import World, check_nodes, fair_share
 from leap_dist.errors import UserError
 
 CPU = torch.device("cpu")
@@ -49,3 +53,53 @@ def test_what_the_layout_of_data_and_pipelines_cannot_hold_for_is_said_by_every_
             check_nodes(World(rank, len(found), *place, CPU))
         said.add(str(caught.value))
     assert len(said) == 1 and "\n" not in said.pop()
+
+
+ALL, HALVES = set(range(12)), (set(range(6)), set(range(6, 12)))
+
+
+@pytest.mark.parametrize(
+    ("everyones", "shares"),
+    [
+        ([ALL], [12]),
+        ([ALL] * 2, [6, 6]),
+        ([ALL] * 6, [2] * 6),  # in floats 12 / 6 would come out below 2
+        ([ALL] * 24, [1] * 24),
+        (HALVES, [6, 6]),  # bound to cores of their own: not to be divided again
+        ([HALVES[0]] * 3 + [HALVES[1]], [2, 2, 2, 6]),  # three to a socket, and one to the other
+        ([ALL, {0}], [11, 1]),
+    ],
+)
+def test_cores_are_divided_among_those_who_may_use_them(everyones: list[set[int]], shares: list[int]) -> None:
+    assert [fair_share(mine, everyones) for mine in everyones] == shares
+
+
+def test_ranks_of_other_hosts_take_no_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [("here", ALL), ("here", ALL), ("there", ALL)]
+    monkeypatch.setattr(distributed, "gather_objects", lambda item, world: found)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: ALL)
+    for rank, (host, _) in enumerate(found):
+        monkeypatch.setattr(distributed.socket, "gethostname", lambda host=host: host)
+        assert distributed._own_cores(World(rank, 3, rank % 2, 2, CPU)) == (6 if host == "here" else 12)
+
+
+THREADS = """
+import os, torch
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from leap_dist.distributed import initialise, shutdown
+torch.set_num_threads(3)
+initialise()
+shutdown()
+print("threads:", torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(("told", "threads"), [(None, 1), ("3", 3)])
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="takes a core to leave out")
+def test_a_process_has_no_more_threads_than_cores_it_may_use(told: str | None, threads: int) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} | ({"OMP_NUM_THREADS": told} if told else {})
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert f"threads: {threads}" in done.stdout.splitlines(), done.stdout + done.stderr
