@@ -59,7 +59,7 @@ def test_a_compressed_set_is_unpacked_in_place(tmp_path: Path) -> None:
 def test_a_compressed_set_in_a_read_only_folder_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", compression="zstd")
     folder.chmod(0o500)
-    with pytest.raises(UserError, match=r"it is read-only; set data\.cache"):
+    with pytest.raises(UserError, match=r"nobody may write; set data\.cache"):
         opened(folder)
 
 
