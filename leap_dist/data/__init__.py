@@ -9,7 +9,8 @@ from leap_dist.data.feed import Feed
 from leap_dist.data.labels import soft_labels
 from leap_dist.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
 from leap_dist.data.mixup import Mix, check_groups, draw_mix
-from leap_dist.data.shards import check_shards, check_sources, write_shards
+from leap_dist.data.preflight import check_sources
+from leap_dist.data.shards import check_shards, write_shards
 from leap_dist.data.transforms import eval_transform, train_transform
 
 __all__ = [
