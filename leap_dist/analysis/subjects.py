@@ -55,10 +55,8 @@ def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
     record = path.with_suffix(".json")
     try:
         about = json.loads(record.read_text())
-        size, preprocessing = (
-            int(about["image_size"]),
-            Preprocessing(tuple(about["mean"]), tuple(about["std"]), about.get("crop_pct", Preprocessing.crop_pct)),
-        )
+        size, crop_pct = int(about["image_size"]), about.get("crop_pct", Preprocessing.crop_pct)
+        preprocessing = Preprocessing(tuple(about["mean"]), tuple(about["std"]), crop_pct)
         student = load_student(path, device).requires_grad_(False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} and {record.name} are no exported student ({error!r:.160})") from error
