@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 from omegaconf import OmegaConf
 
-from leap_dist.config import OPERATIONAL, Config, abridged, flat, load, to_yaml
+from leap_dist.config import Config, abridged, differences, load, to_yaml
 from leap_dist.errors import UserError
 
 KEYS = {"base", "output", "launcher", "seeds", "common", "rows", "show"}
@@ -217,10 +217,5 @@ def conflict(run: Run) -> Optional[str]:
     there = (run.folder / "config.yaml").is_file() and run.asked.is_file()
     if not there or run.asked.read_text() == to_yaml(run.config):
         return None
-    before, after = flat(load(run.asked, [], check=False)), flat(run.config)
-    changed = [
-        f"{key}: {before[key]} -> {after[key]}"
-        for key in before
-        if before[key] != after[key] and (key.startswith(MEASURED) or not key.startswith(OPERATIONAL))
-    ]
+    changed = differences(load(run.asked, [], check=False), run.config, also=MEASURED)
     return f"{run.folder} holds a run of another config ({abridged(changed)}); remove it" if changed else None

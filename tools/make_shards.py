@@ -39,7 +39,7 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="SRC OUT", help="images, and a new folder for shards")
     parser.add_argument("--verify", action="store_true", help="read OUT: sizes, hashes, every image, labels")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
     parser.add_argument("--resize", type=int, help="re-encode images whose shorter side is longer than this (pixels)")
     parser.add_argument("--quality", type=int, help="JPEG quality of --resize (90)")
     parser.add_argument("--classes", help="take these only: imagenet100, or a file with a class name per line")

@@ -5,7 +5,6 @@ Imports no torch, so a mistyped key is reported in well under a second.
 
 from leap_dist.config.checks import problems
 from leap_dist.config.loading import (
-    OPERATIONAL,
     abridged,
     describe,
     differences,
@@ -40,7 +39,6 @@ __all__ = [
     "DEMO_TEACHER",
     "DIGITS",
     "HUB",
-    "OPERATIONAL",
     "RANDOM",
     "CheckpointConfig",
     "Config",

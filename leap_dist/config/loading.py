@@ -174,13 +174,16 @@ def flat(config: Any) -> dict[str, Any]:
     return values
 
 
-def differences(old: Any, new: Any) -> list[str]:
-    """Keys whose change would make the continued run another run, as ``key: old -> new``."""
+def differences(old: Any, new: Any, also: tuple[str, ...] = ()) -> list[str]:
+    """Keys whose change would make the continued run another run, as ``key: old -> new``.
+
+    also: beginnings of operational keys that are to count too.
+    """
     before, after = flat(old), flat(new)
     return [
         f"{key}: {before[key]} -> {after[key]}"
         for key in before
-        if before[key] != after[key] and not key.startswith(OPERATIONAL)
+        if before[key] != after[key] and (key.startswith(also) or not key.startswith(OPERATIONAL))
     ]
 
 

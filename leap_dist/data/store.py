@@ -131,14 +131,13 @@ class ShardStore:
                 return
             _raise_recent(note)
             try:
-                self._make_room(raw.bytes + (packed.bytes if packed else 0))
-                self._download(shard_id, target)
+                self._keep(self._download(shard_id), target)
             except Exception as error:
                 os.pwrite(note, one_line(error).encode(), 0)
                 raise FetchError(one_line(error)) from error
 
-    def _download(self, shard_id: int, target: Path) -> None:
-        """Download, check and unpack in the staging folder, then move to `target`. Call it under the shard's lock."""
+    def _download(self, shard_id: int) -> Path:
+        """Download, check and unpack in the staging folder; call it under the shard's lock. Returns where it lies."""
         shard, staging = self.shards[shard_id], self.folder / STAGING
         raw, packed = shard.file_pairs[0]
         for info in filter(None, (raw, packed)):
@@ -156,25 +155,29 @@ class ShardStore:
         size = (staging / raw.basename).stat().st_size
         if size != raw.bytes:
             raise OSError(f"{raw.basename} arrived with {size} bytes where {INDEX} says {raw.bytes}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging / raw.basename, target)
+        return staging / raw.basename
 
-    def _make_room(self, needed: int) -> None:
-        """Evict what was read longest ago. Downloads under way are not counted, so the limit may be passed by those."""
-        if self._limit is None:
-            return
+    def _keep(self, arrived: Path, target: Path) -> None:
+        """Move a shard to its place, under one lock with its evictions: what others keep at the same moment counts."""
+        target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder, "room"):
-            present = []
-            for shard_id in range(len(self.shards)):
-                with suppress(FileNotFoundError):
-                    status = self._path(shard_id).stat()
-                    present.append((status.st_mtime_ns, status.st_size, shard_id))
-            excess = sum(size for _, size, _ in present) + needed - self._limit
-            for _, size, shard_id in sorted(present):
-                if excess <= 0:
-                    break
-                self._path(shard_id).unlink(missing_ok=True)
-                excess -= size
+            if self._limit is not None:
+                self._evict(arrived.stat().st_size - self._limit)
+            os.replace(arrived, target)
+
+    def _evict(self, excess: int) -> None:
+        """Remove what was read longest ago, until what stays and `excess` come to 0 bytes at most."""
+        present = []
+        for shard_id in range(len(self.shards)):
+            with suppress(FileNotFoundError):
+                status = self._path(shard_id).stat()
+                present.append((status.st_mtime_ns, status.st_size, shard_id))
+        excess += sum(size for _, size, _ in present)
+        for _, size, shard_id in sorted(present):
+            if excess <= 0:
+                break
+            self._path(shard_id).unlink(missing_ok=True)
+            excess -= size
 
     def tidy(self) -> None:
         """Drop what killed runs left in the cache: cut shards, and notes of shards that could not be fetched."""

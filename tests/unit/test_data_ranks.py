@@ -24,7 +24,6 @@ from test_data_loader import ALONE, SIZE, config, flat, write
 from leap_dist.config import DataConfig
 from leap_dist.data import BadSamples, build_eval_loader, build_train_loader, draw_mix, resolve
 from leap_dist.data.faults import BadSample
-from leap_dist.data.store import open_store
 from leap_dist.distributed import World
 from leap_dist.errors import UserError
 
@@ -238,7 +237,7 @@ def kept_in_cache(folder: Path) -> int:
 
 
 def test_jobs_that_start_at_the_same_moment_share_a_cache(tmp_path: Path) -> None:
-    """Most of whose shards are evicted under their hands."""
+    """Most of whose shards are evicted under their hands; what they fetch at once does not pass the limit either."""
     write(tmp_path / "whole")
     results = run_jobs("race", tmp_path, "a", "b")
     assert results[0] == results[2] and results[1] == results[3]
@@ -246,11 +245,6 @@ def test_jobs_that_start_at_the_same_moment_share_a_cache(tmp_path: Path) -> Non
         sorted(flat(one) + flat(other)) == [*range(SIZE)]
         for one, other in zip(results[0]["seen"], results[1]["seen"], strict=True)
     )
-    # What several fetch at the same moment may exceed the limit; what one fetches alone may not.
-    limited = config(str(tmp_path / "whole"), cache=str(tmp_path / "cache"), cache_limit="4kb")
-    next(next((tmp_path / "cache").iterdir()).glob("shard.*")).unlink()  # all may be there: one at least is fetched now
-    store = open_store(limited.train, limited, ALONE)
-    assert [store.read(sample)["label"] for sample in range(SIZE)] == [*range(SIZE)]
     assert 0 < kept_in_cache(tmp_path) <= 4 * 1024
 
 
