@@ -1,4 +1,4 @@
-"""The training loop: data -> teacher -> student -> score -> decision -> telemetry.
+"""The training loop: data -> teacher -> student -> score -> decision -> journal.
 
 The score of a step travels to the host while the backward pass runs, and is read before the next step begins, which
 is the first that may see another target block. So nothing waits, and the order is LEAP's: the step's own block gives
@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain, pairwise, repeat
 from pathlib import Path
 from types import FrameType
@@ -31,41 +31,21 @@ from leap_dist.evidence import Evidence
 from leap_dist.features import Features
 from leap_dist.flops import StepFlops
 from leap_dist.host_copy import HostCopy
-from leap_dist.ledger import Ledger
+from leap_dist.journal import Journal
 from leap_dist.lookahead import Lookahead, MicroBatch, Work
 from leap_dist.objective import Match
 from leap_dist.optim import lr_factor, peak_lr
 from leap_dist.profiling import ProfilerWindow
+from leap_dist.progress import Progress
 from leap_dist.reset import reset_heads
 from leap_dist.spectroscope import Spectroscope
 from leap_dist.teacher import Teacher
-from leap_dist.telemetry import Telemetry, memory_bytes
+from leap_dist.telemetry import memory_bytes
 from leap_dist.timing import PhaseTimer
 from leap_dist.validation import Validation
 
 MIXUP, DROPOUT, HEAD = range(3)  # streams of random numbers
 CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x 40 blocks are 2 GB in fp32
-
-
-@dataclass
-class Progress:
-    """Where the run is; saved in every checkpoint.
-
-    trajectory: (first step, block) of every target block so far. next_block: the next step's, where its work has begun
-    (`leap_dist.lookahead`). validations: lines of `leap_dist.validation`.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    trajectory: list[tuple[int, int]] = field(default_factory=list)
-    next_block: Optional[int] = None
-    validations: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def advanced_at(self) -> Optional[int]:
-        """First step on the current block, if there was an advance."""
-        return self.trajectory[-1][0] if len(self.trajectory) > 1 else None
 
 
 class Pending(NamedTuple):
@@ -127,21 +107,19 @@ class Trainer:
         self.validation = parts.validation
         self.accumulation = config.engine.accumulation
         self.steps_per_epoch = len(parts.loader) // self.accumulation
-        self.total_steps = self.steps_per_epoch * config.epochs
         self.peak_lr = peak_lr(config.optim, config.data.global_batch)
         self.timer = parts.timer
         for head in parts.engine.module.heads:
             self.timer.watch(head, "match")
         self.accountant = Accountant(config, parts.flops, world.size, configured_peaks(config, world.device))
         self.profiler = ProfilerWindow(config, world, self.timer, parts.teacher.blocks)
+        self.journal = Journal(config, world, self.curriculum, parts.teacher.spec.depth)
         self.spectroscope = Spectroscope(config, world, parts.engine.module.heads[-1])
         self.lookahead = Lookahead(parts.teacher, self._work, world.device, ahead=config.teacher.prefetch > 0)
         self.progress = Progress()
         self.costs = Costs()
         self.coming: Optional[Work] = None
         self.pending: Optional[Pending] = None
-        self.telemetry: Optional[Telemetry] = None
-        self.ledger: Optional[Ledger] = None
         self.stopping = False
         self.saved_step = -1
         self._ledger_from: tuple[int, Optional[Path]] = (0, None)  # lines known to the checkpoint, its run's folder
@@ -164,9 +142,7 @@ class Trainer:
         """Train to the last epoch (True), or until a rank is told to stop (False). Saves in both cases."""
         self.checkpoints.claim_output()
         self.bad_samples.reopen(resumed=self.progress.step > 0)
-        if self.world.is_main:
-            self.telemetry = Telemetry(self.config, self.total_steps, self.progress.step)
-            self.ledger = Ledger(Path(self.config.output), *self._ledger_from)
+        self.journal.open(self.progress, self.costs, self.steps_per_epoch, *self._ledger_from)
         self._clock_zero = time.perf_counter() - self.costs.seconds
         self.accountant.begin(self.progress.step, self.costs)
         if self.progress.step:
@@ -185,10 +161,7 @@ class Trainer:
     def close(self) -> None:
         """Release loader workers and the terminal; safe at any time."""
         self.loader.close()
-        if self.telemetry is not None:
-            self.telemetry.close()
-        if self.ledger is not None:
-            self.ledger.close()
+        self.journal.close()
 
     def _epoch(self, interrupt: Interrupt) -> None:
         """The rest of the current epoch, then the curriculum's end-of-epoch check."""
@@ -206,7 +179,7 @@ class Trainer:
         self._settle(interrupt)
         target = self.curriculum.block
         if self.curriculum.end_epoch():
-            self._record(self.progress.step - 1, target, math.nan, advanced=True)
+            self.journal.decision(self.progress.step - 1, target, math.nan, advanced=True)
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
         self._validate()
@@ -275,8 +248,7 @@ class Trainer:
         if trajectory and self.config.curriculum.reset_head:
             reset_heads(self.engine, self._seed(HEAD))
         trajectory.append((self.progress.step, block))
-        if self.telemetry is not None:
-            self.telemetry.say(f"step {self.progress.step}: target block {block} of {self.teacher.spec.depth}")
+        self.journal.target(self.progress.step, block)
 
     def _work(self, step: int, batches: list[Batch]) -> Iterator[MicroBatch]:
         """Images, features and labels of a step, micro-batch by micro-batch."""
@@ -331,7 +303,7 @@ class Trainer:
         factor = lr_factor(
             self.config.optim,
             step=self.progress.step,
-            total_steps=self.total_steps,
+            total_steps=self.steps_per_epoch * self.config.epochs,
             epochs=self.config.epochs,
             advanced_at=self.progress.advanced_at,
         )
@@ -349,7 +321,7 @@ class Trainer:
     # -- the decision -------------------------------------------------------------------------------------------------
 
     def _settle(self, interrupt: Interrupt) -> None:
-        """Read the last step's numbers, decide on every rank, tell telemetry."""
+        """Read the last step's numbers, decide on every rank, write it down."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
@@ -367,9 +339,8 @@ class Trainer:
             self.bad_samples.share()
         self.accountant.charge(self.costs, pending.block, scored=not math.isnan(score))
         self._read_clocks()
-        self._record(pending.step, pending.block, judged, advanced=self.curriculum.block != target)
-        if self.telemetry is not None:
-            self._report(pending, loss, terms, score)
+        self.journal.decision(pending.step, pending.block, judged, advanced=self.curriculum.block != target)
+        self._report(pending, loss, terms, score)
         self.stopping = decision.stop
 
     @torch.no_grad()
@@ -385,7 +356,7 @@ class Trainer:
             how = how if self.curriculum.block == chosen else "snap"
         self._read_clocks()
         self.accountant.begin(self.progress.step, self.costs)  # rates are of steps, not of the calibration
-        self._record_start(how)
+        self.journal.start(how)
 
     def _calibrated(self, batches: list[Batch]) -> int:
         """The 1-indexed block with the highest score on this batch; the shallowest of equals."""
@@ -405,50 +376,10 @@ class Trainer:
 
     # -- what it cost, what is shown, what is kept --------------------------------------------------------------------
 
-    def _record_start(self, reason: str) -> None:
-        """The ledger's first line."""
-        if self.ledger is not None:
-            self._write_line(0, self.curriculum.block, decision="start", reason=reason, depth=self.teacher.spec.depth)
-
-    def _record(self, step: int, block: int, score: float, advanced: bool) -> None:
-        """The ledger's line of a decision: on the score of `step`, which had `block`, or (NaN) on an epoch's end."""
-        if self.ledger is None:
-            return
-        ema, reason = self.curriculum.last_check
-        changes = advanced or self._next_block() != block
-        if math.isfinite(score) or changes or self.progress.step_in_epoch == self.steps_per_epoch:
-            decision = "advance" if advanced else "stay"
-            self._write_line(step, block, score, ema=ema, decision=decision, reason=reason)
-
-    def _next_block(self) -> int:
-        """The block of the step after the one that is settled: the curriculum's, unless its work has begun."""
-        return self.progress.next_block or self.curriculum.block
-
-    def _write_line(self, step: int, block: int, score: float = math.nan, ema: float = 0.0, **more: Any) -> None:
-        self.ledger.write(
-            step=step,
-            epoch=self.progress.epoch,
-            block=block,
-            score=score if math.isfinite(score) else None,
-            ema=ema,
-            threshold=self.config.curriculum.threshold,
-            next_block=self._next_block(),
-            teacher_flops=self.costs.flops["teacher"],
-            seconds=round(self.costs.seconds, 3),
-            **more,
-        )
-
     def _report(self, pending: Pending, loss: float, terms: list[float], score: float) -> None:
-        assert self.telemetry is not None and self.ledger is not None
-        shown = {
-            "block": f"{pending.block}/{self.teacher.spec.depth}",
-            self.config.curriculum.metric: f"{score:.3f}" if math.isfinite(score) else "-",
-            "loss": f"{loss:.4f}",
-            "teacher FLOPs saved": f"{self.costs.teacher_saved:.0%}",
-        }
-        self.telemetry.step(shown)
-        self.telemetry.points(pending.step, self.spectroscope.scalars())
-        if not self.telemetry.is_due(pending.step):
+        self.journal.step(pending.block, loss, score)
+        self.journal.points(pending.step, self.spectroscope.scalars())
+        if not self.journal.is_due(pending.step):
             return
         scalars = {
             "loss/total": loss,
@@ -460,9 +391,8 @@ class Trainer:
             "data/bad_samples": len(self.bad_samples),
             "memory/peak_gib": memory_bytes(self.world.device) / 2**30,
         }
-        known = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
-        self.ledger.flush()
-        self.telemetry.points(pending.step, known | self.accountant.scalars(pending.step, pending.block, self.costs))
+        self.journal.flush()
+        self.journal.points(pending.step, scalars | self.accountant.scalars(pending.step, pending.block, self.costs))
 
     def _validate(self) -> None:
         """Evaluate the student between two epochs, if that is due and not done; the run's clock stands. Collective."""
@@ -488,9 +418,8 @@ class Trainer:
                 "evaluation_seconds": spent,
             }
         )
-        if self.telemetry is not None:
-            self.validation.write(progress.validations)
-            self.telemetry.points(progress.step - 1, {"evaluation/knn": knn})
+        self.validation.write(progress.validations)
+        self.journal.points(progress.step - 1, {"evaluation/knn": knn})
 
     def _read_clocks(self) -> None:
         """Bring the seconds of `costs` up to now."""
@@ -510,14 +439,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "costs": asdict(self.costs),
             "curriculum": self.curriculum.state_dict(),
-            "ledger_lines": self._ledger_lines(),
+            "ledger_lines": self.journal.lines(),
         }
         self.checkpoints.save(self.engine, self.progress.step, state)
         self.saved_step = self.progress.step
-
-    def _ledger_lines(self) -> int:
-        """Lines of the ledger so far, all of them on disk."""
-        if self.ledger is None:
-            return 0
-        self.ledger.flush()
-        return self.ledger.lines

@@ -23,7 +23,7 @@ VALIDATION = "evaluation.jsonl"
 
 
 class Validation:
-    """The evaluations of one run between its epochs; every method but `write` is called by all ranks.
+    """The evaluations of one run between its epochs; every method is called by all ranks.
 
     config: with data.train and data.val resolved to paths.
     """
@@ -48,6 +48,8 @@ class Validation:
         return gather_objects(knn_accuracy(*found, options.knn_k, device) if found else None, self._world)[0]
 
     def write(self, lines: list[dict[str, float]]) -> None:
-        """Write all of the run's evaluations so far: those of a checkpoint, and those since."""
+        """Write, on rank 0, all of the run's evaluations so far: those of a checkpoint, and those since."""
+        if not self._world.is_main:
+            return
         text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines)
         write_text(Path(self._config.output) / VALIDATION, text)

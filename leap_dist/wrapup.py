@@ -45,9 +45,7 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
     if judge is not None and config.evaluation.teacher:
         summary |= judge.teacher(trainer.teacher)
     _write(summary, config, world)
-    if trainer.telemetry is not None:
-        trainer.telemetry.finish(summary, trainer.progress.trajectory, trainer.teacher.spec.depth)
-        trainer.telemetry.say(_final_table(summary, config))
+    trainer.journal.finish(summary, _final_table(summary, config))
     return summary
 
 

@@ -30,6 +30,7 @@ LAYERS = [
         "objective",
         "optim",
         "heartbeat",
+        "journal",
         "reset",
         "spectroscope",
         "telemetry",
@@ -39,7 +40,7 @@ LAYERS = [
     {"flops"},
     {"student"},
     {"alignment", "backbone", "losses", "planning"},
-    {"distributed", "features", "files", "host_copy", "timing"},
+    {"distributed", "features", "files", "host_copy", "progress", "timing"},
     {"allocator", "config"},
     {"errors"},
 ]

@@ -1,0 +1,27 @@
+"""Where a run is; what it says of itself in checkpoints, ledger and summary starts from this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+
+@dataclass
+class Progress:
+    """Saved in every checkpoint.
+
+    trajectory: (first step, block) of every target block so far. next_block: the next step's, where its work has begun
+    (`leap_dist.lookahead`). validations: lines of `leap_dist.validation`.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    trajectory: list[tuple[int, int]] = field(default_factory=list)
+    next_block: Optional[int] = None
+    validations: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def advanced_at(self) -> Optional[int]:
+        """First step on the current block, if there was an advance."""
+        return self.trajectory[-1][0] if len(self.trajectory) > 1 else None
