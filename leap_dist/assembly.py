@@ -26,6 +26,7 @@ from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer
 from leap_dist.planning import check_pipelines
 from leap_dist.profiling import check_window
+from leap_dist.progress import total_steps
 from leap_dist.student import Student, build_student
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
 from leap_dist.timing import PhaseTimer
@@ -65,9 +66,9 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
         data, seed=config.seed, micro_batch=batch, accumulation=config.engine.accumulation, world=world
     )
     most_bad = int(config.data.max_bad_fraction * loader.num_samples)
-    total_steps = len(loader) // config.engine.accumulation * config.epochs
-    check_window(config, total_steps)
-    schedule = replayed_schedule(config.curriculum.replay, spec.depth, total_steps, world)
+    steps = total_steps(config.epochs, len(loader) // config.engine.accumulation)
+    check_window(config, steps)
+    schedule = replayed_schedule(config.curriculum.replay, spec.depth, steps, world)
     timer = PhaseTimer(world.device)
     checkpoints = Checkpoints(config, world, loader.num_samples, teacher.fingerprint)
     convert = resume is not None and checkpoints.needs_conversion(resume)

@@ -31,7 +31,14 @@ class Journal:
         self._ledger: Optional[Ledger] = None
 
     def open(
-        self, progress: Progress, costs: Costs, steps_per_epoch: int, lines: int = 0, source: Optional[Path] = None
+        self,
+        progress: Progress,
+        costs: Costs,
+        *,
+        steps_per_epoch: int,
+        total_steps: int,
+        lines: int = 0,
+        source: Optional[Path] = None,
     ) -> None:
         """Begin, or go on from a checkpoint. The run keeps `progress` and `costs` up to date for what is written.
 
@@ -39,7 +46,7 @@ class Journal:
         """
         self._progress, self._costs, self._steps_per_epoch = progress, costs, steps_per_epoch
         if self._world.is_main:
-            self._telemetry = Telemetry(self._config, steps_per_epoch * self._config.epochs, progress.step)
+            self._telemetry = Telemetry(self._config, total_steps, progress.step)
             self._ledger = Ledger(Path(self._config.output), lines, source)
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ def peak_lr(config: OptimConfig, global_batch: int) -> float:
     return config.lr * math.sqrt(global_batch / config.batch_reference)
 
 
-def lr_factor(config: OptimConfig, *, step: int, total_steps: int, epochs: int, advanced_at: Optional[int]) -> float:
+def lr_factor(config: OptimConfig, *, step: int, total_steps: int, epochs: float, advanced_at: Optional[int]) -> float:
     """Share of the peak rate that the 0-based optimizer step `step` of `total_steps` uses.
 
     advanced_at: the first step on the current target block, if the curriculum ever advanced; see `OptimConfig`.

@@ -1,9 +1,14 @@
-"""Where a run is; what it says of itself in checkpoints, ledger and summary starts from this."""
+"""How long a run is, and where it is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Optional
+
+
+def total_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run of so many passes over the data; one at least."""
+    return max(1, round(epochs * steps_per_epoch))
 
 
 @dataclass

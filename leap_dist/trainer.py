@@ -36,7 +36,7 @@ from leap_dist.lookahead import Lookahead, MicroBatch, Work
 from leap_dist.objective import Match
 from leap_dist.optim import lr_factor, peak_lr
 from leap_dist.profiling import ProfilerWindow
-from leap_dist.progress import Progress
+from leap_dist.progress import Progress, total_steps
 from leap_dist.reset import reset_heads
 from leap_dist.spectroscope import Spectroscope
 from leap_dist.teacher import Teacher
@@ -107,6 +107,7 @@ class Trainer:
         self.validation = parts.validation
         self.accumulation = config.engine.accumulation
         self.steps_per_epoch = len(parts.loader) // self.accumulation
+        self.total_steps = total_steps(config.epochs, self.steps_per_epoch)
         self.peak_lr = peak_lr(config.optim, config.data.global_batch)
         self.timer = parts.timer
         for head in parts.engine.module.heads:
@@ -139,10 +140,14 @@ class Trainer:
         self.saved_step = self.progress.step if path.parent == self.checkpoints.folder else -1
 
     def run(self) -> bool:
-        """Train to the last epoch (True), or until a rank is told to stop (False). Saves in both cases."""
+        """Train to the last step (True), or until a rank is told to stop (False). Saves in both cases."""
         self.checkpoints.claim_output()
         self.bad_samples.reopen(resumed=self.progress.step > 0)
-        self.journal.open(self.progress, self.costs, self.steps_per_epoch, *self._ledger_from)
+        lines, source = self._ledger_from
+        self.journal.open(
+            self.progress, self.costs, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps, lines=lines,
+            source=source,
+        )  # fmt: skip
         self._clock_zero = time.perf_counter() - self.costs.seconds
         self.accountant.begin(self.progress.step, self.costs)
         if self.progress.step:
@@ -150,13 +155,18 @@ class Trainer:
             self._save()
         self.profiler.before(self.progress.step)
         with Interrupt() as interrupt:
-            while self.progress.epoch < self.config.epochs and not self.stopping:
+            while not (self._done or self.stopping):
                 self._epoch(interrupt)
             # Still inside: a second SIGTERM, torchrun's after SLURM's, must not kill the save that the first asked for.
             self.profiler.close()
             self._save()
             self.checkpoints.confirm()
-        return self.progress.epoch == self.config.epochs
+        return self._done
+
+    @property
+    def _done(self) -> bool:
+        """Whether all steps are made, and where they end an epoch, that is closed."""
+        return (self.progress.epoch, self.progress.step_in_epoch) >= divmod(self.total_steps, self.steps_per_epoch)
 
     def close(self) -> None:
         """Release loader workers and the terminal; safe at any time."""
@@ -164,7 +174,7 @@ class Trainer:
         self.journal.close()
 
     def _epoch(self, interrupt: Interrupt) -> None:
-        """The rest of the current epoch, then the curriculum's end-of-epoch check."""
+        """The rest of the current epoch, then the curriculum's end-of-epoch check; not if the run ends within it."""
         for batches, following in self._batches():
             self._settle(interrupt)
             if self.stopping:
@@ -177,6 +187,8 @@ class Trainer:
                 self._save()
             self.profiler.before(self.progress.step)
         self._settle(interrupt)
+        if self.progress.step_in_epoch < self.steps_per_epoch:
+            return
         target = self.curriculum.block
         if self.curriculum.end_epoch():
             self.journal.decision(self.progress.step - 1, target, math.nan, advanced=True)
@@ -188,11 +200,12 @@ class Trainer:
 
     def _batches(self) -> Iterator[tuple[list[Batch], Optional[list[Batch]]]]:
         """Micro-batches of one optimizer step at a time, from where the epoch was left; and of the step after it, if
-        the teacher works ahead and the epoch has one.
+        the teacher works ahead and epoch and run have one.
         """
         start = self.progress.step_in_epoch
         stream = self.feed.ahead(self.loader.epoch(self.progress.epoch, start * self.accumulation))
-        steps = (self._fetched(stream) for _ in range(start, self.steps_per_epoch))
+        end = min(self.steps_per_epoch, self.total_steps - self.progress.epoch * self.steps_per_epoch)
+        steps = (self._fetched(stream) for _ in range(start, end))
         return pairwise(chain(steps, [None])) if self.config.teacher.prefetch else zip(steps, repeat(None))
 
     def _fetched(self, stream: Iterator[Batch]) -> list[Batch]:
@@ -303,7 +316,7 @@ class Trainer:
         factor = lr_factor(
             self.config.optim,
             step=self.progress.step,
-            total_steps=self.steps_per_epoch * self.config.epochs,
+            total_steps=self.total_steps,
             epochs=self.config.epochs,
             advanced_at=self.progress.advanced_at,
         )

@@ -58,7 +58,7 @@ def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
     progress, costs = trainer.progress, trainer.costs
     return {
         "steps": progress.step,
-        "epochs": progress.epoch,
+        "epochs": progress.step / trainer.steps_per_epoch,
         "final_block": trainer.curriculum.block,
         "teacher_depth": trainer.teacher.spec.depth,
         "trajectory": progress.trajectory,

@@ -196,12 +196,12 @@ def _config(row: Row, base: Path, common: Sequence[str]) -> Config:
 
 
 def with_budget(run: Run, plan: Plan) -> Run:
-    """The run with as many whole epochs as cost what `epochs_as` says, an epoch costing what it did in row `like`."""
+    """The run with as many epochs as cost what `epochs_as` says, an epoch costing what it did in row `like`."""
     if run.row.epochs_as is None:
         return run
     goal, like = (plan.runs[name].summary() for name in run.needs())
     cost = COSTS[run.row.epochs_as[1]]
-    epochs = max(1, round(like["epochs"] * cost(goal) / cost(like)))
+    epochs = round(like["epochs"] * cost(goal) / cost(like), 3)
     return replace(run, config=replace(run.config, epochs=epochs))
 
 

@@ -36,7 +36,7 @@ COLUMNS = {
     "student_probe": _plain("student_probe", "linear probe, %"),
     "student_top1": _plain("student_top1", "top-1, %"),
     "student_teacher_cka": _plain("student_teacher_cka", "CKA to the teacher", "{:.3f}".format),
-    "epochs": _plain("epochs", "epochs", "{:.1f}".format),
+    "epochs": _plain("epochs", "epochs", "{:.2f}".format),
     "teacher_flops": Column("teacher FLOPs", lambda summary: summary["flops"]["teacher"], "{:.3e}".format),
     "flops": Column("all FLOPs", lambda summary: sum(summary["flops"].values()), "{:.3e}".format),
     "train_seconds": _plain("train_seconds", "seconds", "{:.1f}".format),

@@ -50,7 +50,6 @@ def problems(config: Config) -> list[str]:
 def _range_problems(config: Config) -> list[str]:
     data, optim, evaluation = config.data, config.optim, config.evaluation
     at_least_one = {
-        "epochs": config.epochs,
         "data.image_size": data.image_size,
         "data.global_batch": data.global_batch,
         "data.canonical_nodes": data.canonical_nodes,
@@ -81,6 +80,7 @@ def _range_problems(config: Config) -> list[str]:
         "telemetry.spectra_every": config.telemetry.spectra_every,
     }
     above_zero = {
+        "epochs": config.epochs,
         "data.mixup_alpha": data.mixup_alpha,
         "objective.kd_tau": config.objective.kd_tau,
         "data.std": min(data.std),

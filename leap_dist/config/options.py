@@ -209,7 +209,7 @@ class Config:
     output: str = option("runs/leap", "run folder: TensorBoard, checkpoints, resolved config, export, summary")
     resume: str = option("none", "auto: continue the run in `output` if there is one; none; or a checkpoint's path")
     seed: int = option(0, "initialisation, sample order, augmentation, mixup")
-    epochs: int = option(100, "passes over data.train")
+    epochs: float = option(100.0, "passes over data.train; need not be whole")
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

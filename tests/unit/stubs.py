@@ -23,6 +23,7 @@ from leap_dist.flops import StepFlops, StudentFlops, TeacherFlops
 from leap_dist.ledger import replayed_schedule
 from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer
+from leap_dist.progress import total_steps
 from leap_dist.student import build_student
 from leap_dist.teacher import TeacherSpec
 from leap_dist.timing import PhaseTimer
@@ -126,7 +127,7 @@ def stub_trainer(config: Config, teacher: StubTeacher | None = None, length: int
     torch.manual_seed(config.seed)
     teacher = teacher or StubTeacher()
     timer, replay = PhaseTimer(ONE.device), config.curriculum.replay
-    schedule = replayed_schedule(replay, DEPTH, length * config.epochs, ONE)
+    schedule = replayed_schedule(replay, DEPTH, total_steps(config.epochs, length), ONE)
     student = build_student(config.student, config.data.image_size, WIDTH)
     objective = Objective(student, WIDTH, GRID, config.objective, config.curriculum.metric)
     parts = Parts(

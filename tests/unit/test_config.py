@@ -27,7 +27,7 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("curriculum.start=soon", ["curriculum.start='soon'", "a whole number or null"]),
         ("data=5", ["data", "is a section"]),
         ("epochs", ["'epochs'", "section.key=value"]),
-        ("epochs=0", ["epochs=0", "at least 1"]),
+        ("epochs=0", ["epochs=0.0", "above 0"]),
         ("data.global_batch=-8", ["data.global_batch=-8", "at least 1"]),
         ("optim.lr=0", ["optim.lr=0", "above 0"]),
         ("optim.betas=[0.9,1.5]", ["optim.betas=[0.9, 1.5]", "[0, 1)"]),

@@ -38,8 +38,8 @@ def simulated(config: Config, ahead: bool) -> tuple[list[int], list[float]]:
     student = build_student(config.student, config.data.image_size)
     objective = Objective(student, WIDTH, GRID, config.objective, config.curriculum.metric)
     optimizer, curriculum = build_optimizer(config.optim, objective), build_curriculum(config.curriculum, DEPTH)
-    blocks, losses, total = [], [], STEPS * config.epochs
-    for epoch in range(config.epochs):
+    blocks, losses, total = [], [], STEPS * int(config.epochs)
+    for epoch in range(int(config.epochs)):
         given = None
         for batch in StubLoader(STEPS).epoch(epoch):
             block = given if ahead and given is not None else curriculum.block

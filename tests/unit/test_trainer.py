@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -60,6 +61,47 @@ def test_epochs_alone_advance_a_block_that_is_never_learned(tmp_path: Path) -> N
     teacher = StubTeacher()
     run(stub_trainer(stub_config(tmp_path, *overrides), teacher))
     assert teacher.asked == [1] * 6 + [2] * 6 + [3] * 3
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_a_run_may_end_within_an_epoch(prefetch: int, tmp_path: Path) -> None:
+    """1.7 epochs of three steps: five steps, the learning rate at its end there, and no epoch's end after them."""
+    overrides = ["curriculum.threshold=2", "curriculum.max_epochs_per_block=1", "epochs=1.7", "optim.warmup_epochs=0"]
+    teacher = StubTeacher()
+    trainer = run(stub_trainer(stub_config(tmp_path, *overrides, f"teacher.prefetch={prefetch}"), teacher))
+    assert teacher.asked == [1, 1, 1, 2, 2]
+    assert trainer.curriculum.block == 2 and (trainer.progress.epoch, trainer.progress.step_in_epoch) == (1, 2)
+    cosine = [0.001 + 0.999 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(5)]
+    assert scalars(tmp_path, "lr") == pytest.approx([1e-3 * factor for factor in cosine], rel=1e-5)
+    resumed = stub_trainer(stub_config(tmp_path, *overrides, f"teacher.prefetch={prefetch}", "resume=auto"))
+    resumed.restore(newest(tmp_path / "checkpoints"))
+    assert run(resumed).progress.step == 5
+
+
+def test_a_run_that_was_saved_before_its_last_epoch_was_closed_closes_it(tmp_path: Path) -> None:
+    """A step's checkpoint at the very end: the curriculum still counts that epoch, as it would have without a stop."""
+    overrides = ["curriculum.threshold=2", "curriculum.max_epochs_per_block=2", "checkpoint.every_steps=1", "epochs=2"]
+    trainer = stub_trainer(stub_config(tmp_path, *overrides))
+    trainer.curriculum.end_epoch = dies_at_call(trainer.curriculum.end_epoch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    trainer.close()
+    resumed = stub_trainer(stub_config(tmp_path, *overrides, "resume=auto"))
+    resumed.restore(tmp_path / "checkpoints" / "step00000006")
+    assert (resumed.progress.epoch, resumed.progress.step_in_epoch) == (1, 3)
+    run(resumed)
+    assert (resumed.progress.epoch, resumed.progress.step, resumed.curriculum.block) == (2, 6, 2)
+
+
+def dies_at_call(function: Any, number: int) -> Any:
+    calls = itertools.count(1)
+
+    def call(*args: Any) -> Any:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    return call
 
 
 def test_calibration_starts_at_the_highest_score_and_costs_one_full_pass(tmp_path: Path, monkeypatch: Any) -> None:
