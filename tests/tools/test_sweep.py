@@ -130,6 +130,18 @@ def test_a_run_of_another_config_is_neither_taken_nor_overwritten(tmp_path: Path
     assert len(started(tmp_path)) == 2
 
 
+def test_a_run_that_died_while_it_was_evaluated_is_gone_on_with(tmp_path: Path) -> None:
+    """The student's accuracies are on disk before the rest."""
+    path = write_sweep(tmp_path, {"a": []}, seeds=[0])
+    assert sweep.main([str(path)]) == 0
+    left = tmp_path / "out/runs/a-s0/summary.json"
+    whole = json.loads(left.read_text())
+    left.write_text(json.dumps({key: value for key, value in whole.items() if key != "time_saved"}))
+    assert sweep.main([str(path)]) == 0
+    assert started(tmp_path) == ["a-s0", "a-s0"]
+    assert json.loads(left.read_text()) == whole
+
+
 def test_seeds_can_be_made_one_by_one_and_the_tables_are_of_all(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, {"a": [], "b": ["epochs=3"]})
     assert sweep.main([str(path), "--seeds", "2"]) == 0
