@@ -177,7 +177,7 @@ def test_a_folder_belongs_to_one_recipe(trained: Path, shards: Path) -> None:
         ("mix_prob=-0.1", "mix_prob=-0.1: must be in [0, 1]"),
         ("data.val=null", "data.val is required"),
         ("data.val=nowhere", "data.val=nowhere: no such folder"),
-        ("epochs=0", "epochs=0: must be at least 1"),
+        ("epochs=0", "epochs=0: must be above 0"),
         ("optim.name=sgd", "optim.name='sgd' (command line): expected one of"),
         ("ema=0.9", "ema (command line): unknown key; did you mean ema_decay?"),
     ],
