@@ -42,7 +42,7 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
         summary |= judge.student(load_student(exported, world.device))
         _write(summary, config, world)
     summary |= _time_saved(config, world, trainer)
-    if judge is not None and config.evaluation.teacher:
+    if judge is not None:
         summary |= judge.teacher(trainer.teacher)
     _write(summary, config, world)
     trainer.journal.finish(summary, _final_table(summary, config))
@@ -154,14 +154,22 @@ class Judge:
         return results
 
     def teacher(self, teacher: Teacher) -> dict[str, float]:
-        """Likewise, at its last block; and `student_teacher_cka`: linear CKA of what was judged on the held-out images,
-        biased upward by about width / images.
+        """At its last block: its kNN and linear probe, if `evaluation.teacher`; and `student_teacher_cka`, linear CKA
+        of what was judged on the held-out images, biased upward by about width / images.
         """
         teacher.retarget(teacher.spec.depth)
-        found = self._held_out.features(lambda images: teacher.features(images).patch.float().mean(1))
-        results = self._accuracies("teacher", found)
-        if self._ours and found:
-            results["student_teacher_cka"] = linear_cka_of_features(self._ours.features, found[1].features).item()
+
+        def pooled(images: Tensor) -> Tensor:
+            return teacher.features(images).patch.float().mean(1)
+
+        results: dict[str, float] = {}
+        if self._config.evaluation.teacher:
+            found = self._held_out.features(pooled)
+            results, theirs = self._accuracies("teacher", found), found and found[1]
+        else:
+            theirs = self._held_out.validation(pooled)
+        if self._ours and theirs:
+            results["student_teacher_cka"] = linear_cka_of_features(self._ours.features, theirs.features).item()
         return results
 
     def _accuracies(self, who: str, found: Optional[tuple[FeatureSet, FeatureSet]]) -> dict[str, float]:

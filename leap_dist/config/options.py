@@ -197,7 +197,7 @@ class EvaluationConfig:
     probe_epochs: int = option(100, "epochs of the linear probe on frozen features")
     probe_lr: float = option(0.1, "SGD learning rate of the probe")
     max_train_images: Optional[int] = option(50_000, "training images used for kNN and probe; null = all")
-    teacher: bool = option(True, "evaluate the teacher's last block too")
+    teacher: bool = option(True, "kNN and probe of the teacher's last block too; its CKA with the student in any case")
     every_epochs: int = option(0, "epochs between evaluations by kNN while training; 0 = only at the end")
     quick_images: int = option(5_000, "images of data.train and of data.val used for those, at most")
 

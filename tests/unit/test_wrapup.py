@@ -43,9 +43,11 @@ def test_time_and_efficiency_follow_the_steps_spent_on_each_block(
     assert summary["teacher_skip_efficiency"] == pytest.approx((saved / (6 * 9)) / (spared / (6 * 160)))
 
 
-def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: Path) -> None:
-    """Against the form by Gram matrices over images, in numpy."""
+@pytest.mark.parametrize("judged", [("student", "teacher"), ("student",)])
+def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: Path, judged: tuple[str, ...]) -> None:
+    """Against the form by Gram matrices over images, in numpy; whether or not the teacher's accuracies are wanted."""
     overrides = ("data.val=digits", "data.workers=0", "evaluation.probe_epochs=1", "evaluation.max_train_images=99")
+    overrides += (f"evaluation.teacher={'teacher' in judged}",)
     config = stub_config(tmp_path, *overrides)
     config = replace(config, data=resolve(config.data, tmp_path, ONE))
     trainer = stub_trainer(config)
@@ -53,7 +55,7 @@ def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: P
     found = judge.student(load_student(export_student(trainer.engine, config, ONE), ONE.device))
     found |= judge.teacher(trainer.teacher)
     trainer.close()
-    accuracies = {f"{who}_{kind}" for who in ("student", "teacher") for kind in ("knn", "probe")}
+    accuracies = {f"{who}_{kind}" for who in judged for kind in ("knn", "probe")}
     assert set(found) == accuracies | {"student_teacher_cka", "known_images", "judged_images"}
     assert (found["known_images"], found["judged_images"]) == (99, 297)
     (batch,) = build_eval_loader(config.data.val, config.data, batch=999, world=ONE)
