@@ -46,7 +46,7 @@ def configured_peaks(config: Config, device: torch.device) -> Optional[dict[str,
     if config.telemetry.peak_tflops is not None:
         tflops: list[Optional[float]] = [config.telemetry.peak_tflops] * len(PARTS)
     elif device.type == "cuda":
-        name, tf32 = torch.cuda.get_device_name(device), torch.get_float32_matmul_precision() != "highest"
+        name, tf32 = torch.cuda.get_device_name(device), torch.backends.cuda.matmul.fp32_precision == "tf32"
         tflops = [peak_tflops(name, dtype, tf32) for dtype in dtypes]
     else:
         return None

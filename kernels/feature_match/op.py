@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import shutil
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -17,6 +19,7 @@ Objective = Literal["mse", "normalised", "cosine"]
 IMPLS = get_args(Impl)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_TRITON_WIDTH = 1024  # a block of student rows and its float32 gradient stay on chip
+MAX_TRITON_WIDTH_FLOAT32 = 512  # 16 rows by 16 channels of 768 take 131 kB of shared memory, an L40S has 101
 
 
 @overload
@@ -61,8 +64,9 @@ def feature_match(
         student: S (M, Ds). weight: W (Dt, Ds). bias: b (Dt,) or None. teacher: T (M, Dt), any float dtype, a constant.
             Under torch.autocast the products are taken in the autocast dtype as `F.linear` would (the Gram form stays
             in float32, where it is exact); outside it student, weight and bias share one dtype.
-        impl: "auto" takes Triton for 16-bit products on a CUDA device and the Gram form elsewhere, but for few rows
-            (M <= Ds, no moments) plain PyTorch, since Grams are the longer way; a named one is honoured or raises.
+        impl: "auto" takes Triton for 16-bit products on a CUDA device and the Gram form elsewhere, but without moments
+            plain PyTorch for few rows (M <= Ds), since Grams are the longer way, and for 16-bit products on a CUDA
+            device where Triton cannot run, since Grams would be float32; a named one is honoured or raises.
         objective: "mse", mean((P - T)^2) over all elements; "normalised", the same against layer-normalised rows of T;
             "cosine", the mean of 1 - cos(P, T) over rows.
         moments: also return the alignment moments of (S, T), from which `leap_dist.alignment` takes the linear CKA
@@ -140,27 +144,36 @@ def _choose(impl: str, student: Tensor, teacher: Tensor, compute: torch.dtype, m
     if impl == "auto" and not moments and student.shape[0] <= student.shape[1]:
         # Class tokens, mostly: 3 M Ds Dt multiply-adds, where the Gram form needs 2 (M + Ds) Ds Dt + 1.5 M Ds^2.
         return "reference"
-    obstacle = _obstacle(student.device, student.shape[1], {compute, teacher.dtype})
+    obstacle = _obstacle(student.device, student.shape[1], compute, teacher.dtype)
     if impl == "auto":
         # In float32 the fused kernel spills registers (compiled for sm_90); plain Gram products are cuBLAS's best case.
-        fused = student.device.type == "cuda" and compute != torch.float32 and obstacle is None
-        return "triton" if fused else "gram"
+        if student.device.type != "cuda" or compute.itemsize > 2:
+            return "gram"
+        return "triton" if obstacle is None else "gram" if moments else "reference"
     if obstacle is not None:
         raise ValueError(f"feature_match: impl='triton' {obstacle}")
     return impl
 
 
-def _obstacle(device: torch.device, width: int, dtypes: set[torch.dtype]) -> str | None:
+def _obstacle(device: torch.device, width: int, compute: torch.dtype, teacher: torch.dtype) -> str | None:
     """What keeps the Triton kernels from running, if anything does."""
     if not HAS_TRITON:
         return "needs the triton package"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs a CUDA device (or TRITON_INTERPRET=1), but the inputs are on {device}"
-    if width > MAX_TRITON_WIDTH:
-        return f"holds a student row on chip: Ds is at most {MAX_TRITON_WIDTH}, got {width}"
-    if wrong := dtypes - {torch.float32, torch.bfloat16, torch.float16}:
+    if device.type == "cuda" and not _has_compiler():
+        return "needs a C compiler, with which Triton builds its launcher: install gcc, or set CC"
+    if wrong := {compute, teacher} - {torch.float32, torch.bfloat16, torch.float16}:
         return f"takes float32, bfloat16 and float16, got {', '.join(sorted(map(str, wrong)))}"
+    widest = MAX_TRITON_WIDTH_FLOAT32 if compute == torch.float32 else MAX_TRITON_WIDTH
+    if width > widest:
+        return f"holds a student row on chip: with products in {compute} Ds is at most {widest}, got {width}"
     return None
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def _empty_outputs(
@@ -236,10 +249,15 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         return (None,) * 8
     scale = grad / ctx.rows
     grads = [
-        (d.to(scale.dtype) * scale).to(dtype) if needed and dtype is not None else None
+        _scaled(d, scale, dtype) if needed and dtype is not None else None
         for d, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
     ]
     return (*grads, *(None,) * 5)
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * scale (0-d, of at least x's precision), rounded once, to `dtype`; no copy of x in scale's."""
+    return torch.mul(x, scale.reshape([1] * x.dim()), out=torch.empty_like(x, dtype=dtype))
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

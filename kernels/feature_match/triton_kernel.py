@@ -1,4 +1,5 @@
-"""The op as Triton kernels: neither P nor P - T reaches memory, no atomics, so results repeat bit for bit.
+"""The op as Triton kernels: neither P nor P - T reaches memory; no atomics, so with the same tiles results repeat bit
+for bit.
 
 `_match_kernel`  a block of student rows stays on chip while the teacher's channels stream by, as keys do in
                  FlashAttention: P tile, residual R in float32 registers, |R|^2 per row and dS += R W in one pass.
@@ -171,33 +172,36 @@ def _configs(tiles: Sequence[tuple[dict[str, int], int, int]], interpreted: dict
     return [triton.Config(tile, num_warps=warps, num_stages=stages) for tile, warps, stages in tiles]
 
 
-# Compiled for sm_90, tiles with up to this many float32 accumulators a thread keep them in registers; 192 spill.
+# Tiles with up to this many float32 accumulators a thread keep them in registers; 192 spill (sm_80, sm_89, sm_90).
 MAX_ACCUMULATORS = 96
 
 
-def _fitting(configs: list[triton.Config], named: dict[str, Any], **constants: Any) -> list[triton.Config]:
-    """Drop tiles whose accumulators (BLOCK_M x Ds) or shared memory cannot fit, before compiling them."""
-    width, size = constants["D0"] + constants["D1"], named["s_ptr"].element_size()
-    size = 8 if size == 4 else size  # float32 operands are held twice, high and low TF32 parts
-    shared = torch.cuda.get_device_properties(named["s_ptr"].device).shared_memory_per_block_optin
+def _fitting(configs: list[triton.Config], _: dict[str, Any], **constants: Any) -> list[triton.Config]:
+    """Drop tiles whose accumulators (BLOCK_M x Ds) cannot fit, before compiling them; the last one stays.
+
+    What exceeds shared memory is left to the tuner, which passes over it: how much a tile takes depends on the GPU.
+    """
+    width = constants["D0"] + constants["D1"]
 
     def fits(config: triton.Config) -> bool:
-        m, n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
-        used = size * width * (m + config.num_stages * n) + config.num_stages * m * n * named["t_ptr"].element_size()
-        return used <= shared and m * width <= MAX_ACCUMULATORS * 32 * config.num_warps
+        return config.kwargs["BLOCK_M"] * width <= MAX_ACCUMULATORS * 32 * config.num_warps
 
-    return [config for config in configs if fits(config)] or configs[-1:]
+    return [config for config in configs[:-1] if fits(config)] + configs[-1:]
 
 
-_MATCH_TILES = [  # smallest last: the one that always fits
-    ({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
-    ({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2),
-    ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3),
-    ({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 3),
-    ({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2),
-    ({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 3),
-    ({"BLOCK_M": 32, "BLOCK_N": 32}, 16, 2),
-    ({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1),
+# P feeds a second product, so all warps of a program lie along one axis of its tile. None computes a part of P twice if
+# BLOCK_N >= 8 warps (mma.sync: A100, L40S, and H100 below 64 rows) or BLOCK_M >= 16 warps (wgmma).
+_MATCH_TILES = [  # the comments: which student widths a tile is for; the last one fits everywhere
+    ({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),  # 192
+    ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3),  # 192
+    ({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2),  # 384 on A100 and H100
+    ({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 3),  # 384
+    ({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2),  # 384 on L40S
+    ({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 3),  # 768 on A100 and H100
+    ({"BLOCK_M": 16, "BLOCK_N": 64}, 8, 2),  # 768 on A100, 1024 on H100
+    ({"BLOCK_M": 32, "BLOCK_N": 32}, 16, 2),  # 1024 on A100
+    ({"BLOCK_M": 16, "BLOCK_N": 32}, 4, 2),  # 768 on L40S
+    ({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1),  # 1024 on L40S
 ]
 _GRAM_TILES = [
     ({"BLOCK_M": 64, "BLOCK_D": 128}, 8, 3),
@@ -233,7 +237,8 @@ def _precision() -> str:
     """How float32 products are taken: three TF32 products (float32 accuracy), or one where the user allows TF32."""
     if torch.version.hip is not None:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # Both of torch's ways to allow it are seen here; torch.get_float32_matmul_precision raises after the newer one.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 class _Rows:

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from leap_kernels import Moments, feature_match
-from leap_kernels.feature_match import gram
+from leap_kernels.feature_match import gram, op
 
 OBJECTIVES = ("mse", "normalised", "cosine")
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -245,6 +246,26 @@ def test_chunks_and_strips_do_not_change_the_result(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gram, "STRIP_COLUMNS", 4)
     for a, b in zip(evaluate(inputs, impl="gram"), whole, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "moments", "compiler", "chosen"),
+    [
+        (384, torch.bfloat16, False, True, "triton"),
+        (384, torch.float16, True, True, "triton"),
+        (384, torch.float32, False, True, "gram"),
+        (1280, torch.bfloat16, False, True, "reference"),  # eager has 16-bit products, the Gram form float32 ones
+        (1280, torch.bfloat16, True, True, "gram"),
+        (384, torch.bfloat16, False, False, "reference"),
+    ],
+)
+def test_what_auto_takes_on_a_gpu(
+    width: int, dtype: torch.dtype, moments: bool, compiler: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "_has_compiler", lambda: compiler)
+    with FakeTensorMode():
+        student, teacher = (torch.empty(4096, d, dtype=dtype, device="cuda") for d in (width, 1536))
+    assert op._choose("auto", student, teacher, dtype, moments) == chosen
 
 
 S, W, B, T = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(5), torch.zeros(4, 5)

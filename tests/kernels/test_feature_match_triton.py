@@ -55,8 +55,8 @@ CASES |= {
     "single row": case(1, 16, 8, torch.float32),
     "no bias": case(33, 48, 40, torch.float32, bias=False),
     "width 192": case(20, 192, 33, torch.float32),
-    "width 384": case(17, 384, 20, torch.bfloat16),
-    "width 768": case(17, 768, 20, torch.float32),
+    "width 384": case(17, 384, 20, torch.bfloat16) | {"tuned": True},
+    "width 768": case(17, 768, 20, torch.bfloat16),
     "width 3": case(9, 3, 5, torch.float32),
     "teacher in float32": case(40, 24, 40, torch.bfloat16, teacher_dtype=torch.float32),
     "huge": case(40, 24, 40, torch.float32, scale=1e6),
@@ -79,7 +79,8 @@ FIT["inputs"]["teacher"] = F.linear(*(FIT["inputs"][name].double() for name in (
 AUTOCAST = case(40, 24, 40, torch.float32) | {"autocast": torch.bfloat16}
 SHIFTED = case(700, 24, 40, torch.bfloat16, offset=30.0)
 OTHERS = {"nan": NAN, "fit": FIT, "autocast": AUTOCAST, "shifted": SHIFTED, "again": CASES["float32-mse"],
-          "float64": case(4, 3, 5, torch.float64), "wide": case(4, 1025, 5, torch.float32)}  # fmt: skip
+          "float64": case(4, 3, 5, torch.float64), "wide": case(4, 1025, 5, torch.bfloat16),
+          "wide in float32": case(4, 513, 5, torch.float32)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +97,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return dict(zip(everything, torch.load(folder / "results.pt"), strict=True))
 
 
-def plain(inputs: dict[str, Tensor | None], objective: str, dtype: torch.dtype | None = None) -> list[Tensor | None]:
-    """Plain PyTorch, in `dtype` or in the inputs' own, as float64."""
+def plain(
+    inputs: dict[str, Tensor | None], objective: str, dtype: torch.dtype | None = None, impl: str = "reference"
+) -> list[Tensor | None]:
+    """Plain PyTorch (or `impl`), in `dtype` or in the inputs' own, as float64."""
     tensors = {name: None if x is None else x.to(dtype or x.dtype, copy=True) for name, x in inputs.items()}
     leaves = [tensors[name] for name in ("student", "weight", "bias")]
     for leaf in leaves:
         if leaf is not None:
             leaf.requires_grad_()
-    loss, moments = feature_match(**tensors, impl="reference", objective=objective, moments=True)
+    loss, moments = feature_match(**tensors, impl=impl, objective=objective, moments=True)
     loss.backward()
     found = (loss, *(None if leaf is None else leaf.grad for leaf in leaves), *moments)
     return [None if x is None else x.detach().double() for x in found]
@@ -123,6 +126,15 @@ def test_as_close_to_float64_as_plain_pytorch(name: str, results: dict[str, Any]
             assert got is None
         elif torch.linalg.vector_norm(true) > 0:
             assert error(got, true) <= error(ref, true) + TOLERANCE[inputs["student"].dtype], what
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter takes hours")
+@pytest.mark.parametrize(("ds", "dt"), [(192, 384), (384, 1536), (768, 4096)])
+def test_auto_at_the_shapes_of_training(ds: int, dt: int) -> None:
+    inputs = {name: x.cuda() for name, x in make(16384 + 17, ds, dt, torch.bfloat16).items()}
+    truth, own, got = plain(inputs, "mse", torch.float64), plain(inputs, "mse"), plain(inputs, "mse", impl="auto")
+    for what, fused, ref, true in zip(NAMES, got, own, truth, strict=True):
+        assert error(fused, true) <= error(ref, true) + TOLERANCE[torch.bfloat16], what
 
 
 def test_runs_repeat_bit_for_bit(results: dict[str, Any]) -> None:
@@ -155,4 +167,5 @@ def test_cka_where_the_mean_is_thirty_times_the_spread(results: dict[str, Any]) 
 
 def test_what_the_kernels_cannot_take_is_named(results: dict[str, Any]) -> None:
     assert "takes float32, bfloat16 and float16, got torch.float64" in results["float64"]
-    assert "Ds is at most 1024, got 1025" in results["wide"]
+    assert "with products in torch.bfloat16 Ds is at most 1024, got 1025" in results["wide"]
+    assert "with products in torch.float32 Ds is at most 512, got 513" in results["wide in float32"]
