@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple, Optional, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from leap_dist.errors import UserError
 
 _T = TypeVar("_T")
 _LABEL_BYTES, _ROW = 96, 8
+FIRST_GPU = Path("/dev/nvidia0")
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,20 @@ def normalise_environment() -> None:
     every rank for a node of its own and dies on the second one.
     """
     if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            raise UserError(
+                "srun started several processes that do not know of each other: start one a node, and let that be "
+                "torchrun, as launch_configs/slurm/leap.sbatch does"
+            )
         # Port 0: the one process listens where there is room, and so do children that inherit this.
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    # gloo listens where the host's name leads, on Ubuntu to the host itself. NCCL also takes patterns, gloo names only.
+    interface = os.environ.get("NCCL_SOCKET_IFNAME")
+    if interface in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def initialise(timeout: timedelta = timedelta(minutes=30)) -> World:
@@ -66,6 +77,7 @@ def initialise(timeout: timedelta = timedelta(minutes=30)) -> World:
     import deepspeed  # seconds to import: only once the config is known to be good
 
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    check_gpus(local_rank)
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
@@ -82,6 +94,22 @@ def initialise(timeout: timedelta = timedelta(minutes=30)) -> World:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(cores)  # more threads than cores cost 2-3x in a ViT forward
     return world
+
+
+def check_gpus(local_rank: int) -> None:
+    """Raise UserError unless this process can have GPU `local_rank`, or its node shows no GPU at all."""
+    if torch.cuda.is_available():
+        seen = torch.cuda.device_count()
+        if local_rank >= seen:
+            raise UserError(
+                f"LOCAL_RANK={local_rank}, but this process sees {seen} GPU{'s' * (seen > 1)}: start no more processes "
+                "a node than it has GPUs, and let each see all of them (SLURM: no --gpus-per-task, no --gpu-bind)"
+            )
+    elif FIRST_GPU.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise UserError(
+            f"this node has a GPU that torch {torch.__version__} cannot use: its CUDA {torch.version.cuda} needs a "
+            "newer driver (or install a torch for an older CUDA); CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
+        )
 
 
 def _own_cores(world: World) -> int:
@@ -114,8 +142,9 @@ def shutdown() -> None:
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank has gone, which is not this rank's own fault."""
     gloo_says = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error")
+    nccl_says = ("NCCL Async Error", "remote process exited")
     return isinstance(error, dist.DistBackendError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in gloo_says)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in gloo_says + nccl_says)
     )
 
 
@@ -133,9 +162,16 @@ def build_pipeline(world: World, size: int, active: Optional[int] = None) -> Pip
 
     active: only so many ranks of each, from its first on, form a group; the others' handle is not to be used.
     """
+    barrier(world)  # with NCCL the wait for a late rank would hold Python's lock, and the heartbeat with it
     length = active or size
     groups = [dist.new_group(list(range(first, first + length))) for first in range(0, world.size, size)]
     return Pipeline(world.rank % size, length, groups[world.rank // size])
+
+
+def own_group(world: World) -> Any:
+    """A group of all ranks with a communicator that waits for no other's work; None if alone. Collective."""
+    barrier(world)  # see `build_pipeline`
+    return dist.new_group() if world.size > 1 else None
 
 
 def gather_on_first(tensor: Tensor, pipeline: Pipeline) -> list[Tensor]:

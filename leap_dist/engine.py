@@ -44,6 +44,7 @@ def deepspeed_config(config: EngineConfig, micro_batch_size: int, load_universal
         "zero_optimization": {"stage": config.zero_stage},
         "checkpoint": {"load_universal": load_universal},
         "steps_per_print": 10**9,  # the progress bar reports
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-batch
     }
     if config.precision != "fp32":
         generated["torch_autocast"] = {"enabled": True, "dtype": AUTOCAST_DTYPES[config.precision]}

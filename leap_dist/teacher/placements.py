@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leap_dist.allocator import return_freed_memory
 from leap_dist.config import TeacherConfig
-from leap_dist.distributed import World, build_pipeline
+from leap_dist.distributed import World, build_pipeline, own_group
 from leap_dist.features import Features
 from leap_dist.flops import TeacherFlops, teacher_costs
 from leap_dist.planning import GIB, Choice, choose, pipeline_size
@@ -29,10 +29,10 @@ def build_home(
     return_freed_memory()
     costs = teacher_costs(config, image_size, flops, lazy.backbone.classes)
     stages = pipeline_size(config, world.local_size)
-    makers: dict[str, Callable[[], Home]] = {
-        "replicated": lambda: ReplicatedTeacher(lazy),
-        "sharded": lambda: ShardedTeacher(lazy, world),
-    }
+    makers: dict[str, Callable[[], Home]] = {"replicated": lambda: ReplicatedTeacher(lazy)}
+    if config.placement in ("sharded", "auto"):
+        group = own_group(world)
+        makers["sharded"] = lambda: ShardedTeacher(lazy, world, group)
     if config.placement != "sharded" and stages > 1:
         pipeline = build_pipeline(world, stages)
         makers["pipelined"] = lambda: PipelinedTeacher(

@@ -21,18 +21,21 @@ from leap_dist.teacher.lazy import LazyBackbone
 
 _ZERO = {
     "train_micro_batch_size_per_gpu": 1,  # DeepSpeed insists on it; nothing reads it here
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    # Its memory-efficient linear would replace `F.linear` for the whole process, the student's too.
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False},
 }
 
 
 class ShardedTeacher(Home):
     """Collective: all ranks call `features`, `sweep` and `retarget` equally often, in the same order.
 
-    The stem (embedding, final norm) is whole on every rank.
+    The stem (embedding, final norm) is whole on every rank. group: of all ranks, for the blocks alone: in one that the
+    student shares, its backward pass would wait for every block that the teacher, working ahead, has asked for.
     """
 
-    def __init__(self, lazy: LazyBackbone, world: World) -> None:
+    def __init__(self, lazy: LazyBackbone, world: World, group: Any) -> None:
         super().__init__(lazy, world)
+        self._group = group
         self.retarget(1)
 
     @torch.no_grad()
@@ -44,6 +47,7 @@ class ShardedTeacher(Home):
         tokens, context = backbone.embed(self._lazy.to_teacher(images)), backbone.context()
         for index, block in enumerate(blocks):
             coming.wait()
+            coming = None  # its buffer is the block's own from here on
             if index + 1 < self.block:
                 coming = _start_gather(blocks[index + 1])
             tokens = backbone.run_block(index, tokens, context)
@@ -55,7 +59,7 @@ class ShardedTeacher(Home):
         self._lazy.hold(range(min(self.block, block)))
         for index in range(self.block, block):
             self._lazy.load(index)
-            _split(self._lazy.backbone.blocks[index])
+            _split(self._lazy.backbone.blocks[index], self._group)
 
     def _share(self, block: int) -> range:
         return range(self.block, block)
@@ -64,10 +68,10 @@ class ShardedTeacher(Home):
         return _gathered(self._lazy.backbone.blocks[index]) if index < self.block else super()._at_hand(index)
 
 
-def _split(module: nn.Module) -> None:
+def _split(module: nn.Module, group: Any) -> None:
     import deepspeed  # seconds to import
 
-    deepspeed.zero.Init(module=module, config_dict_or_path=_ZERO)
+    deepspeed.zero.Init(module=module, config_dict_or_path=_ZERO, data_parallel_group=group)
 
 
 def _start_gather(module: nn.Module) -> Any:

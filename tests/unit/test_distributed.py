@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
 from leap_dist import distributed
-from leap_dist.distributed import World, check_nodes, fair_share
+from leap_dist.distributed import World, check_gpus, check_nodes, fair_share, normalise_environment
 from leap_dist.errors import UserError
 
 CPU = torch.device("cpu")
@@ -103,3 +105,53 @@ def test_a_process_has_no_more_threads_than_cores_it_may_use(told: str | None, t
         [sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert f"threads: {threads}" in done.stdout.splitlines(), done.stdout + done.stderr
+
+
+def test_more_processes_than_gpus_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_gpus(0)
+    with pytest.raises(UserError, match=r"LOCAL_RANK=3, but this process sees 1 GPU:.*no --gpus-per-task"):
+        check_gpus(3)
+
+
+@pytest.mark.parametrize(("there", "visible", "refused"), [(True, None, True), (True, "", False), (False, None, False)])
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu_unasked(
+    there: bool, visible: str | None, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = tmp_path / "nvidia0"
+    if there:
+        gpu.touch()
+    monkeypatch.setattr(distributed, "FIRST_GPU", gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError, match="needs a newer driver") if refused else nullcontext():
+        check_gpus(0)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What `normalise_environment` sees and changes instead of this process's own variables."""
+    variables: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", variables)
+    return variables
+
+
+def test_srun_without_torchrun_is_refused(environment: dict[str, str]) -> None:
+    environment["SLURM_STEP_NUM_TASKS"] = "8"
+    with pytest.raises(UserError, match="do not know of each other"):
+        normalise_environment()
+    environment |= {"RANK": "3", "LOCAL_RANK": "3", "LOCAL_SIZE": "8"}
+    normalise_environment()
+    assert environment["LOCAL_WORLD_SIZE"] == "8"
+
+
+@pytest.mark.parametrize(("nccl", "gloo"), [("lo", "lo"), ("^docker", None), (None, None), ("=no-such", None)])
+def test_gloo_takes_the_interface_that_nccl_is_given_by_name(
+    nccl: str | None, gloo: str | None, environment: dict[str, str]
+) -> None:
+    environment |= {} if nccl is None else {"NCCL_SOCKET_IFNAME": nccl}
+    normalise_environment()
+    assert environment.get("GLOO_SOCKET_IFNAME") == gloo

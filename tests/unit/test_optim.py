@@ -177,6 +177,7 @@ scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
 optimizer = build_optimizer(config, model)
 engine = build_engine(run, model, optimizer, 4)
 assert engine.optimizer is optimizer, type(engine.optimizer)
+assert not engine.tput_timer.config.enabled, "it waits for the device in every micro-batch"
 for step in range(4):
     x, y = torch.randn(4, 8, device=world.device), torch.randn(4, 4, device=world.device)
     loss = (engine(x).float() - y).square().mean() * 30  # gradients far above the clip
