@@ -164,7 +164,14 @@ def draw(runs: Sequence[Run]) -> Any:
 
 
 def _colors(runs: Sequence[Run]) -> dict[str, str]:
-    return {name: f"C{index}" for index, name in enumerate(dict.fromkeys(run.name for run in runs))}
+    """A color for each name: matplotlib's ten, or where they do not go round, twenty."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    names = list(dict.fromkeys(run.name for run in runs))
+    if len(names) <= 10:
+        return {name: f"C{index}" for index, name in enumerate(names)}
+    return {name: to_hex(colormaps["tab20"](index % 20)) for index, name in enumerate(names)}
 
 
 def _draw_run(panel: Any, run: Run, row: str, axis: str, color: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,13 @@ def test_every_run_is_drawn_in_its_color_over_all_three_axes(tmp_path: Path) -> 
     assert [line.get_xydata().tolist() for line in accuracy[1].lines][2] == [[200.0, 0.6]]
     assert loss[0].lines[0].get_xydata()[:, 1].tolist() == pytest.approx([1, 1 / 3, 1 / 5])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "kNN", "linear probe"]
+
+
+def test_fifteen_rows_have_fifteen_colors(tmp_path: Path) -> None:
+    write_ledger(tmp_path)
+    run = plot_run.read(tmp_path, "")
+    figure = plot_run.draw([replace(run, name=str(index)) for index in range(15)])
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 15
 
 
 def test_accuracy_between_epochs_is_a_curve_over_all_three_axes(tmp_path: Path) -> None:
