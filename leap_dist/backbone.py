@@ -7,7 +7,6 @@ Legend: B images, P prefix tokens (CLS, distillation, registers), N patch tokens
 from __future__ import annotations
 
 import difflib
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
@@ -116,13 +115,21 @@ class Backbone(nn.Module):
         return self.finish(tokens, block)
 
 
+def vit_checkpoint_filter(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """timm's for the family, with DeiT-3's names; FlexiViT and RADIO are resampled in ways of their own, as by timm."""
+    name, how = model.pretrained_cfg["architecture"], {}
+    if "flexi" in name or "radio" in name:
+        how = {"interpolation": "bilinear", "antialias": False}
+    if any(part in name for part in getattr(vision_transformer, "_RADIO_ALIGN_CORNERS", ())):
+        how["align_corners"] = True
+    return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True, **how)
+
+
 class VitBackbone(Backbone):
     """VisionTransformer: ViT, DINOv2 (SwiGLU, registers), DeiT with and without distillation, SigLIP, MAE, CLIP."""
 
     build_kwargs: ClassVar[dict[str, Any]] = {"dynamic_img_size": False}
-    checkpoint_filter = staticmethod(
-        functools.partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)  # it knows DeiT-3's names
-    )
+    checkpoint_filter = staticmethod(vit_checkpoint_filter)
 
     def embed(self, images: Tensor) -> Tensor:
         stem = self.stem

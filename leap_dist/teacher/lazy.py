@@ -62,6 +62,8 @@ class LazyBackbone:
         coming = self._coming.pop(index, None)
         tensors = self._read(self._block_names(index)) if coming is None else coming.result()
         _fill(self.backbone.blocks[index], tensors, self.device)
+        # Buffers that no checkpoint holds, EVA's and BEiT's bias of the keys. Rotary tables are the stem's, in float32.
+        self.backbone.blocks[index].to(self.dtype)
 
     def expect(self, wanted: Iterable[int]) -> None:
         """Read blocks into the host's memory, in the background, for a `load` to come; forget others read so."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import hashlib
 import pickle
 import zipfile
@@ -12,6 +14,7 @@ from typing import Any, Protocol
 import huggingface_hub
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -115,10 +118,14 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 def _hub_file(config: TeacherConfig, model: nn.Module) -> Path:
     source = model.pretrained_cfg
     _check_classifier(source["num_classes"], model.num_classes, f"hub: {config.model}")
+    if not source.get("hf_hub_id"):
+        raise UserError(f"teacher.weights=hub: timm knows no hub file of {config.model}; give a file's path")
+    file = source["hf_hub_id"], source.get("hf_hub_filename") or "model.safetensors"
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(source["hf_hub_id"], source.get("hf_hub_filename") or "model.safetensors")
-        )
+        # What the cache has is taken as it is: nothing is asked of a network that may not be there, at every start.
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(huggingface_hub.hf_hub_download(*file, local_files_only=True))
+        return Path(huggingface_hub.hf_hub_download(*file))
     except Exception as error:  # the hub's client lets through the errors of half a dozen packages
         raise UserError(
             f"teacher.weights=hub: cannot get weights of {config.model} ({error!r:.120}); "
@@ -142,7 +149,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _load_pickle(path: Path) -> Any:
     """A torch checkpoint; one of before 2020, not a zip file, cannot be mapped and is read whole."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    with torch.serialization.safe_globals([argparse.Namespace]):  # a training script's options, saved too
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _unwrap(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,6 +82,29 @@ def test_features_are_timms_at_every_block(name, image_size, kwargs, tmp_path):
             assert torch.equal(cls, prefix[:, 0])
             assert torch.equal(cls, swept[block - 1].cls)
     assert not torch.allclose(swept[0].patch, swept[1].patch, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "kwargs"),
+    # BEiT and the last two add a bias of the keys that no checkpoint holds.
+    [*FAMILIES, ("eva02_tiny_patch14_224", 42, {}), ("vit_small_patch16_dinov3_qkvb", 48, {})],
+)
+def test_bf16_is_close_to_fp32(name, image_size, kwargs, tmp_path):
+    model = reference_model(name, image_size, kwargs)
+    for parameter in model.parameters():
+        parameter *= 0.3  # so that rounding is not amplified from block to block
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    config = TeacherConfig(model=name, kwargs=SMALL | kwargs, weights=str(tmp_path / "weights.safetensors"))
+    exact, rounded = (
+        build_teacher(replace(config, dtype=dtype), image_size, torch.device("cpu")) for dtype in ("fp32", "bf16")
+    )
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+    for block in range(1, SMALL["depth"] + 1):
+        exact.retarget(block)
+        rounded.retarget(block)
+        truth, found = exact.features(images).patch, rounded.features(images).patch
+        assert found.dtype == torch.bfloat16
+        assert 1e-3 < (found.float() - truth).norm() / truth.norm() < 1e-2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -64,13 +66,14 @@ def prefixed(prefix: str, state: State) -> State:
     [
         lambda state: state,
         lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state, "args": argparse.Namespace(lr=1.0)},
         lambda state: {"model": prefixed("module.", state)},
         lambda state: {"teacher": prefixed("backbone.", state) | {"dino_head.mlp.weight": torch.zeros(2)}},
         lambda state: {"teacher": prefixed("module.backbone.", state), "student": {}},
         lambda state: state | {"head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)},
         as_original_dinov2,
     ],
-    ids=["plain", "state_dict", "ddp", "dinov2-training", "ddp-backbone", "classifier", "dinov2-names"],
+    ids=["plain", "state_dict", "options", "ddp", "dinov2-training", "ddp-backbone", "classifier", "dinov2-names"],
 )
 def test_checkpoints_as_they_come(wrap: Callable[[State], Any], state, tmp_path):
     torch.save(wrap(state), tmp_path / "weights.pth")
@@ -82,14 +85,19 @@ def test_safetensors(state, tmp_path):
     assert_same(load(tmp_path / "weights.safetensors"), state)
 
 
-@pytest.mark.parametrize("name", [MODEL, "eva02_base_patch14_224", "vit_giant_patch14_reg4_dinov2"])
-def test_another_image_size_resamples_the_position_embedding_as_timm_does(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "stored", "size"),
+    [(MODEL, 70, 42), ("eva02_base_patch14_224", 70, 42), ("vit_giant_patch14_reg4_dinov2", 70, 42),
+     ("flexivit_small", 80, 48), ("vit_base_patch16_radio_v3", 80, 48), ("vit_huge_patch16_radio_v4", 80, 48)],
+)  # fmt: skip
+def test_another_image_size_resamples_the_position_embedding_as_timm_does(name, stored, size, tmp_path):
     path = tmp_path / "weights.safetensors"
-    small = timm_model(name, 70)
-    save_file(small.state_dict(), path)
-    expected = timm_model(name, SIZE, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
-    assert expected.pos_embed.shape != small.pos_embed.shape
-    found = load(path, name)
+    other = timm_model(name, stored)
+    nn.init.normal_(other.pos_embed)
+    save_file(other.state_dict(), path)
+    expected = timm_model(name, size, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    assert expected.pos_embed.shape != other.pos_embed.shape
+    found = load(path, name, size)
     assert torch.equal(found["pos_embed"], expected.pos_embed)
 
 
@@ -220,17 +228,26 @@ def test_random_weights_do_not_depend_on_what_is_loaded_when():
     assert_same(found, load("random"))
 
 
-def test_hub_weights_come_from_its_file(monkeypatch, state, tmp_path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_hub_weights_come_from_its_file(cached, monkeypatch, state, tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     asked = []
 
-    def download(repository: str, name: str) -> str:
-        asked.append((repository, name))
+    def download(repository: str, name: str, local_files_only: bool = False) -> str:
+        asked.append((repository, name, local_files_only))
+        if local_files_only and not cached:
+            raise LocalEntryNotFoundError("not in the cache")
         return str(tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert_same(load("hub"), state)
-    assert asked == [("timm/vit_giant_patch14_dinov2.lvd142m", "model.safetensors")]
+    file = "timm/vit_giant_patch14_dinov2.lvd142m", "model.safetensors"
+    assert asked == ([(*file, True)] if cached else [(*file, True), (*file, False)])
+
+
+def test_a_model_without_a_hub_file_is_said_to_have_none():
+    with pytest.raises(UserError, match="no hub file of vit_giant_patch16_gap_224"):
+        load("hub", "vit_giant_patch16_gap_224", 48)
 
 
 def test_the_fingerprint_tells_weights_apart_and_not_files(state, tmp_path):
