@@ -136,14 +136,14 @@ def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
 class Checkpoints:
     """The checkpoints of one run; every method is called by all ranks.
 
-    num_samples: of the training set, whose positions the checkpoints hold.
+    layout: of the training set, whose positions the checkpoints hold; `TrainLoader.layout`.
     teacher: fingerprint of the weights that the student imitates.
     """
 
-    def __init__(self, config: Config, world: World, num_samples: int, teacher: str) -> None:
+    def __init__(self, config: Config, world: World, layout: str, teacher: str) -> None:
         self.config = config
         self.world = world
-        self.num_samples = num_samples
+        self.layout = layout
         self.teacher = teacher
         self._unconfirmed: Optional[Path] = None
         self.folder = Path(config.output) / "checkpoints"
@@ -245,7 +245,7 @@ class Checkpoints:
             "global_batch": self.config.data.global_batch,
             "seed": self.config.seed,
             "canonical_nodes": self.config.data.canonical_nodes,
-            "num_samples": self.num_samples,
+            "data.train": self.layout,
             "optim.name": self.config.optim.name,
             "curriculum.mode": self.config.curriculum.mode,
             "teacher": self.teacher,

@@ -10,6 +10,7 @@ The same images go through all pipelines, with the same augmentations (`data.aug
     ImageFolder, PIL        torchvision's ImageFolder, v2 transforms on PIL images, DataLoader
     ImageFolder, tensors    the same, with v2 transforms on tensors
     StreamingDataset        MDS shards, MosaicML's own dataset and loader, PIL decode, v2 transforms on PIL images
+    leap_dist, deit         as for a GPU, with the augmentation of --config if that is another
 
 Rounds are interleaved, an epoch of each pipeline in turn, so that a busy moment of the machine hits all alike; ratios
 are medians over the rounds, against the faster ImageFolder. Images per core-second count the CPU time of this process
@@ -29,6 +30,7 @@ import time
 import warnings
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -271,9 +273,17 @@ def demand_rows(run: Config, tflops: float, images_per_s: Optional[float], per_c
     return lines
 
 
-def measure(args: argparse.Namespace, config: DataConfig, folder: Path) -> dict[str, list[Pass]]:
-    """Run every pipeline, print rates and stalls; return the passes."""
+def loader_of(augment: str) -> str:
+    """Our pipeline for a GPU with this augmentation."""
+    return FOR_GPU if augment == "leap" else f"leap_dist, {augment}"
+
+
+def measure(args: argparse.Namespace, config: DataConfig, folder: Path, augment: str) -> dict[str, list[Pass]]:
+    """Run every pipeline, and ours with `augment` too; print rates and stalls; return the passes."""
     loaders = {OURS: our_loader(config, args.batch, "cpu"), FOR_GPU: our_loader(config, args.batch, "cuda")}
+    own = loader_of(augment)
+    if own not in loaders:
+        loaders[own] = our_loader(replace(config, augment=augment), args.batch, "cuda")
     tree = folder / "tree"
     pipelines: dict[str, Epoch] = {
         OURS: fed_epochs(loaders[OURS], config),
@@ -281,6 +291,7 @@ def measure(args: argparse.Namespace, config: DataConfig, folder: Path) -> dict[
         PIL: folder_epochs(tree, config, args.batch, args.copies, on_tensors=False),
         TENSORS: folder_epochs(tree, config, args.batch, args.copies, on_tensors=True),
         STREAMING: streaming_epochs(config, args.batch),
+        own: loaders[own].epoch,
     }
     try:
         passes = interleaved_passes(pipelines, args.rounds)
@@ -315,14 +326,15 @@ def main(argv: list[str] | None = None) -> int:
                     f"{args.source}: {count} images make no batch of {args.batch} for each worker: --copies"
                 )
             print(f"{device_name(torch.device('cpu'))}; {versions()}; {count} images an epoch, {size} pixels")
-            passes = measure(args, config, Path(folder))
+            augment = run.data.augment if run else "leap"
+            passes = measure(args, config, Path(folder), augment)
     except UserError as error:
         print(f"bench_loader: error: {error}", file=sys.stderr)
         return 2
     if run is not None:
         name = args.config.name
-        print(f"\nwhat a device eats in {name}, and the cores that '{FOR_GPU}' needs to feed it:")
-        print(*demand_rows(run, args.tflops, args.images_per_s, core_rate(passes[FOR_GPU])), sep="\n")
+        print(f"\nwhat a device eats in {name}, and the cores that '{loader_of(augment)}' needs to feed it:")
+        print(*demand_rows(run, args.tflops, args.images_per_s, core_rate(passes[loader_of(augment)])), sep="\n")
     return 0
 
 

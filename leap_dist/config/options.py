@@ -130,7 +130,7 @@ class DataConfig:
     canonical_nodes: int = option(8, "streaming's num_canonical_nodes: part of the sample order, keep it for a run")
     validate_hash: Optional[str] = option(None, "check shards against this hash of the index, e.g. xxh64")
     max_bad_fraction: float = option(0.001, "of the training samples that may be unreadable before the run stops")
-    timeout_s: int = option(300, "a loader worker silent for this long ends the run")
+    timeout_s: int = option(900, "a loader worker silent for this long ends the run")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,8 @@ from leap_dist.distributed import World, gather_objects, on_first
 from leap_dist.errors import UserError
 from leap_dist.files import write_text
 
+NOT_FETCHED = "FetchError: "  # in the reason where a shard did not arrive; see `data.store`
+
 
 class BadSample(NamedTuple):
     """A sample that cannot be read: its index in the whole set, the file name of its shard, and why."""
@@ -39,7 +41,10 @@ class BadSamples:
         return len(self._known)
 
     def reopen(self, resumed: bool) -> None:
-        """Take up the list of the run that is continued, or drop one that an abandoned run left. Collective."""
+        """Take up the list of the run that is continued, or drop one that an abandoned run left. Collective.
+
+        Without the samples whose shards could not be fetched: that was the network, and is tried again.
+        """
         self._known = on_first(lambda: self._listed() if resumed else self._dropped(), self.world)
 
     def _listed(self) -> dict[int, BadSample]:
@@ -49,7 +54,7 @@ class BadSamples:
             bad = [BadSample(**json.loads(line)) for line in self.path.read_text().splitlines()]
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{self.path} is not a list of bad samples: {error}; delete it") from None
-        return {sample.id: sample for sample in bad}
+        return {sample.id: sample for sample in bad if NOT_FETCHED not in sample.reason}
 
     def _dropped(self) -> dict[int, BadSample]:
         self.path.unlink(missing_ok=True)
@@ -74,5 +79,5 @@ class BadSamples:
         if len(self) > self.most:
             raise UserError(
                 f"data.max_bad_fraction: {len(self)} training samples cannot be read, at most {self.most} may be; "
-                f"they are listed in {self.path}"
+                f"they are listed in {self.path}; delete it when the data has been mended"
             )

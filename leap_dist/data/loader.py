@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
+import math
 import os
 import signal
 import traceback
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from leap_dist.data.streaming import ImageDataset
 
 log = logging.getLogger(__name__)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def _guarded(batches: Iterable[Batch], source: str) -> Iterator[Batch]:
@@ -50,8 +53,10 @@ def _live_as_long_as(rank_pid: int, _worker: int) -> None:
 
     The deepspeed launcher signals workers before their rank, which still has to save; `close` ends them. And torch's
     watch over the parent takes whoever is the parent when the worker begins for the rank: one that was killed before
-    that would leave the worker for ever (seen after kills in the first second).
+    that would leave the worker for ever (seen after kills in the first second). Nor does it look while a worker waits
+    for a download, so the kernel is told: it ends the worker with the thread that forked it, the rank's main one.
     """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.getppid() != rank_pid:
         os._exit(1)
@@ -100,6 +105,7 @@ class TrainLoader:
 
     def __init__(self, dataset: ImageDataset, config: DataConfig, share: Share, *, seed: int) -> None:
         self.num_samples: int = dataset.store.size
+        self.layout = dataset.store.layout()
         self._dataset = dataset
         self._config = config
         self._share = share
@@ -199,12 +205,13 @@ class EvalLoader:
     ) -> None:
         total = dataset.store.size
         self.num_samples = total if limit is None else min(limit, total)
-        positions = np.arange(world.rank, self.num_samples, world.size)
+        # Neighbours lie in one shard: a node that reads through a cache needs few.
+        positions = np.array_split(np.arange(self.num_samples), world.size)[world.rank]
         # Fewer samples than ranks: a model may be collective, so every rank has one; `merge` drops the repeats.
         positions = positions if len(positions) else np.zeros(1, np.int64)
         self._positions = [positions[i : i + batch] for i in range(0, len(positions), batch)]
         self._dataset = dataset
-        self._most_bad = int(config.max_bad_fraction * self.num_samples)
+        self._most_bad = math.ceil(config.max_bad_fraction * self.num_samples)
         self._requests = _Requests()
         self._loader = _data_loader(dataset, self._requests, config, world, persistent=False)
 

@@ -9,31 +9,38 @@ processes share nothing but the folder: a shard appears in it by renaming, under
 from __future__ import annotations
 
 import fcntl
+import functools
+import glob
 import hashlib
+import itertools
+import json
 import os
 import queue
+import random
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from streaming import Stream
 from streaming.base.format import reader_from_json
 from streaming.base.storage import CloudDownloader
-from streaming.base.util import bytes_to_int, retry
+from streaming.base.util import bytes_to_int
 
 from leap_dist.config import DataConfig, is_remote
 from leap_dist.data.shards import INDEX, check_shards, read_index, require_hash
 from leap_dist.distributed import World, on_first
 from leap_dist.errors import UserError
 
+_T = TypeVar("_T")
 STAGING, LOCKS = ".staging", ".locks"  # in the folder that shards are fetched into
-ATTEMPTS = 4  # to download a file, with pauses of 1, 2 and 4 s
+INDEX_ATTEMPTS = 4  # to fetch the index, with pauses of 1, 2 and 4 s: somebody may be waiting to hear of a wrong name
+ATTEMPTS = 7  # to fetch a shard, with pauses of 1, 2, 4 ... s: the network may be away for a minute
 DOWNLOAD_TIMEOUT_S = 60.0
 RETRY_AFTER_S = 300.0  # a shard that failed is left alone for so long; every process of the node would wait in turn
 FETCHERS = 4  # downloads at a time in each worker
@@ -42,6 +49,10 @@ READ_ATTEMPTS = 8  # a shard may be evicted between its arrival and the read
 
 class FetchError(Exception):
     """A shard that could not be brought into the folder, now or a short while ago."""
+
+
+class WrongSize(OSError):
+    """A file that arrived with another size than the index says."""
 
 
 def one_line(error: BaseException) -> str:
@@ -68,6 +79,11 @@ class ShardStore:
         self._limit = bytes_to_int(config.cache_limit) if config.cache and config.cache_limit else None
         self._stream: Optional[Stream] = None  # built by the process that uses it: cloud clients do not survive a fork
         self._wanted: Optional[queue.SimpleQueue[int]] = None
+
+    def layout(self) -> str:
+        """How the samples lie in shards, which the order of an epoch depends on: equal words, equal orders."""
+        digest = hashlib.blake2s(self.shard_sizes.tobytes(), digest_size=4).hexdigest()
+        return f"{self.size} samples in {len(self.shards)} shards ({digest})"
 
     def shards_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The shards that hold these samples, each once."""
@@ -131,7 +147,7 @@ class ShardStore:
                 return
             _raise_recent(note)
             try:
-                self._keep(self._download(shard_id), target)
+                self._keep(_persistently(lambda: self._download(shard_id), ATTEMPTS), target)
             except Exception as error:
                 os.pwrite(note, one_line(error).encode(), 0)
                 raise FetchError(one_line(error)) from error
@@ -141,20 +157,23 @@ class ShardStore:
         shard, staging = self.shards[shard_id], self.folder / STAGING
         raw, packed = shard.file_pairs[0]
         for info in filter(None, (raw, packed)):
-            (staging / info.basename).unlink(missing_ok=True)  # of a process that was killed
+            # Of an attempt that failed, which google's client would take for the file, or of a process that was killed:
+            # amazon's writes under names of its own.
+            for left in (staging / info.basename, *staging.glob(f"{glob.escape(info.basename)}.*")):
+                left.unlink(missing_ok=True)
         if self._stream is None:
             self._stream = Stream(
                 remote=self.source,
                 local=str(staging),
                 validate_hash=self._validate_hash,
-                download_retry=ATTEMPTS if is_remote(self.source) else 1,
+                download_retry=1,  # `_persistently` does, and clears away what the last attempt left
                 download_timeout=DOWNLOAD_TIMEOUT_S,
                 keep_zip=False,
             )
         self._stream.prepare_shard(shard)
         size = (staging / raw.basename).stat().st_size
         if size != raw.bytes:
-            raise OSError(f"{raw.basename} arrived with {size} bytes where {INDEX} says {raw.bytes}")
+            raise WrongSize(f"{raw.basename} arrived with {size} bytes where {INDEX} says {raw.bytes}")
         return staging / raw.basename
 
     def _keep(self, arrived: Path, target: Path) -> None:
@@ -225,12 +244,20 @@ def prepare(source: str, config: DataConfig) -> Path:
     read.
     """
     if not is_remote(source):
-        check_shards(Path(source), config.validate_hash)
+        check_shards(Path(source))
+        if config.validate_hash and config.cache is None:  # into a cache each comes checked
+            _check_contents(source, config.validate_hash)
     _fetch_index(source, _folder(source, config))
     store = ShardStore(source, config)
     store.check()
     store.tidy()
     return store.folder
+
+
+@functools.cache
+def _check_contents(source: str, validate_hash: str) -> None:
+    """Compare the shards' contents with the index: all is read, so once in a process, however often it opens them."""
+    check_shards(Path(source), validate_hash)
 
 
 def _folder(source: str, config: DataConfig) -> Path:
@@ -248,14 +275,41 @@ def _fetch_index(source: str, folder: Path) -> None:
     if (folder / INDEX).exists():
         return
     staged = folder / STAGING / INDEX
+
+    def download() -> None:
+        staged.unlink(missing_ok=True)
+        CloudDownloader.direct_download(f"{source.rstrip('/')}/{INDEX}", str(staged), DOWNLOAD_TIMEOUT_S)
+        json.loads(staged.read_text())  # half an index must not get into the cache
+
     try:
         with _locked(folder, INDEX):
-            staged.unlink(missing_ok=True)
-            download = retry(num_attempts=ATTEMPTS if is_remote(source) else 1)(CloudDownloader.direct_download)
-            download(f"{source.rstrip('/')}/{INDEX}", str(staged), DOWNLOAD_TIMEOUT_S)
+            _persistently(download, INDEX_ATTEMPTS)
             os.replace(staged, folder / INDEX)
     except Exception as error:  # every cloud's package has its own, down to a missing module
         raise UserError(f"{source} cannot be opened: {one_line(error)}") from error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether a file arrived, and was not what the index says; streaming makes a ValueError of a wrong hash."""
+    unpacking = type(error).__module__.partition(".")[0] in ("zstd", "brotli", "gzip", "snappy")
+    return unpacking or isinstance(error, (ValueError, EOFError, WrongSize))
+
+
+def _persistently(work: Callable[[], _T], attempts: int) -> _T:
+    """What `work` gives, after so many attempts at most, with pauses of about 1, 2, 4 ... s between them.
+
+    Fewer where more are no use: what is not there stays away, and what is damaged twice is so at its source.
+    """
+    for done in itertools.count(1):
+        try:
+            return work()
+        except Exception as error:
+            worth = 1 if isinstance(error, FileNotFoundError) else 2 if _is_damage(error) else attempts
+            if done >= min(worth, attempts):
+                raise
+        # Not from `random`, which loader workers of all ranks have seeded alike: they would come back in step.
+        time.sleep(2 ** (done - 1) * random.SystemRandom().uniform(0.75, 1.25))
+    raise AssertionError("not reached")
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def check(engine: Any, steps: int, expected: Objective) -> None:
 def main(stage: int, folder: str) -> None:
     world = initialise()
     config = configured(stage, folder)
-    checkpoints = Checkpoints(config, world, num_samples=BATCH, teacher="none")
+    checkpoints = Checkpoints(config, world, layout=str(BATCH), teacher="none")
     path = newest(Path(folder) / "checkpoints")
     convert = path is not None and checkpoints.needs_conversion(path)
     engine = build_engine(config, *built(config), BATCH // world.size, load_universal=convert)

@@ -137,7 +137,7 @@ def stub_trainer(config: Config, teacher: StubTeacher | None = None, length: int
         loader=StubLoader(length),
         bad_samples=BadSamples(Path(config.output) / "bad_samples.jsonl", 0, ONE),
         coordinator=Coordinator(build_curriculum(config.curriculum, DEPTH), ONE, schedule, timer),
-        checkpoints=Checkpoints(config, ONE, num_samples=12, teacher="stub"),
+        checkpoints=Checkpoints(config, ONE, layout="12", teacher="stub"),
         timer=timer,
         validation=Validation(config, ONE),
     )

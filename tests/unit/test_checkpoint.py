@@ -43,7 +43,7 @@ class PlainEngine:
 
 
 def claimed(tmp_path: Path, *overrides: str, steps: tuple[int, ...] = ()) -> Checkpoints:
-    checkpoints = Checkpoints(config(tmp_path, *overrides), ONE, num_samples=12, teacher="t")
+    checkpoints = Checkpoints(config(tmp_path, *overrides), ONE, layout="12", teacher="t")
     checkpoints.claim_output()
     for step in steps:
         checkpoints.save(PlainEngine(), step, {"step": step})
@@ -123,25 +123,25 @@ def test_a_run_that_went_back_keeps_what_it_has_made_since(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("overrides", "samples", "words"),
+    ("overrides", "layout", "words"),
     [
-        ((), 99, "num_samples=12, this run has num_samples=99"),
-        (("optim.name=lars",), 12, "optim.name=adamw, this run has optim.name=lars"),
-        (("curriculum.mode=fixed",), 12, "curriculum.mode=leap, this run has curriculum.mode=fixed"),
-        (("engine.zero_stage=1",), 12, "zero_stage=0, this run has zero_stage=1"),
-        (("engine.precision=bf16",), 12, "precision=fp32, this run has precision=bf16"),
-        (("data.global_batch=8",), 12, "global_batch=256, this run has global_batch=8"),
-        (("data.canonical_nodes=2",), 12, "canonical_nodes=8, this run has canonical_nodes=2"),
-        (("seed=3",), 12, "seed=0, this run has seed=3"),
+        ((), "99", "data.train=12, this run has data.train=99"),
+        (("optim.name=lars",), "12", "optim.name=adamw, this run has optim.name=lars"),
+        (("curriculum.mode=fixed",), "12", "curriculum.mode=leap, this run has curriculum.mode=fixed"),
+        (("engine.zero_stage=1",), "12", "zero_stage=0, this run has zero_stage=1"),
+        (("engine.precision=bf16",), "12", "precision=fp32, this run has precision=bf16"),
+        (("data.global_batch=8",), "12", "global_batch=256, this run has global_batch=8"),
+        (("data.canonical_nodes=2",), "12", "canonical_nodes=8, this run has canonical_nodes=2"),
+        (("seed=3",), "12", "seed=0, this run has seed=3"),
     ],
 )
 @pytest.mark.parametrize("size", [1, 2])
 def test_what_the_position_does_not_hold_for_is_refused(
-    overrides: tuple[str, ...], samples: int, words: str, size: int, tmp_path: Path
+    overrides: tuple[str, ...], layout: str, words: str, size: int, tmp_path: Path
 ) -> None:
     """At another number of ranks too, before anything is converted or written."""
     claimed(tmp_path / "old", steps=(7,))
-    checkpoints = Checkpoints(config(tmp_path / "new", *overrides), replace(ONE, size=size), samples, "t")
+    checkpoints = Checkpoints(config(tmp_path / "new", *overrides), replace(ONE, size=size), layout, "t")
     with pytest.raises(UserError, match=words):
         checkpoints.needs_conversion(tmp_path / "old" / "checkpoints" / "step00000007")
     assert not (tmp_path / "new").exists()
@@ -151,7 +151,7 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
     """`teacher.weights` may name another place, but not another teacher."""
     claimed(tmp_path, steps=(7,))
     with pytest.raises(UserError, match="saved with teacher=t, this run has teacher=u"):
-        Checkpoints(config(tmp_path), ONE, 12, "u").needs_conversion(newest(tmp_path / "checkpoints"))
+        Checkpoints(config(tmp_path), ONE, "12", "u").needs_conversion(newest(tmp_path / "checkpoints"))
 
 
 @pytest.mark.parametrize(("stage", "size", "needed"), [(0, 2, False), (1, 1, False), (1, 2, True), (3, 2, True)])
@@ -159,7 +159,7 @@ def test_only_what_zero_has_cut_up_for_other_ranks_is_converted(
     stage: int, size: int, needed: bool, tmp_path: Path
 ) -> None:
     claimed(tmp_path, f"engine.zero_stage={stage}", steps=(7,))
-    checkpoints = Checkpoints(config(tmp_path, f"engine.zero_stage={stage}"), replace(ONE, size=size), 12, "t")
+    checkpoints = Checkpoints(config(tmp_path, f"engine.zero_stage={stage}"), replace(ONE, size=size), "12", "t")
     assert checkpoints.needs_conversion(newest(tmp_path / "checkpoints")) is needed
 
 
@@ -206,7 +206,7 @@ def test_a_failed_conversion_is_one_line_and_leaves_nothing(tmp_path: Path) -> N
     (folder / ".universal-0").mkdir()  # of a conversion that was killed
     # One process cannot be two ranks: the checkpoint says that it was two that saved it.
     (path / "run.json").write_text(json.dumps(saved | {"world_size": 2}))
-    checkpoints = Checkpoints(config(tmp_path, stage), ONE, 12, "t")
+    checkpoints = Checkpoints(config(tmp_path, stage), ONE, "12", "t")
     with pytest.raises(
         UserError, match=r"step00000007: cannot be converted for 1 ranks in .*1 of 2 ranks' parts"
     ) as caught:

@@ -15,6 +15,7 @@ from test_data_loader import ALONE, FAULTS, SIZE, config, write
 from leap_dist.config import DataConfig
 from leap_dist.data import BadSamples, Batch, TrainLoader, build_eval_loader, build_train_loader
 from leap_dist.data.faults import BadSample
+from leap_dist.data.store import FetchError, one_line
 from leap_dist.data.streaming import STAND_INS, stand_ins
 from leap_dist.errors import UserError
 
@@ -197,7 +198,7 @@ def test_evaluation_leaves_out_what_it_cannot_read(
 
 
 def test_evaluation_stops_when_too_much_is_missing(tmp_path: Path) -> None:
-    data = config(write(tmp_path / "set", bad=37))
+    data = config(write(tmp_path / "set", bad=37), max_bad_fraction=0.0)
     with pytest.raises(
         UserError, match=r"1 of 64 samples of .*set cannot be read, at most 0 may be; the last is 37, wh"
     ):
@@ -240,6 +241,16 @@ def test_the_ledger_outlives_a_resume_and_not_a_fresh_start(tmp_path: Path) -> N
     assert len(resumed) == 3
     fresh.reopen(resumed=False)
     assert len(fresh) == 0 and not path.exists()
+
+
+def test_samples_that_did_not_arrive_are_tried_again_by_a_resumed_run(tmp_path: Path) -> None:
+    """Else one bad image would end a run that an outage of the network had brought to the limit."""
+    path = tmp_path / "bad.jsonl"
+    first, resumed = (BadSamples(path, most=3, world=ALONE) for _ in range(2))
+    first.note([*bad(1), BadSample(2, "shard.00000.mds", f"cannot be read: {one_line(FetchError('away'))}")])
+    first.share()
+    resumed.reopen(resumed=True)
+    assert len(first) == 2 and len(resumed) == 1
 
 
 def test_a_list_that_cannot_be_read_is_said(tmp_path: Path) -> None:

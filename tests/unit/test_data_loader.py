@@ -6,18 +6,21 @@ import dataclasses
 import io
 import itertools
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from streaming import MDSWriter
 
 from leap_dist.config import DataConfig
-from leap_dist.data import Batch, TrainLoader, build_eval_loader, build_train_loader
+from leap_dist.data import Batch, TrainLoader, build_eval_loader, build_train_loader, transforms
 from leap_dist.data.loader import _Requests
 from leap_dist.distributed import World
 from leap_dist.errors import UserError
@@ -202,8 +205,8 @@ def test_evaluation_reads_each_sample_once_over_the_ranks(
         assert loader.num_samples == (limit or SIZE) and len(share) == len(loader)
         assert share == ids(loader)  # again, unshuffled
         shares += flat(share)
-        expected = [i * SIZE // loader.num_samples for i in range(rank, loader.num_samples, size)]
-        assert flat(share) == expected
+        own = np.array_split(np.arange(loader.num_samples), size)[rank]  # neighbours: few shards for each rank
+        assert flat(share) == [int(i) * SIZE // loader.num_samples for i in own]
     assert len(set(shares)) == len(shares)
     assert workers or len(shares) == (limit or SIZE)
 
@@ -227,7 +230,7 @@ def test_what_cannot_work_is_said_at_once(
     build: Build, folder: Path, options: dict, micro_batch: int, message: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("leap_dist.data.store.ATTEMPTS", 1)  # else seconds of pauses before a URI is given up
+    monkeypatch.setattr("leap_dist.data.store.INDEX_ATTEMPTS", 1)  # else seconds of pauses before a URI is given up
     with pytest.raises(UserError, match=message) as caught:
         build(dataclasses.replace(config(folder), **options), micro_batch=micro_batch)
     assert "\n" not in str(caught.value)
@@ -287,8 +290,36 @@ def test_a_worker_that_hangs_or_dies_ends_the_run(
         list(loader.epoch(0))
 
 
+def abandon(folder: str) -> None:
+    """A rank that leaves at once, as train.py does on an error, while its worker is busy."""
+    transforms.decode_crop = hang
+    loader = build_train_loader(config(Path(folder), workers=1, timeout_s=2), seed=0, micro_batch=4, world=ALONE)
+    try:
+        next(loader.epoch(0))
+    except UserError:
+        print(loader._loader._iterator._workers[0].pid, flush=True)
+        os._exit(1)
+
+
+def test_a_worker_does_not_outlive_its_rank(folder: Path, tmp_path: Path) -> None:
+    """It would hold the locks of the shards that it fetches, and the next run would wait for it."""
+    said = tmp_path / "said"
+    with said.open("w") as log:  # a pipe would be held open by the worker
+        rank = subprocess.run([sys.executable, __file__, str(folder)], stdout=log, stderr=log, timeout=120)
+    assert rank.returncode == 1, said.read_text()
+    worker = int(said.read_text().splitlines()[-1])
+    status, deadline = Path(f"/proc/{worker}/stat"), time.monotonic() + 10
+    while status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the worker lives on"
+        time.sleep(0.05)
+
+
 def test_an_epoch_that_ends_early_is_an_error(build: Build, folder: Path) -> None:
     loader = build(config(folder))
     loader._requests = _Requests()  # as if the workers had been asked for nothing
     with pytest.raises(UserError, match="epoch 0 ended after 0 of 16 batches"):
         list(loader.epoch(0))
+
+
+if __name__ == "__main__":
+    abandon(sys.argv[1])

@@ -8,13 +8,14 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_data_loader import ALONE, SIZE, config, write
 
 from leap_dist.config import DataConfig
 from leap_dist.data import check_sources
-from leap_dist.data.store import LOCKS, STAGING, ShardStore, open_store
+from leap_dist.data.store import LOCKS, STAGING, FetchError, ShardStore, open_store
 from leap_dist.errors import UserError
 
 
@@ -116,12 +117,102 @@ def test_leftovers_of_a_killed_run_are_cleared_away(tmp_path: Path) -> None:
     """A cut shard in the cache, as some cloud clients leave one, and a half-done download in the staging folder."""
     folder = write(tmp_path / "set")
     store = opened(folder, cache=str(tmp_path / "cache"))
-    for name in ("shard.00001.mds", f"{STAGING}/shard.00002.mds", f"{STAGING}/shard.00002.mds.tmp"):
+    for name in ("shard.00001.mds", f"{STAGING}/shard.00002.mds", f"{STAGING}/shard.00002.mds.95Da5bD7"):
         (cached(tmp_path) / name).write_bytes(b"half")
     (cached(tmp_path) / LOCKS / "shard.00003.mds").write_text("OSError: the network was away")
     store = opened(folder, cache=str(tmp_path / "cache"))
     assert labels(store) == list(range(SIZE))
     assert not files(cached(tmp_path) / STAGING)
+
+
+class Network:
+    """Fails `failures` times, each time leaving half the file as google's client does, then copies it."""
+
+    def __init__(self, failures: int, error: Exception) -> None:
+        self.failures, self.error, self.asked = failures, error, 0
+
+    def download(self, remote: str, local: str, _timeout: float) -> None:
+        self.asked += 1
+        data = Path(remote).read_bytes()
+        broken = self.asked <= self.failures
+        Path(local).parent.mkdir(parents=True, exist_ok=True)
+        Path(local).write_bytes(data[: len(data) // 2] if broken else data)
+        if broken:
+            raise self.error
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the store has slept, without sleeping."""
+    slept: list[float] = []
+    monkeypatch.setattr("leap_dist.data.store.time", SimpleNamespace(sleep=slept.append, time=time.time))
+    return slept
+
+
+def fetch_through(network: Network, monkeypatch: pytest.MonkeyPatch, store: ShardStore) -> None:
+    class Client:
+        clean_up = staticmethod(lambda: None)
+
+        def download(self, remote: str, local: str, timeout: float) -> None:
+            if not os.path.exists(local):  # as streaming's clients begin
+                network.download(remote, local, timeout)
+
+    monkeypatch.setattr("streaming.base.stream.CloudDownloader.get", lambda *_: Client())
+    store.read(0)
+
+
+def test_a_shard_arrives_after_a_minute_without_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+) -> None:
+    store = opened(write(tmp_path / "set"), cache=str(tmp_path / "cache"))
+    fetch_through(network := Network(6, ConnectionError("reset")), monkeypatch, store)
+    assert network.asked == 7 and 0.75 * 63 <= sum(pauses) <= 1.25 * 63
+    assert not files(cached(tmp_path) / STAGING)
+
+
+@pytest.mark.parametrize(
+    ("failures", "error", "asked"),
+    [
+        (7, ConnectionError("reset"), 7),
+        (1, FileNotFoundError("no such object"), 1),
+        (2, ValueError("Checksum failure"), 2),
+    ],
+)
+def test_a_shard_is_not_asked_for_where_it_is_of_no_use(
+    failures: int, error: Exception, asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+) -> None:
+    store = opened(write(tmp_path / "set"), cache=str(tmp_path / "cache"))
+    network = Network(failures, error)
+    with pytest.raises(FetchError, match=str(error)):
+        fetch_through(network, monkeypatch, store)
+    assert network.asked == asked == len(pauses) + 1
+
+
+@pytest.mark.parametrize("failures", [1, 4])
+def test_half_an_index_does_not_get_into_the_cache(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+) -> None:
+    folder = write(tmp_path / "set")
+    network = Network(failures, PermissionError("403"))
+    monkeypatch.setattr("leap_dist.data.store.CloudDownloader.direct_download", network.download)
+    if failures == 1:
+        assert opened(folder, cache=str(tmp_path / "cache")).size == SIZE
+    else:
+        with pytest.raises(UserError, match="cannot be opened: PermissionError: 403"):
+            opened(folder, cache=str(tmp_path / "cache"))
+        assert network.asked == 4 and not (cached(tmp_path) / "index.json").exists()
+
+
+def test_contents_are_read_once_however_often_a_run_opens_a_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr("leap_dist.data.shards._check_hash", lambda path, *_: hashed.append(path))
+    folder = write(tmp_path / "set")
+    for _ in range(3):
+        store = opened(folder, validate_hash="xxh64")
+    opened(folder, validate_hash="xxh64", cache=str(tmp_path / "cache"))  # there each is hashed when it arrives
+    assert len(hashed) == len(set(hashed)) == len(store.shards)
 
 
 def test_a_shard_is_downloaded_once_for_all(tmp_path: Path) -> None:
@@ -150,7 +241,7 @@ def test_a_remote_that_cannot_be_reached_is_one_clear_line(
     def unreachable(*_: object) -> None:
         raise ModuleNotFoundError(f"No module\nnamed {scheme!r}")
 
-    monkeypatch.setattr("leap_dist.data.store.ATTEMPTS", 1)
+    monkeypatch.setattr("leap_dist.data.store.INDEX_ATTEMPTS", 1)
     monkeypatch.setattr("leap_dist.data.store.CloudDownloader.direct_download", unreachable)
     data = DataConfig(train=f"{scheme}://bucket/set", cache=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=f"{scheme}://bucket/set cannot be opened: ModuleNotFound") as caught:
@@ -169,7 +260,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Path(local).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tmp_path / "bucket" / remote.removeprefix("s3://bucket/"), local)
 
-    monkeypatch.setattr("leap_dist.data.store.ATTEMPTS", 1)
+    monkeypatch.setattr("leap_dist.data.store.INDEX_ATTEMPTS", 1)
     monkeypatch.setattr("leap_dist.data.store.CloudDownloader.direct_download", download)
     return tmp_path / "bucket"
 
