@@ -59,7 +59,7 @@ def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
     return {
         "steps": progress.step,
         "epochs": progress.step / trainer.steps_per_epoch,
-        "final_block": trainer.curriculum.block,
+        "final_block": progress.trajectory[-1][1],  # trained on; the end of the last epoch may have advanced once more
         "teacher_depth": trainer.teacher.spec.depth,
         "trajectory": progress.trajectory,
         "train_seconds": costs.seconds,

@@ -43,6 +43,16 @@ def test_time_and_efficiency_follow_the_steps_spent_on_each_block(
     assert summary["teacher_skip_efficiency"] == pytest.approx((saved / (6 * 9)) / (spared / (6 * 160)))
 
 
+def test_the_final_block_is_the_last_one_trained_on(tmp_path: Path) -> None:
+    """The end of the last epoch moves the curriculum on once more, where a longer run would go on."""
+    config = stub_config(tmp_path, "curriculum.threshold=2", "curriculum.max_epochs_per_block=1", "epochs=2")
+    trainer = stub_trainer(config)
+    assert trainer.run()
+    trainer.close()
+    assert trainer.curriculum.block == 3
+    assert wrapup._progress_summary(config, trainer)["final_block"] == 2
+
+
 @pytest.mark.parametrize("judged", [("student", "teacher"), ("student",)])
 def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: Path, judged: tuple[str, ...]) -> None:
     """Against the form by Gram matrices over images, in numpy; whether or not the teacher's accuracies are wanted."""
