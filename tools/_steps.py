@@ -133,7 +133,7 @@ def build_conducted(config: Config, world: World, teacher: ReplicatedTeacher, im
         loader=Conducted(images),
         bad_samples=BadSamples(Path(config.output) / "bad_samples.jsonl", 0, world),
         coordinator=Coordinator(build_curriculum(config.curriculum, spec.depth), world, timer=timer),
-        checkpoints=Checkpoints(config, world, num_samples=len(images), teacher=teacher.fingerprint),
+        checkpoints=Checkpoints(config, world, layout=str(len(images)), teacher=teacher.fingerprint),
         timer=timer,
         validation=Validation(config, world),
     )
