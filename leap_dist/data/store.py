@@ -12,7 +12,6 @@ import fcntl
 import functools
 import glob
 import hashlib
-import itertools
 import json
 import os
 import queue
@@ -300,16 +299,17 @@ def _persistently(work: Callable[[], _T], attempts: int) -> _T:
 
     Fewer where more are no use: what is not there stays away, and what is damaged twice is so at its source.
     """
-    for done in itertools.count(1):
+    done = 0
+    while True:
         try:
             return work()
         except Exception as error:
+            done += 1
             worth = 1 if isinstance(error, FileNotFoundError) else 2 if _is_damage(error) else attempts
             if done >= min(worth, attempts):
                 raise
         # Not from `random`, which loader workers of all ranks have seeded alike: they would come back in step.
         time.sleep(2 ** (done - 1) * random.SystemRandom().uniform(0.75, 1.25))
-    raise AssertionError("not reached")
 
 
 @contextmanager
