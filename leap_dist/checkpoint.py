@@ -22,7 +22,7 @@ from typing import Any, Optional
 from leap_dist.config import Config, abridged, differences, flat, load, to_yaml
 from leap_dist.distributed import World, barrier, gather_objects, is_lost_peer
 from leap_dist.errors import UserError
-from leap_dist.files import write_json, write_text
+from leap_dist.files import flush, write_json, write_text
 from leap_dist.universal import remove_leftovers, universal_copy
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,15 @@ def _named(path: Path) -> Path:
     return found
 
 
+def _put(partial: Path, path: Path) -> None:
+    """Give a finished checkpoint its name. One of that name, of a run that went back a few steps, stays until then."""
+    replaced = path.with_name(f".{path.name}.replaced")
+    if path.exists():
+        path.rename(replaced)
+    partial.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 @contextmanager
 def _own_settings(engine: Any) -> Iterator[None]:
     """Load a checkpoint in this block: the optimizer's groups keep what the config says (weight decay, betas, ...).
@@ -163,21 +172,26 @@ class Checkpoints:
             UserError: the disk refuses; the previous checkpoint stays the latest.
         """
         path = self.folder / f"step{step:08d}"
+        partial = path.with_name(f".{path.name}.partial")
         if self.world.is_main:
-            shutil.rmtree(path, ignore_errors=True)  # what a killed save left
+            for left in self.folder.glob(".step*"):  # by a save that was killed
+                shutil.rmtree(left, ignore_errors=True)
         barrier(self.world)
         client = {"leap": state, "scaler": _scaler_state(engine)}
         try:
-            engine.save_checkpoint(str(self.folder), tag=path.name, client_state=client, save_latest=False)
+            engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
             if self.world.is_main:
-                write_text(path / CONFIG, to_yaml(self.config))
-                write_json(path / RUN, self._identity() | {"step": step, "world_size": self.world.size})
+                write_text(partial / CONFIG, to_yaml(self.config))
+                write_json(partial / RUN, self._identity() | {"step": step, "world_size": self.world.size})
+            flush(self.folder)
+            barrier(self.world)
+            if self.world.is_main:
+                _put(partial, path)
         except (OSError, RuntimeError) as error:  # torch.save says a full disk in its own words
             if is_lost_peer(error):
                 raise
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"checkpoint {path}: cannot be written ({reason}); the previous one is intact") from error
-        barrier(self.world)
         self._unconfirmed = path
         return path
 

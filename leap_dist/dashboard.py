@@ -12,6 +12,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "loss": ["Multiline", ["loss/total", "loss/patch", "loss/cls", "loss/ce", "loss/kd"]],
         "accuracy of the student": ["Multiline", ["evaluation/knn"]],
         "learning rate": ["Multiline", ["^lr$"]],
+        "norm of the gradients": ["Multiline", ["update/grad_norm"]],
     },
     "curriculum": {
         "target block": ["Multiline", ["curriculum/block$"]],
@@ -47,7 +48,8 @@ block) plus `objective.cls_weight` times **loss/cls**; with a classifier, `objec
 **loss/ce** (cross-entropy with the labels) and, from the last block on, **loss/kd** (soft distillation). It *jumps at
 every advance*: the target has changed. Losses on different blocks are not comparable; compare runs by accuracy: with
 `evaluation.every_epochs` **evaluation/knn** is the student's by nearest neighbours, on `evaluation.quick_images` images
-of each set.
+of each set. **update/grad_norm** is the gradients' norm before clipping, **update/loss_scale** the factor that fp16
+puts on the loss. An update with gradients that are not finite is skipped: it has no norm, and halves the scale.
 """,
     "curriculum": """
 **curriculum/block** is the teacher block that is imitated, 1 the shallowest. **curriculum/cka** (or **cosine**) is how

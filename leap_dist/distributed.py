@@ -140,7 +140,7 @@ def shutdown() -> None:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank has gone, which is not this rank's own fault."""
+    """Whether a collective failed: most likely because another rank has gone, which is not this rank's own fault."""
     gloo_says = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error")
     nccl_says = ("NCCL Async Error", "remote process exited")
     return isinstance(error, dist.DistBackendError) or (

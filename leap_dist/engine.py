@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
 from torch import nn
 
-from leap_dist.config import Config, EngineConfig
-from leap_dist.distributed import World
+from leap_dist.config import Config
+from leap_dist.distributed import World, is_lost_peer
 from leap_dist.errors import UserError
 
 AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -29,44 +30,76 @@ def micro_batch(config: Config, world: World) -> int:
     return config.data.global_batch // shares
 
 
-def deepspeed_config(config: EngineConfig, micro_batch_size: int, load_universal: bool = False) -> dict[str, Any]:
+def deepspeed_config(config: Config, micro_batch_size: int, load_universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's own dict; `engine.deepspeed` is merged over it, key by key.
 
     Mixed precision is torch autocast over fp32 weights (as LEAP trained), not DeepSpeed's fp16/bf16 sections: those
     flatten the weights into one tensor even at stage 0, which would make LARS' per-layer trust ratios wrong.
     Clipping is always explicit: left out, DeepSpeed 0.19 clips at 1.0. Where `_clips_in_step` it is off.
+    Gradients are summed over ranks in fp32 at every stage: by default stages 1-3 would sum those of linear layers in
+    the autocast's 16 bits.
     load_universal: what this engine loads will be a universal checkpoint.
     """
+    engine = config.engine
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": 0.0 if _clips_in_step(config) else config.clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "gradient_accumulation_steps": engine.accumulation,
+        "gradient_clipping": 0.0 if _clips_in_step(config) else engine.clip,
+        "zero_optimization": {"stage": engine.zero_stage},
         "checkpoint": {"load_universal": load_universal},
         "steps_per_print": 10**9,  # the progress bar reports
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-batch
     }
-    if config.precision != "fp32":
-        generated["torch_autocast"] = {"enabled": True, "dtype": AUTOCAST_DTYPES[config.precision]}
-    return _merged(generated, config.deepspeed)
+    if engine.precision != "fp32":
+        generated["torch_autocast"] = {
+            "enabled": True,
+            "dtype": AUTOCAST_DTYPES[engine.precision],
+            "lower_precision_safe_modules": [],
+        }
+    return _merged(generated, engine.deepspeed)
 
 
-def _clips_in_step(config: EngineConfig) -> bool:
+def _clips_in_step(config: Config) -> bool:
     """Whether gradients are clipped at the beginning of the optimizer's step rather than by DeepSpeed.
 
     Without ZeRO DeepSpeed takes each parameter's norm, and scales it, by itself: 13 ms a step for ViT-T on a CPU, where
-    torch takes 3. fp16 is left to it, which unscales first.
+    torch takes 3; on a GPU it waits for the device. In fp16 torch's scaler unscales before it steps LARS, but leaves
+    that to the step of the fused AdamW: there clipping stays with DeepSpeed, which unscales first.
     """
-    return config.zero_stage == 0 and config.precision != "fp16" and config.clip > 0
+    engine = config.engine
+    unscaled = engine.precision != "fp16" or config.optim.name == "lars"
+    return engine.zero_stage == 0 and engine.clip > 0 and unscaled
 
 
 def _clip_before_steps(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def clip(*_: Any) -> None:
-        nn.utils.clip_grad_norm_(parameters, max_norm)
+    def clip(owner: Any, *_: Any) -> None:
+        owner._global_grad_norm = nn.utils.clip_grad_norm_(
+            parameters, max_norm
+        )  # where DeepSpeed's engine takes it from
 
     optimizer.register_step_pre_hook(clip)
+
+
+class _Asked(dict[str, Any]):
+    """A dict that knows which keys it was asked for: DeepSpeed passes over those it does not know (0.19)."""
+
+    def __init__(self, items: dict[str, Any]) -> None:
+        super().__init__(items)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -89,20 +122,34 @@ def build_engine(
     load_universal: see `deepspeed_config`.
 
     Raises:
-        UserError: DeepSpeed refuses the merged config.
+        UserError: DeepSpeed refuses the merged config, or has never heard of a key of `engine.deepspeed`.
     """
     import deepspeed
 
-    settings = deepspeed_config(config.engine, micro_batch_size, load_universal)
-    if _clips_in_step(config.engine):
+    settings = _Asked(deepspeed_config(config, micro_batch_size, load_universal))
+    if _clips_in_step(config):
         _clip_before_steps(optimizer, config.engine.clip)
     try:
         engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)[0]
-    except (ValueError, AssertionError, TypeError) as error:  # pydantic's ValidationError is a ValueError
-        if not config.engine.deepspeed:
+    except Exception as error:  # pydantic, DeepSpeed's parts and their assertions each raise their own
+        if not config.engine.deepspeed or is_lost_peer(error):
             raise
         raise UserError(f"engine.deepspeed={config.engine.deepspeed}: {' '.join(str(error).split())}") from None
+    for key in config.engine.deepspeed.keys() - settings.asked:
+        close = difflib.get_close_matches(key, settings.asked, n=1)
+        raise UserError(f"engine.deepspeed.{key}: DeepSpeed has no such option" + (f"; {close[0]}?" if close else ""))
     if config.engine.zero_stage == 0 and engine.dp_world_size == 1:
         # It would copy all gradients into one buffer and back to add up one rank's: 69 ms of 1.5 s for ViT-S on a CPU.
         engine.enable_backward_allreduce = False
     return engine
+
+
+def update_scalars(engine: Any) -> dict[str, float]:
+    """TensorBoard points of the engine's last update, tag -> value: what of this there is.
+
+    The norm of the gradients before clipping, not finite where the update was skipped; the loss scale of fp16. Waits
+    for the device.
+    """
+    norm, scaler = engine.get_global_grad_norm(), engine.torch_autocast_z0_gradscaler
+    found = {} if norm is None else {"update/grad_norm": float(norm)}
+    return found if scaler is None else found | {"update/loss_scale": scaler.get_scale()}

@@ -48,10 +48,6 @@ class TeacherFlops:
         """FLOPs of the features of 1-indexed `block`."""
         return self.embed + sum(self.blocks[:block]) + self.norm + (block == len(self.blocks)) * self.classifier
 
-    def saved_fraction(self, block: int) -> float:
-        """Share of the whole teacher that is not run when `block` is the target: 0 at the last one."""
-        return 1.0 - self.upto(block) / self.upto(len(self.blocks))
-
 
 class StudentFlops(NamedTuple):
     """FLOPs per image of a training step of the student's backbone, without its heads."""

@@ -60,13 +60,14 @@ class Heartbeat:
                 raise RuntimeError(self._fault)
 
     def explain(self, error: BaseException) -> None:
-        """Note the name of the missing rank on an error that only says that one is missing."""
+        """Note the name of the missing rank on an error that only says that one is missing, if one is."""
         if self._thread is None or not is_lost_peer(error):
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that has noticed as well must not cut this short
         self._main_knows.set()
         self._hurry.set()
-        self._thread.join()
+        # All ranks may be alive: the communication itself can fail, on some of them or on all.
+        self._thread.join(self._silence_s + GRACE_S)
         if self._fault:
             error.add_note(self._fault)
 

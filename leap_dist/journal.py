@@ -44,7 +44,8 @@ class Journal:
 
         lines, source: of the ledger that a resumed run continues, see `Ledger`.
         """
-        self._progress, self._costs, self._steps_per_epoch = progress, costs, steps_per_epoch
+        self._progress, self._costs = progress, costs
+        self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         if self._world.is_main:
             self._telemetry = Telemetry(self._config, total_steps, progress.step)
             self._ledger = Ledger(Path(self._config.output), lines, source)
@@ -66,7 +67,8 @@ class Journal:
         """The ledger's line of a decision: on the score of `step`, which had `block`, or (NaN) on an epoch's end."""
         ema, reason = self._curriculum.last_check
         changes = advanced or self._next_block() != block
-        if math.isfinite(score) or changes or self._progress.step_in_epoch == self._steps_per_epoch:
+        ends = self._progress.step_in_epoch == self._steps_per_epoch or self._progress.step == self._total_steps
+        if math.isfinite(score) or changes or ends:
             decision = "advance" if advanced else "stay"
             self._write(step, block, score, ema=ema, decision=decision, reason=reason)
 

@@ -56,6 +56,7 @@ def train(config: Config) -> None:
         try:
             if trainer.run():
                 signal.signal(signal.SIGTERM, leave)
+                signal.signal(signal.SIGINT, leave)
                 wrap_up(config, world, trainer)
             elif world.is_main:
                 print(f"leap_dist: stopped at step {trainer.progress.step}; continue with resume=auto", file=sys.stderr)
@@ -70,7 +71,7 @@ def train(config: Config) -> None:
 
 
 def leave(_signal: int, _frame: object) -> None:
-    """SIGTERM after the last step: everything is saved, only the evaluation is not done."""
+    """SIGTERM or Ctrl-C after the last step: everything is saved, only the evaluation is not done."""
     print("leap_dist: stopped while evaluating; resume=auto evaluates again", file=sys.stderr, flush=True)
     os._exit(0)
 
@@ -99,7 +100,7 @@ def complain(message: str, error: BaseException | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, or stopped by SIGTERM with everything saved; 2 a user's mistake, one line; 1 a bug."""
+    """Exit status: 0 done, or stopped by a signal with everything saved; 2 a user's mistake, one line; 1 a bug."""
     try:
         train(parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -108,8 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         from leap_dist.distributed import is_lost_peer
 
-        if is_lost_peer(error):  # the rank that failed says why; this one only says that it noticed
-            complain("another rank is gone, and says itself why if it could", error)
+        if is_lost_peer(error):  # the rank that failed says why; this one only says what it noticed
+            words = " ".join(str(error).partition("Exception raised from")[0].split())  # torch adds its C++ frames
+            complain(f"another rank is gone, and says itself why if it could; here: {words}", error)
         else:
             traceback.print_exc()
             complain(f"{type(error).__name__}, see above", error)

@@ -27,6 +27,7 @@ from leap_dist.config import Config
 from leap_dist.coordinator import Coordinator
 from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, draw_mix, soft_labels
 from leap_dist.distributed import World, sum_over_ranks
+from leap_dist.engine import update_scalars
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features
 from leap_dist.flops import StepFlops
@@ -59,17 +60,18 @@ class Pending(NamedTuple):
 
 
 class Interrupt:
-    """Notes SIGTERM, so that the run can save at the end of the step and leave."""
+    """Notes SIGTERM and Ctrl-C, so that the run can save at the end of the step and leave."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> Interrupt:
-        self._previous = signal.signal(signal.SIGTERM, self._note)
+        self._previous = [(number, signal.signal(number, self._note)) for number in (signal.SIGTERM, signal.SIGINT)]
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous:
+            signal.signal(number, handler)
 
     def _note(self, _signal: int, _frame: Optional[FrameType]) -> None:
         self.requested = True
@@ -91,7 +93,7 @@ class Parts:
 
 
 class Trainer:
-    """Runs the steps of one run, from a fresh start or a checkpoint, to the end or to SIGTERM."""
+    """Runs the steps of one run, from a fresh start or a checkpoint, to the end or to a signal."""
 
     def __init__(self, config: Config, world: World, parts: Parts) -> None:
         self.config = config
@@ -137,7 +139,7 @@ class Trainer:
         self._ledger_from = (state["ledger_lines"], path.parent.parent)
         self.curriculum.load_state_dict(state["curriculum"])
         # A checkpoint of another run is saved here at once: a kill before the first own one must not start afresh.
-        self.saved_step = self.progress.step if path.parent == self.checkpoints.folder else -1
+        self.saved_step = self.progress.step if path.parent.resolve() == self.checkpoints.folder.resolve() else -1
 
     def run(self) -> bool:
         """Train to the last step (True), or until a rank is told to stop (False). Saves in both cases."""
@@ -157,7 +159,7 @@ class Trainer:
         with Interrupt() as interrupt:
             while not (self._done or self.stopping):
                 self._epoch(interrupt)
-            # Still inside: a second SIGTERM, torchrun's after SLURM's, must not kill the save that the first asked for.
+            # Still inside: a second signal, torchrun's after SLURM's, must not kill the save that the first asked for.
             self.profiler.close()
             self._save()
             self.checkpoints.confirm()
@@ -403,6 +405,7 @@ class Trainer:
             "lr": pending.lr,
             "data/bad_samples": len(self.bad_samples),
             "memory/peak_gib": memory_bytes(self.world.device) / 2**30,
+            **update_scalars(self.engine),
         }
         self.journal.flush()
         self.journal.points(pending.step, scalars | self.accountant.scalars(pending.step, pending.block, self.costs))

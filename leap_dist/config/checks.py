@@ -27,6 +27,8 @@ OWNED_BY_ENGINE = {
     "scheduler": "optim.on_advance",
     "fp16": "engine.precision",
     "bf16": "engine.precision",
+    "bfloat16": "engine.precision",  # an old name of it
+    "managed_gradient_accumulation": "engine.accumulation",
     "torch_autocast": "engine.precision",
     "zero_optimization.stage": "engine.zero_stage",
 }
@@ -98,8 +100,9 @@ def _range_problems(config: Config) -> list[str]:
     betas_hold = all(0 <= beta < 1 for beta in optim.betas)
     return [
         *(f"{key}={value}: must be at least 1" for key, value in at_least_one.items() if not value >= 1),
-        *(f"{key}={value}: must not be negative" for key, value in at_least_zero.items() if not 0 <= value < math.inf),
-        *(f"{key}={value}: must be above 0" for key, value in above_zero.items() if not 0 < value < math.inf),
+        *(f"{key}={value}: must not be negative" for key, value in at_least_zero.items() if not value >= 0),
+        *(f"{key}={value}: must be above 0" for key, value in above_zero.items() if not value > 0),
+        *(f"{key}=inf: must be finite" for key, value in (at_least_zero | above_zero).items() if value == math.inf),
         *(f"{key}={value}: must be between 0 and 1" for key, value in fractions.items() if not 0 <= value <= 1),
         *([] if config.seed < 2**32 else [f"seed={config.seed}: must be below 2**32"]),
         *([] if betas_hold else [f"optim.betas={list(optim.betas)}: each must be in [0, 1)"]),
@@ -209,6 +212,9 @@ def _engine_problems(config: Config) -> list[str]:
             node = node.get(part) if isinstance(node, dict) else None
         if node is not None:
             problems.append(f"engine.deepspeed.{key}: set {ours} instead")
+    zero = config.engine.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        problems.append(f"engine.deepspeed.zero_optimization={zero}: expected options, e.g. overlap_comm")
     if config.optim.name == "lars" and config.engine.zero_stage > 0:
         problems.append(
             f"optim.name=lars with engine.zero_stage={config.engine.zero_stage}: ZeRO flattens and splits the weights, "

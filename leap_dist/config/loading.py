@@ -24,6 +24,7 @@ OPERATIONAL = (
     "data.max_bad_fraction", "teacher.weights",
     "teacher.placement", "teacher.stages", "teacher.microbatches", "teacher.rebalance", "teacher.memory_budget",
     "engine.silence_s",
+    "engine.accumulation", "objective.impl", "teacher.compile",
 )  # fmt: skip
 
 
@@ -147,7 +148,8 @@ def _nearest(key: str, known: list[str]) -> str:
 def _expected(option: dataclasses.Field) -> str:
     """What a value of this option must be, in words, from its annotation."""
     words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
-    words["tuple[int, int]"] = "two whole numbers"
+    words |= {"tuple[int, int]": "two whole numbers", "tuple[float, float]": "two numbers"}
+    words["tuple[float, float, float]"] = "three numbers"
     annotation = str(option.type)
     optional = annotation.startswith("Optional[")
     annotation = annotation.removeprefix("Optional[").removesuffix("]") if optional else annotation

@@ -69,6 +69,11 @@ def test_an_image_size_the_patches_do_not_divide(tmp_path: Path) -> None:
     assert "data.image_size=20" in refused(write_config(tmp_path), "data.image_size=20")[0]
 
 
+def test_an_option_that_deepspeed_does_not_have(tmp_path: Path) -> None:
+    line = refused(write_config(tmp_path), "engine.deepspeed.wall_clock_breakdwn=true", processes=1)[0]
+    assert "engine.deepspeed.wall_clock_breakdwn: DeepSpeed has no such option; wall_clock_breakdown?" in line
+
+
 def test_layers_that_cannot_be_paired(tmp_path: Path) -> None:
     line = refused(write_config(tmp_path), "curriculum.mode=all_layers", "curriculum.start=null")[0]
     assert "has 2 blocks" in line and "6" in line

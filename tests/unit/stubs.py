@@ -86,12 +86,16 @@ class StubEngine:
     def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.module, self.optimizer = module, optimizer
         self.eval, self.train = module.eval, module.train
+        self.torch_autocast_z0_gradscaler = None
 
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def get_global_grad_norm(self) -> None:
+        """It does not clip."""
 
     def step(self) -> None:
         self.optimizer.step()

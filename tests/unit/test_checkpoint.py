@@ -77,6 +77,17 @@ def test_a_failed_save_leaves_the_previous_one_the_latest(error: Exception, tmp_
     assert checkpoints.load(PlainEngine(), newest(tmp_path / "checkpoints")) == {"step": 6}
 
 
+def test_a_save_that_fails_leaves_an_earlier_one_of_the_same_step(tmp_path: Path) -> None:
+    checkpoints = claimed(tmp_path, steps=(5,))
+    with pytest.raises(UserError, match="previous one is intact"):
+        checkpoints.save(PlainEngine(fails=OSError(28, "No space left")), 5, {})
+    assert checkpoints.load(PlainEngine(), newest(tmp_path / "checkpoints")) == {"step": 5}
+    checkpoints.save(PlainEngine(), 5, {"step": 55})
+    checkpoints.confirm()
+    assert checkpoints.load(PlainEngine(), newest(tmp_path / "checkpoints")) == {"step": 55}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"latest", "step00000005"}
+
+
 def test_a_fresh_run_does_not_pick_up_what_lies_in_the_folder(tmp_path: Path) -> None:
     """Defect B1 of the published code: a new student started at an old run's block."""
     claimed(tmp_path, steps=(5,))

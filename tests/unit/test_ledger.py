@@ -131,6 +131,15 @@ def test_a_replay_takes_the_same_blocks_and_still_scores(tmp_path: Path) -> None
     assert all(math.isfinite(line["score"]) for line in steps if line["block"] < DEPTH)
 
 
+def test_a_run_that_ends_within_an_epoch_can_be_replayed_to_its_end(tmp_path: Path) -> None:
+    """At the last block only the steps that are shown have a line, and here none is after the first."""
+    ends = ["epochs=1.7", "curriculum.threshold=-1", "telemetry.every=100"]
+    run(tmp_path / "a", *ends)
+    teacher = StubTeacher()
+    run(tmp_path / "b", "epochs=1.7", f"curriculum.replay={tmp_path / 'a' / LEDGER}", teacher=teacher)
+    assert teacher.asked == [1, 2, 3, 4, 4]
+
+
 def test_a_replay_that_is_interrupted_goes_on_where_it_was(tmp_path: Path) -> None:
     overrides = ["curriculum.threshold=2", "curriculum.max_epochs_per_block=1", "epochs=3"]
     run(tmp_path / "a", *overrides)

@@ -171,12 +171,13 @@ def test_the_score_at_the_last_block_is_only_computed_when_shown(tmp_path: Path)
     assert asked == [True, False, False, True, False, False]
 
 
-def test_a_second_sigterm_does_not_kill_the_save_that_the_first_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_kill_the_save_that_the_first_asked_for(
+    sent: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = stub_trainer(stub_config(tmp_path))
     step, save = trainer._step, trainer._save
-    signalled = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    signalled = lambda: os.kill(os.getpid(), sent)  # noqa: E731
     monkeypatch.setattr(trainer, "_step", lambda work: (step(work), signalled())[0])
     monkeypatch.setattr(trainer, "_save", lambda: (signalled(), save())[1])
     assert not trainer.run()
