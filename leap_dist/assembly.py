@@ -128,7 +128,12 @@ def check_pair(config: Config, spec: TeacherSpec) -> None:
 
 
 def warn_of_normalisation(config: Config, spec: TeacherSpec) -> None:
-    """Say so where the images are not normalised as the teacher's weights expect."""
+    """Say so where the images are not normalised as the teacher's weights expect, or its features are not at all."""
+    if not spec.has_norm:
+        log.warning(
+            "%s has no final norm: its blocks' tokens are matched as they are, at a scale that changes with depth",
+            config.teacher.model,
+        )
     seen = (tuple(config.data.mean), tuple(config.data.std))
     if config.teacher.weights != DEMO_TEACHER and seen != (tuple(spec.mean), tuple(spec.std)):
         log.warning(

@@ -39,7 +39,8 @@ class TeacherSpec:
     """What a teacher is, known before any weight is loaded.
 
     depth: number of blocks; dim: width of a token; grid: (rows, columns) of patch tokens; has_cls: whether there is a
-    class token at every depth; mean, std: the normalisation of RGB in [0, 1] that its pretrained weights expect.
+    class token at every depth; has_norm: whether its tokens pass a final norm (else the model's only one belongs to its
+    pooling head); mean, std: the normalisation of RGB in [0, 1] that its pretrained weights expect.
     """
 
     model: str
@@ -47,6 +48,7 @@ class TeacherSpec:
     dim: int
     grid: tuple[int, int]
     has_cls: bool
+    has_norm: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -272,6 +274,7 @@ def _spec(model: nn.Module, late_cls: bool) -> TeacherSpec:
         dim=model.embed_dim,
         grid=tuple(model.patch_embed.grid_size),
         has_cls=model.cls_token is not None and not late_cls,
+        has_norm=not isinstance(model.norm, nn.Identity),
         mean=tuple(pretrained["mean"]),
         std=tuple(pretrained["std"]),
     )

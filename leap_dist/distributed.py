@@ -78,7 +78,7 @@ def initialise(timeout: timedelta = timedelta(minutes=30)) -> World:
 
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     check_gpus(local_rank)
-    if torch.cuda.is_available():
+    if uses_gpus():
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
     else:
@@ -96,19 +96,28 @@ def initialise(timeout: timedelta = timedelta(minutes=30)) -> World:
     return world
 
 
+def uses_gpus() -> bool:
+    """Whether this process is to use CUDA: where there is a GPU, unless DeepSpeed's own variable says otherwise."""
+    return torch.cuda.is_available() and not _is_cpu_wanted()
+
+
+def _is_cpu_wanted() -> bool:
+    return os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+
+
 def check_gpus(local_rank: int) -> None:
-    """Raise UserError unless this process can have GPU `local_rank`, or its node shows no GPU at all."""
-    if torch.cuda.is_available():
+    """Raise UserError unless this process can have GPU `local_rank`, or its node shows no GPU, or none is wanted."""
+    if uses_gpus():
         seen = torch.cuda.device_count()
         if local_rank >= seen:
             raise UserError(
                 f"LOCAL_RANK={local_rank}, but this process sees {seen} GPU{'s' * (seen > 1)}: start no more processes "
                 "a node than it has GPUs, and let each see all of them (SLURM: no --gpus-per-task, no --gpu-bind)"
             )
-    elif FIRST_GPU.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    elif FIRST_GPU.exists() and not _is_cpu_wanted():
         raise UserError(
             f"this node has a GPU that torch {torch.__version__} cannot use: its CUDA {torch.version.cuda} needs a "
-            "newer driver (or install a torch for an older CUDA); CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
+            "newer driver (or install a torch for an older CUDA); DS_ACCELERATOR=cpu trains on the CPU"
         )
 
 
@@ -318,6 +327,15 @@ def gather_objects(item: Any, world: World) -> list[Any]:
     items: list[Any] = [None] * world.size
     dist.all_gather_object(items, item, group=world.control)
     return items
+
+
+def collect(tensor: Tensor, world: World) -> list[Tensor]:
+    """Every rank's host `tensor`, of one shape on all, by rank, on rank 0; an empty list elsewhere."""
+    if world.control is None:
+        return [tensor]
+    parts = [torch.empty_like(tensor) for _ in range(world.size)] if world.is_main else []
+    dist.gather(tensor.contiguous(), parts or None, group_dst=0, group=world.control)
+    return parts
 
 
 def collect_objects(item: Any, world: World) -> list[Any]:

@@ -14,8 +14,8 @@ from leap_dist.heads import MatchingHead
 def reset_heads(engine: Any, seed: int) -> None:
     """Give every head a fresh initialisation, equal on all ranks; the optimizer's momenta stay. Collective."""
     for head in engine.module.heads:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed)  # of the host alone
             fresh = MatchingHead(head.in_features, head.out_features, head.impl, head.metric)
         for parameter, value in ((head.weight, fresh.weight), (head.bias, fresh.bias)):
             _overwrite(parameter, value)

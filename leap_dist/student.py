@@ -198,4 +198,5 @@ def _check_classifier(config: StudentConfig, model: nn.Module) -> None:
         raise UserError(f"{what}, a {type(model).__name__}, has no single classifier on its class or patch tokens")
     pool = "avg" if config.remedy == "lift" else model.global_pool
     if pool not in ("token", "avg", "max", "avgmax") or getattr(model, "pool_include_prefix", False):
-        raise UserError(f"{what} pools by {pool!r}; set student.kwargs.global_pool to token or avg")
+        way = "global_pool=avg, fc_norm=false" if model.cls_token is None else "global_pool=token"
+        raise UserError(f"{what} pools by {pool!r}; set in student.kwargs: {way}")

@@ -25,6 +25,9 @@ COSTS = {
 # Operational to a run that goes on, but part of what its numbers mean.
 MEASURED = ("evaluation.", "data.train", "data.val", "teacher.weights")
 
+# What an epoch's cost depends on.
+PRICED = ("curriculum.", "teacher.", "student.", "objective.", "data.", "engine.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -121,6 +124,8 @@ def read_plan(path: Path, out: Optional[Path], overrides: Sequence[str]) -> Plan
             name = run_name(row.name, seed)
             own = replace(config, seed=seed, output=str(out / "runs" / name))
             runs[name] = Run(row=row, seed=seed, config=own, out=out)
+    for row in rows.values():
+        _require_equal_epochs(row, runs)
     for run in runs.values():
         missing = [name for name in run.needs() if name not in runs]
         if missing:
@@ -192,6 +197,16 @@ def _config(row: Row, base: Path, common: Sequence[str]) -> Config:
     if row.epochs_as and config.curriculum.mode == "leap":
         raise UserError(f"row {row.name}: epochs_as: what an epoch of a curriculum costs is not known before it")
     return config
+
+
+def _require_equal_epochs(row: Row, runs: dict[str, Run]) -> None:
+    """UserError unless an epoch of a row with `epochs_as` costs what it does in its row `like`."""
+    if row.epochs_as is None:
+        return
+    like, own = (next(run.config for run in runs.values() if run.row.name == name) for name in (row.like, row.name))
+    changed = [text for text in differences(like, own) if text.startswith(PRICED)]
+    if changed:
+        raise UserError(f"row {row.name}: epochs_as: an epoch costs something else than in {row.like} ({changed[0]})")
 
 
 def with_budget(run: Run, plan: Plan) -> Run:

@@ -100,7 +100,7 @@ def request(text: str) -> Request:
     if text.endswith(RECORD):
         run = load(path, [], check=False)
         return Request(run.teacher.model, teacher=replace(run.teacher, placement="replicated"), run=run)
-    if text.endswith(EXPORTED) and "=" not in text:
+    if text.endswith(EXPORTED) and ("=" not in text or path.is_file()):
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         return Request(path.absolute().parent.name if path.stem in ("student", "teacher") else path.stem, student=path)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from leap_dist.distributed import sum_over_ranks
 
+CHUNK = 4096  # columns of y at a time: for all blocks of two ViT-g the whole float32 product would be 15 GB
+
 
 class CrossMoments:
     """Sum over rows of (y - mean_y)(x - mean_x)^T; of one variable with itself when x is y.
@@ -32,7 +34,8 @@ class CrossMoments:
         y, mean_y = (x, mean_x) if itself else _centred(y)
         delta_x, delta_y = mean_x - self.mean_x, mean_y - self.mean_y
         share = m / (self.n + m)
-        self.scatter += y.T @ x
+        for part, columns in zip(self.scatter.split(CHUNK), y.split(CHUNK, 1), strict=True):
+            part += columns.T @ x
         self.scatter.addr_(delta_y, delta_x * (self.n * share))
         self.mean_x += delta_x * share
         self.mean_y += delta_y * share

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leap_dist.config import Config
 from leap_dist.data import EvalLoader, build_eval_loader
-from leap_dist.distributed import World, collect_objects, gather_objects
+from leap_dist.distributed import World, collect, gather_objects
 from leap_dist.evaluation.features import FeatureSet, extract, in_step, merge
 
 BATCH = 64
@@ -45,5 +45,5 @@ class HeldOut:
 
     def _outputs(self, model: Callable[[Tensor], Tensor], loader: EvalLoader) -> Optional[FeatureSet]:
         batches = in_step(loader, self._batch, max(gather_objects(len(loader), self._world)))
-        shares = collect_objects(extract(model, batches, self._world.device), self._world)
-        return merge(shares) if self._world.is_main else None
+        columns = [collect(column, self._world) for column in extract(model, batches, self._world.device)]
+        return merge([FeatureSet(*share) for share in zip(*columns, strict=True)]) if self._world.is_main else None

@@ -28,6 +28,7 @@ from leap_dist.config import DIGITS, DataConfig, OptimConfig
 from leap_dist.data.crops import RATIO, decode
 from leap_dist.data.digits import digit_samples
 from leap_dist.data.transforms import eval_transform
+from leap_dist.distributed import uses_gpus
 from leap_dist.files import write_json, write_whole
 from leap_dist.optim import build_optimizer, lr_factor
 from leap_dist.pretraining.initial import initialise
@@ -64,8 +65,8 @@ def train_teacher(config: TeacherTraining, out: Path) -> float:
     The file holds what timm.create_model(model, img_size=image_size, num_classes=classes, **kwargs) takes.
     Returns the accuracy of the class token on the validation split, 0 to 1. The caller's random state is kept.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.random.fork_rng():
+    device = torch.device("cuda" if uses_gpus() else "cpu")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         model = _initial_model(config).to(device)
         _fit(model, config, device)

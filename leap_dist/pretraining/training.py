@@ -16,6 +16,7 @@ from typing import Any, Optional
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from leap_dist.backbone import outline
 from leap_dist.config import abridged, to_yaml
 from leap_dist.data import EvalLoader, Feed, TrainLoader, build_eval_loader, build_train_loader, resolve
-from leap_dist.distributed import World
+from leap_dist.distributed import World, uses_gpus
 from leap_dist.errors import UserError
 from leap_dist.files import write_json, write_text, write_whole
 from leap_dist.pretraining.initial import initialise
@@ -32,6 +33,7 @@ from leap_dist.pretraining.session import Session
 from leap_dist.telemetry import bar_interval
 from leap_dist.trainer import Interrupt
 
+EVALUATION_BATCH = 64  # workers hold two each ready, in float32
 RECIPE, CHECKPOINT, WEIGHTS = "recipe.yaml", "checkpoint.pt", "teacher.safetensors"
 
 
@@ -43,11 +45,11 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
     where the loss is not finite (the last checkpoint stays).
     """
     output = Path(recipe.output)
-    world = World(0, 1, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = World(0, 1, 0, 1, torch.device("cuda" if uses_gpus() else "cpu"))
     model = build_model(recipe).to(world.device)
     data = resolve(recipe.data, output, world)
     loader = build_train_loader(data, seed=recipe.seed, micro_batch=data.global_batch, world=world)
-    held_out = build_eval_loader(data.val, data, batch=data.global_batch, world=world)
+    held_out = build_eval_loader(data.val, data, batch=min(EVALUATION_BATCH, data.global_batch), world=world)
     _claim(output, recipe)
     session = Session(recipe, model, len(loader), output / CHECKPOINT)
     session.restore()
@@ -69,8 +71,9 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
 def build_model(recipe: TeacherRecipe) -> VisionTransformer:
     """timm's model with a classifier on its class token and the recipe's initial weights, on the host."""
     sketch = outline(recipe.model, recipe.kwargs, recipe.data.image_size, side="teacher")
-    if not isinstance(sketch, VisionTransformer) or sketch.cls_token is None:
-        raise UserError(f"model={recipe.model}: not a VisionTransformer with a class token")
+    distilled = isinstance(sketch, VisionTransformerDistilled)  # its second classifier would never be trained
+    if not isinstance(sketch, VisionTransformer) or distilled or sketch.global_pool != "token":
+        raise UserError(f"model={recipe.model}: not a VisionTransformer with one classifier, on its class token")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = timm.create_model(recipe.model, **_kwargs(recipe))

@@ -219,6 +219,19 @@ MISTAKES = {
     "a cost": ({"rows": {"a": [], "b": {"like": "a", "epochs_as": {"of": "a", "by": "euro"}}}}, "one of teacher_flops"),
     "no like": ({"rows": {"a": [], "b": {"epochs_as": {"of": "a", "by": "flops"}}}}, "epochs_as needs `like`"),
     "a leap": ({"rows": {"a": [], "b": {"like": "a", "epochs_as": {"of": "a", "by": "flops"}}}}, "is not known before"),
+    "another price": (
+        {
+            "rows": {
+                "a": [],
+                "b": {
+                    "like": "a",
+                    "overrides": ["curriculum.mode=fixed"],
+                    "epochs_as": {"of": "a", "by": "flops"},
+                },
+            }
+        },
+        "row b: epochs_as: an epoch costs something else than in a (curriculum.mode: leap -> fixed)",
+    ),
     "a name": ({"rows": {"a/b": []}}, "row a/b: a name of letters, digits"),
     "a column": ({"rows": {"a": []}, "show": ["knn"]}, "show: knn is none of student_knn"),
     "a program": ({"rows": {"a": []}, "launcher": "nosuch --n 2"}, "nosuch is not a program here"),

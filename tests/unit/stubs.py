@@ -32,7 +32,7 @@ from leap_dist.validation import Validation
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 DEPTH, WIDTH, GRID = 4, 12, (2, 2)
-SPEC = TeacherSpec("stub", DEPTH, WIDTH, GRID, True, (0.5,) * 3, (0.5,) * 3)
+SPEC = TeacherSpec("stub", DEPTH, WIDTH, GRID, True, True, (0.5,) * 3, (0.5,) * 3)
 
 
 @dataclass

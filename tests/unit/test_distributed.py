@@ -110,23 +110,33 @@ def test_a_process_has_no_more_threads_than_cores_it_may_use(told: str | None, t
 def test_more_processes_than_gpus_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("DS_ACCELERATOR")
     check_gpus(0)
     with pytest.raises(UserError, match=r"LOCAL_RANK=3, but this process sees 1 GPU:.*no --gpus-per-task"):
         check_gpus(3)
 
 
-@pytest.mark.parametrize(("there", "visible", "refused"), [(True, None, True), (True, "", False), (False, None, False)])
+@pytest.mark.parametrize(
+    ("there", "asked", "refused"),
+    [
+        (True, {}, True),
+        (True, {"CUDA_VISIBLE_DEVICES": ""}, False),
+        (True, {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "0,1"}, False),  # as DeepSpeed's launcher starts it
+        (False, {}, False),
+    ],
+)
 def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu_unasked(
-    there: bool, visible: str | None, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    there: bool, asked: dict[str, str], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = tmp_path / "nvidia0"
     if there:
         gpu.touch()
     monkeypatch.setattr(distributed, "FIRST_GPU", gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="needs a newer driver") if refused else nullcontext():
         check_gpus(0)
 

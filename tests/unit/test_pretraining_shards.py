@@ -146,7 +146,12 @@ def test_a_finished_training_is_left_alone(trained: Path, shards: Path) -> None:
         (["classes=9"], "classes=9: data.train has a sample of label 9"),
         (["data.train={shards}/unlabelled"], "classes=10: data.train has a sample of label -1"),
         (["optim.lr=1e30", "clip=1e30"], "the loss is not finite by step 30"),
-        (["model=vit_base_patch16_siglip_224"], "model=vit_base_patch16_siglip_224: not a VisionTransformer with a"),
+        (
+            ["model=vit_base_patch16_siglip_224"],
+            "siglip_224: not a VisionTransformer with one classifier, on its class",
+        ),
+        (["model=deit_tiny_distilled_patch16_224"], "not a VisionTransformer with one classifier"),
+        (["kwargs.global_pool=avg"], "model=vit_tiny_patch16_224: not a VisionTransformer with one classifier"),
         (["model=beit_base_patch16_224"], "model=beit_base_patch16_224: not a VisionTransformer"),
         (["model=vit_tinny"], "vit_tinny: unknown to timm"),
         (["data.mixup_group=8"], "data.mixup_group=8: must divide the micro-batch of 20"),

@@ -160,7 +160,10 @@ def test_new_parts_start_as_timms_do_and_norms_do_not_decay() -> None:
         ({"remedy": "lift", "global_pool": "token"}, "must not set ['global_pool']"),
         ({"model": "deit_tiny_distilled_patch16_224", "num_classes": 3}, "has no single classifier"),
         ({"model": "cait_xxs24_224", "num_classes": 3}, "has no single classifier"),
-        ({"model": "vit_base_patch16_siglip_224", "num_classes": 3}, "pools by 'map'"),
+        (
+            {"model": "vit_base_patch16_siglip_224", "num_classes": 3},
+            "'map'; set in student.kwargs: global_pool=avg, fc_",
+        ),
     ],
 )
 def test_what_cannot_be_widened_or_classified_is_one_line(settings: dict, words: str) -> None:
