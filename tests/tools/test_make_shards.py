@@ -168,6 +168,16 @@ def test_imagenet100_are_100_classes_in_the_order_of_their_wnids(tmp_path: Path)
     assert classes == {wnid: label for label, wnid in enumerate(sorted(wnids))}
 
 
+def test_a_test_split_without_labels_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "val"):
+        make_tree(tmp_path / "src" / split)
+    (tmp_path / "src/test").mkdir()
+    (tmp_path / "src/test/000.jpg").write_bytes(b"whatever it shows")
+    assert make_shards(tmp_path / "src", tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["train", "val"]
+    assert "src/test: left out, it has no class folders" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from leap_dist.data.parallel import parallel
 from leap_dist.data.sources.images import SPLITS, WHOLE, Images
 from leap_dist.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +37,22 @@ def split_folders(folder: Path) -> dict[str, str]:
 
 
 def open_tree(folder: Path, workers: int) -> dict[str, Images]:
-    """`folder`/<split>/<class>/... or `folder`/<class>/..., listed by `workers` processes."""
-    return {
-        split: _open_class_folders(folder, folder / name, workers)
-        for split, name in (split_folders(folder) or {WHOLE: WHOLE}).items()
-    }
+    """`folder`/<split>/<class>/... or `folder`/<class>/..., listed by `workers` processes.
+
+    A test set without class folders is left out: ImageNet's has no public labels.
+    """
+    splits = split_folders(folder) or {WHOLE: WHOLE}
+    if "test" in splits and not any(path.is_dir() for path in (folder / splits["test"]).iterdir()):
+        log.warning("%s: left out, it has no class folders", folder / splits.pop("test"))
+    return {split: _open_class_folders(folder, folder / name, workers) for split, name in splits.items()}
 
 
 def _open_class_folders(root: Path, folder: Path, workers: int) -> Images:
     try:
         classes = find_classes(folder)[0]
     except FileNotFoundError as error:
-        raise UserError(" ".join(str(error).split())) from None
+        told = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{told}; images without classes go into one folder, e.g. {folder}/all") from None
     names, labels, sizes = [], [], []
     for label, files in enumerate(parallel(partial(_class_files, root, folder), classes, workers)):
         names += [name for name, _ in files]
