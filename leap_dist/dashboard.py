@@ -48,8 +48,9 @@ block) plus `objective.cls_weight` times **loss/cls**; with a classifier, `objec
 **loss/ce** (cross-entropy with the labels) and, from the last block on, **loss/kd** (soft distillation). It *jumps at
 every advance*: the target has changed. Losses on different blocks are not comparable; compare runs by accuracy: with
 `evaluation.every_epochs` **evaluation/knn** is the student's by nearest neighbours, on `evaluation.quick_images` images
-of each set. **update/grad_norm** is the gradients' norm before clipping, **update/loss_scale** the factor that fp16
-puts on the loss. An update with gradients that are not finite is skipped: it has no norm, and halves the scale.
+of each set. **update/grad_norm** is the norm of the gradients that led to the step's weights, before clipping; there is
+none at ZeRO stage 0 without `engine.clip`, nor with AdamW in fp16. **update/loss_scale** is the factor that fp16 puts
+on the loss: it halves with every update that is skipped because its gradients are not finite.
 """,
     "curriculum": """
 **curriculum/block** is the teacher block that is imitated, 1 the shallowest. **curriculum/cka** (or **cosine**) is how

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leap_dist.config import Config
-from leap_dist.distributed import World, is_lost_peer
+from leap_dist.distributed import World
 from leap_dist.errors import UserError
 
 AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -125,14 +126,18 @@ def build_engine(
         UserError: DeepSpeed refuses the merged config, or has never heard of a key of `engine.deepspeed`.
     """
     import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
+    # pydantic's ValidationError is a ValueError
+    refusals = ValueError, AssertionError, TypeError, DeepSpeedConfigError, ZeRORuntimeException
     settings = _Asked(deepspeed_config(config, micro_batch_size, load_universal))
     if _clips_in_step(config):
         _clip_before_steps(optimizer, config.engine.clip)
     try:
         engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)[0]
-    except Exception as error:  # pydantic, DeepSpeed's parts and their assertions each raise their own
-        if not config.engine.deepspeed or is_lost_peer(error):
+    except refusals as error:
+        if not config.engine.deepspeed:
             raise
         raise UserError(f"engine.deepspeed={config.engine.deepspeed}: {' '.join(str(error).split())}") from None
     for key in config.engine.deepspeed.keys() - settings.asked:
@@ -144,12 +149,14 @@ def build_engine(
     return engine
 
 
-def update_scalars(engine: Any) -> dict[str, float]:
-    """TensorBoard points of the engine's last update, tag -> value: what of this there is.
+def update_numbers(engine: Any, like: Tensor) -> Tensor:
+    """(2,) of the engine's last update: norm of the gradients before clipping, loss scale; NaN where there is none.
 
-    The norm of the gradients before clipping, not finite where the update was skipped; the loss scale of fp16. Waits
-    for the device.
+    On the device and in the dtype of `like`; waits for nothing.
     """
     norm, scaler = engine.get_global_grad_norm(), engine.torch_autocast_z0_gradscaler
-    found = {} if norm is None else {"update/grad_norm": float(norm)}
-    return found if scaler is None else found | {"update/loss_scale": scaler.get_scale()}
+    none = like.new_full((), math.nan)
+    if norm is not None and not isinstance(norm, Tensor):
+        norm = like.new_full((), norm)
+    scale = none if scaler is None else scaler.scale(like.new_ones(()))
+    return torch.stack([none if norm is None else norm.to(like), scale])

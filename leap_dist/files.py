@@ -24,10 +24,16 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Wait until all that this node has written to the folder's file system is on the disk (or the file server)."""
+    """Wait until all that this node has written to the folder's file system is on the disk (or the file server).
+
+    Raises:
+        OSError: the disk refuses some of it.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        ctypes.CDLL(None).syncfs(descriptor)
+        if library.syncfs(descriptor):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
     finally:
         os.close(descriptor)
 

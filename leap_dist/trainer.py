@@ -27,7 +27,7 @@ from leap_dist.config import Config
 from leap_dist.coordinator import Coordinator
 from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, draw_mix, soft_labels
 from leap_dist.distributed import World, sum_over_ranks
-from leap_dist.engine import update_scalars
+from leap_dist.engine import update_numbers
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features
 from leap_dist.flops import StepFlops
@@ -50,7 +50,10 @@ CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x
 
 
 class Pending(NamedTuple):
-    """A step whose numbers have not been read yet. values: own loss; loss and its terms (means over ranks); score."""
+    """A step whose numbers have not been read yet.
+
+    values: own loss; loss and its terms (means over ranks); score; the update before it, as `update_numbers`.
+    """
 
     step: int
     block: int
@@ -297,10 +300,11 @@ class Trainer:
         return match.evidence[-1] if evidence is None else evidence.merged(match.evidence[-1])
 
     def _sent(self, losses: Tensor, evidence: Optional[Evidence]) -> HostCopy:
-        """Send own loss, mean losses and score to the host. losses: own, loss first. Collective."""
+        """Send own loss, mean losses, score and the last update to the host. losses: own, loss first. Collective."""
         means = self._summed(losses.clone()) / self.world.size
         score = losses.new_full((), math.nan) if evidence is None else self._score(evidence)
-        return HostCopy(torch.cat([losses[:1], means, score[None].to(losses)]))
+        update = update_numbers(self.engine, losses)
+        return HostCopy(torch.cat([losses[:1], means, score[None].to(losses), update]))
 
     def _score(self, evidence: Evidence) -> Tensor:
         with torch.no_grad(), self.timer.phase("match"):
@@ -340,7 +344,7 @@ class Trainer:
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
-        own_loss, loss, *terms, score = pending.values.read()
+        own_loss, loss, *terms, score, norm, scale = pending.values.read()
         target = self.curriculum.block
         # Work that began before an advance says nothing about the new block.
         judged = score if pending.block == target else math.nan
@@ -355,7 +359,7 @@ class Trainer:
         self.accountant.charge(self.costs, pending.block, scored=not math.isnan(score))
         self._read_clocks()
         self.journal.decision(pending.step, pending.block, judged, advanced=self.curriculum.block != target)
-        self._report(pending, loss, terms, score)
+        self._report(pending, loss, terms, score, {"update/grad_norm": norm, "update/loss_scale": scale})
         self.stopping = decision.stop
 
     @torch.no_grad()
@@ -391,7 +395,9 @@ class Trainer:
 
     # -- what it cost, what is shown, what is kept --------------------------------------------------------------------
 
-    def _report(self, pending: Pending, loss: float, terms: list[float], score: float) -> None:
+    def _report(
+        self, pending: Pending, loss: float, terms: list[float], score: float, update: dict[str, float]
+    ) -> None:
         self.journal.step(pending.block, loss, score)
         self.journal.points(pending.step, self.spectroscope.scalars())
         if not self.journal.is_due(pending.step):
@@ -405,7 +411,7 @@ class Trainer:
             "lr": pending.lr,
             "data/bad_samples": len(self.bad_samples),
             "memory/peak_gib": memory_bytes(self.world.device) / 2**30,
-            **update_scalars(self.engine),
+            **update,
         }
         self.journal.flush()
         self.journal.points(pending.step, scalars | self.accountant.scalars(pending.step, pending.block, self.costs))

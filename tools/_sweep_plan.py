@@ -23,10 +23,33 @@ COSTS = {
     "seconds": lambda summary: summary["train_seconds"],
 }
 # Operational to a run that goes on, but part of what its numbers mean.
-MEASURED = ("evaluation.", "data.train", "data.val", "teacher.weights")
+MEASURED = (
+    "evaluation.",
+    "data.train",
+    "data.val",
+    "teacher.weights",
+    "engine.accumulation",
+    "objective.impl",
+    "teacher.compile",
+)
 
 # What an epoch's cost depends on.
-PRICED = ("curriculum.", "teacher.", "student.", "objective.", "data.", "engine.")
+PRICED = (
+    "curriculum.",
+    "teacher.",
+    "student.",
+    "objective.head",
+    "objective.impl",
+    "data.train",
+    "data.image_size",
+    "data.global_batch",
+    "data.augment",
+    "data.workers",
+    "engine.zero_stage",
+    "engine.precision",
+    "engine.accumulation",
+    "engine.deepspeed",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +227,7 @@ def _require_equal_epochs(row: Row, runs: dict[str, Run]) -> None:
     if row.epochs_as is None:
         return
     like, own = (next(run.config for run in runs.values() if run.row.name == name) for name in (row.like, row.name))
-    changed = [text for text in differences(like, own) if text.startswith(PRICED)]
+    changed = [text for text in differences(like, own, also=PRICED) if text.startswith(PRICED)]
     if changed:
         raise UserError(f"row {row.name}: epochs_as: an epoch costs something else than in {row.like} ({changed[0]})")
 

@@ -4,8 +4,8 @@
         data.train=/data/cifar10-mds/train data.val=/data/cifar10-mds/test output=runs/teacher
     python tools/train_teacher.py demo --out runs/demo-teacher/teacher.safetensors
 
-SIGTERM, and every few minutes on its own, saves; the same command goes on. docs/teachers.md says what it writes and how
-to see whether the teacher is worth a curriculum.
+It saves every few minutes and when SIGTERM or Ctrl-C ends it; the same command goes on. docs/teachers.md says what it
+writes and how to see whether the teacher is worth a curriculum.
 """
 
 from __future__ import annotations

@@ -31,6 +31,9 @@ OWNED_BY_ENGINE = {
     "managed_gradient_accumulation": "engine.accumulation",
     "torch_autocast": "engine.precision",
     "zero_optimization.stage": "engine.zero_stage",
+    "checkpoint": "the options of checkpoint",  # a writer of its own would write on after its folder was renamed
+    "datastates_ckpt": "the options of checkpoint",
+    "nebula": "the options of checkpoint",
 }
 
 

@@ -172,7 +172,7 @@ class CheckpointConfig:
     """When to save."""
 
     every_epochs: int = option(1, "0 = never")
-    every_steps: int = option(0, "0 = never; the end of the run and SIGTERM always save")
+    every_steps: int = option(0, "0 = never; the end of the run, SIGTERM and Ctrl-C always save")
     keep: int = option(2, "newest checkpoints kept")
 
 

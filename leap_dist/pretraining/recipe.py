@@ -62,7 +62,7 @@ class TeacherRecipe(InitialWeights):
     clip: float = option(1.0, "gradient-norm clip")
     precision: Literal["fp32", "bf16"] = option("fp32", "autocast dtype; weights stay fp32")
     evaluate_every: int = option(5, "epochs between accuracies; each leaves a teacher that can be used")
-    save_minutes: float = option(10.0, "between checkpoints; SIGTERM and the end save too")
+    save_minutes: float = option(10.0, "between checkpoints; SIGTERM, Ctrl-C and the end save too")
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 

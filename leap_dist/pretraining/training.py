@@ -40,7 +40,7 @@ RECIPE, CHECKPOINT, WEIGHTS = "recipe.yaml", "checkpoint.pt", "teacher.safetenso
 def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
     """Train on `recipe.data.train`, from the start or from where an earlier call was stopped, and write the teacher.
 
-    Returns its accuracy on `recipe.data.val`, 0 to 1, or None if SIGTERM came first: everything is saved then, and the
+    Returns its accuracy on `recipe.data.val`, 0 to 1, or None if a signal came first: everything is saved then, and the
     same call goes on. One process, one device. Raises UserError for a model, labels or a folder that do not fit, and
     where the loss is not finite (the last checkpoint stays).
     """
@@ -115,7 +115,7 @@ def _is_evaluation_due(session: Session) -> bool:
 
 
 def _finish_epoch(session: Session, loader: TrainLoader, feed: Feed, bar: tqdm, interrupt: Interrupt) -> bool:
-    """Take the steps left of the epoch the session is in; False, with everything saved, if SIGTERM came first."""
+    """Take the steps left of the epoch the session is in; False, with everything saved, if a signal came first."""
     epoch, done = divmod(session.step, session.steps_per_epoch)
     if epoch == session.recipe.epochs:  # stopped between the last step and its evaluation
         return True

@@ -61,11 +61,11 @@ def killed(config: Path, *overrides: str) -> None:
     process.wait()
 
 
-def told_to_stop(config: Path, receiver: Callable[[subprocess.Popen[str]], psutil.Process]) -> tuple[int, str]:
-    """Start a run, and send SIGTERM to one of its processes after the checkpoint of step 5: status, output."""
+def told_to_stop(config: Path, tell: Callable[[subprocess.Popen[str]], None]) -> tuple[int, str]:
+    """Start a run, and `tell` it to stop after the checkpoint of step 5: status, output."""
     process = start(config)
     wait_for_checkpoint(config.parent / "run", process, 5)
-    receiver(process).send_signal(signal.SIGTERM)
+    tell(process)
     output, _ = process.communicate(timeout=90)
     assert "continue with resume=auto" in output, output[-3000:]
     assert not (config.parent / "run" / "summary.json").exists()
@@ -100,7 +100,7 @@ def test_killed_at_any_moment_it_continues_bitwise(uncut: Path, tmp_path: Path) 
 def test_sigterm_to_one_rank_saves_on_all_and_exits_0(uncut: Path, tmp_path: Path) -> None:
     """As a preempted node would."""
     config = write_config(tmp_path, **LONG)
-    status, output = told_to_stop(config, lambda process: ranks_of(process)[1])
+    status, output = told_to_stop(config, lambda process: ranks_of(process)[1].terminate())
     assert status == 0, output[-3000:]
     assert_continues(config, uncut)
 
@@ -108,8 +108,15 @@ def test_sigterm_to_one_rank_saves_on_all_and_exits_0(uncut: Path, tmp_path: Pat
 def test_sigterm_to_the_launcher_saves_with_loader_workers_running(uncut: Path, tmp_path: Path) -> None:
     """The deepspeed launcher signals loader workers too, before their rank."""
     config = write_config(tmp_path, **LONG)
-    _, output = told_to_stop(config, launcher_of)
+    _, output = told_to_stop(config, lambda process: launcher_of(process).terminate())
     assert "Traceback" not in output
+    assert_continues(config, uncut)
+
+
+def test_ctrl_c_saves_with_loader_workers_running(uncut: Path, tmp_path: Path) -> None:
+    """A terminal signals launchers, ranks and loader workers all at once."""
+    config = write_config(tmp_path, **LONG)
+    told_to_stop(config, lambda process: os.killpg(process.pid, signal.SIGINT))
     assert_continues(config, uncut)
 
 

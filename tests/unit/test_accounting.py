@@ -108,6 +108,7 @@ def test_every_chart_of_the_layout_shows_a_tag_that_is_written(tmp_path: Path) -
     written = accountant.scalars(0, 1, costs).keys()
     trainers = {"loss/total", "loss/patch", "loss/cls", "loss/ce", "loss/kd", "lr", "memory/peak_gib"}
     trainers |= {"curriculum/block", "curriculum/cka", "curriculum/cosine", "curriculum/ema", "evaluation/knn"}
+    trainers |= {"update/grad_norm"}
     trainers |= {
         f"spectra/{side}/{name}" for side in ("student", "target") for name in token_summary(torch.eye(4)[None])
     }
