@@ -76,9 +76,8 @@ def _clip_before_steps(optimizer: torch.optim.Optimizer, max_norm: float) -> Non
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def clip(owner: Any, *_: Any) -> None:
-        owner._global_grad_norm = nn.utils.clip_grad_norm_(
-            parameters, max_norm
-        )  # where DeepSpeed's engine takes it from
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+        owner._global_grad_norm = norm  # where DeepSpeed's engine takes it from
 
     optimizer.register_step_pre_hook(clip)
 
