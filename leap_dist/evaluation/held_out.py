@@ -12,7 +12,7 @@ from leap_dist.data import EvalLoader, build_eval_loader
 from leap_dist.distributed import World, collect, gather_objects
 from leap_dist.evaluation.features import FeatureSet, extract, in_step, merge
 
-BATCH = 64
+BATCH = 64  # loader workers hold two each ready, in float32
 
 
 class HeldOut:

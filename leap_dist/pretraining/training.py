@@ -26,6 +26,7 @@ from leap_dist.config import abridged, to_yaml
 from leap_dist.data import EvalLoader, Feed, TrainLoader, build_eval_loader, build_train_loader, resolve
 from leap_dist.distributed import World, uses_gpus
 from leap_dist.errors import UserError
+from leap_dist.evaluation.held_out import BATCH
 from leap_dist.files import write_json, write_text, write_whole
 from leap_dist.pretraining.initial import initialise
 from leap_dist.pretraining.recipe import TeacherRecipe, changes, load_recipe
@@ -33,7 +34,6 @@ from leap_dist.pretraining.session import Session
 from leap_dist.telemetry import bar_interval
 from leap_dist.trainer import Interrupt
 
-EVALUATION_BATCH = 64  # workers hold two each ready, in float32
 RECIPE, CHECKPOINT, WEIGHTS = "recipe.yaml", "checkpoint.pt", "teacher.safetensors"
 
 
@@ -49,7 +49,7 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
     model = build_model(recipe).to(world.device)
     data = resolve(recipe.data, output, world)
     loader = build_train_loader(data, seed=recipe.seed, micro_batch=data.global_batch, world=world)
-    held_out = build_eval_loader(data.val, data, batch=min(EVALUATION_BATCH, data.global_batch), world=world)
+    held_out = build_eval_loader(data.val, data, batch=min(BATCH, data.global_batch), world=world)
     _claim(output, recipe)
     session = Session(recipe, model, len(loader), output / CHECKPOINT)
     session.restore()
