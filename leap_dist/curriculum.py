@@ -47,7 +47,7 @@ class Curriculum:
         self.max_epochs_per_block = max_epochs_per_block
         self.snap_to_last_at = snap_to_last_at
         self.last_check = Check(0.0, "unscored")
-        self._enter(start)
+        self.restart_at(start)
 
     @property
     def finished(self) -> bool:

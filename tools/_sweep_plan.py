@@ -11,11 +11,12 @@ from typing import Any, Optional
 
 from omegaconf import OmegaConf
 
-from leap_dist.config import Config, abridged, differences, load, to_yaml
+from leap_dist.config import DEMO_TEACHER, Config, abridged, differences, load, problems
 from leap_dist.errors import UserError
 
 KEYS = {"base", "output", "launcher", "seeds", "common", "rows", "show"}
 ROW_KEYS = {"overrides", "seeds", "like", "epochs_as"}
+OWNED = ("seed", "output", "resume", "telemetry.progress")
 # What a row's epochs can be made to cost as much as: a finished run's teacher FLOPs, FLOPs of all parts, or seconds.
 COSTS = {
     "teacher_flops": lambda summary: summary["flops"]["teacher"],
@@ -38,8 +39,7 @@ PRICED = (
     "curriculum.",
     "teacher.",
     "student.",
-    "objective.head",
-    "objective.impl",
+    "objective.",
     "data.train",
     "data.image_size",
     "data.global_batch",
@@ -137,15 +137,18 @@ def read_plan(path: Path, out: Optional[Path], overrides: Sequence[str]) -> Plan
     if unknown or not {"base", "rows"} <= set(spec):
         what = f"unknown key {unknown[0]}" if unknown else "base and rows are required"
         raise UserError(f"{path}: {what}; it takes {', '.join(sorted(KEYS))}")
-    out = out or Path(spec.get("output") or f"runs/sweeps/{path.stem}")
+    base, output, launcher = (_text(spec, key, str(path)) for key in ("base", "output", "launcher"))
+    out = out or Path(output or f"runs/sweeps/{path.stem}")
     rows = _rows(spec["rows"], _listed(spec, "seeds", int, str(path)) or (0,), str(path))
     common = (*_listed(spec, "common", str, str(path)), *overrides)
     runs = {}
     for row in rows.values():
-        config = _config(row, path.parent / spec["base"], common)
+        config = _config(row, path.parent / base, common)
         for seed in row.seeds:
             name = run_name(row.name, seed)
             own = replace(config, seed=seed, output=str(out / "runs" / name))
+            for problem in problems(own):
+                raise UserError(f"row {row.name}: {problem}")
             runs[name] = Run(row=row, seed=seed, config=own, out=out)
     for row in rows.values():
         _require_equal_epochs(row, runs)
@@ -154,7 +157,15 @@ def read_plan(path: Path, out: Optional[Path], overrides: Sequence[str]) -> Plan
         if missing:
             raise UserError(f"{path}: row {run.row.name}: {missing[0]} is not among the runs, its epochs depend on it")
     show = _listed(spec, "show", str, str(path))
-    return Plan(runs=runs, rows=rows, out=out, launcher=spec.get("launcher") or "python", show=show)
+    return Plan(runs=runs, rows=rows, out=out, launcher=launcher or "python", show=show)
+
+
+def _text(spec: dict[str, Any], key: str, where: str) -> str:
+    """A text of the YAML; '' where there is none, but for `base`."""
+    value = spec.get(key) or ""
+    if not isinstance(value, str) or (key == "base" and not value):
+        raise UserError(f"{where}: {key}={spec.get(key)}: expected a text")
+    return value
 
 
 def _listed(spec: dict[str, Any], key: str, kind: type, where: str) -> tuple[Any, ...]:
@@ -210,11 +221,13 @@ def _row(name: str, value: Any, above: dict[str, Row], seeds: tuple[int, ...], w
 
 
 def _config(row: Row, base: Path, common: Sequence[str]) -> Config:
-    """A row's config, checked; seed and output are still to be set."""
+    """A row's config; seed and output are still to be set, and the whole still to be checked."""
+    overrides = (*common, *row.overrides)
+    for text in overrides:
+        if text.partition("=")[0] in OWNED:
+            raise UserError(f"row {row.name}: {text}: is the sweep's to set ({', '.join(OWNED)})")
     try:
-        config = load(
-            base, [*common, *row.overrides, f"seed={row.seeds[0]}", "resume=auto", "telemetry.progress=false"]
-        )
+        config = load(base, [*overrides, "resume=auto", "telemetry.progress=false"], check=False)
     except UserError as error:
         raise UserError(f"row {row.name}: {error}") from None
     if row.epochs_as and config.curriculum.mode == "leap":
@@ -251,8 +264,11 @@ def result(run: Run, plan: Plan) -> Optional[dict[str, Any]]:
 
 def conflict(run: Run) -> Optional[str]:
     """How the run that is there differs from the one that is wanted, in a line; None if nothing is in the way."""
-    there = (run.folder / "config.yaml").is_file() and run.asked.is_file()
-    if not there or run.asked.read_text() == to_yaml(run.config):
+    left = run.folder / "config.yaml"  # of the last start, be it by hand
+    if not left.is_file():
         return None
-    changed = differences(load(run.asked, [], check=False), run.config, also=MEASURED)
+    there = load(left, [], check=False)
+    if run.config.teacher.weights == DEMO_TEACHER:  # where that lies only the run knows
+        there = replace(there, teacher=replace(there.teacher, weights=DEMO_TEACHER))
+    changed = differences(there, run.config, also=MEASURED)
     return f"{run.folder} holds a run of another config ({abridged(changed)}); remove it" if changed else None

@@ -63,6 +63,9 @@ class Sweep:
         self.plan = plan
         self.failures: dict[str, str] = {}
         wanted = {name: run for name, run in plan.runs.items() if seeds is None or run.seed in seeds}
+        unknown = set(seeds or ()) - {run.seed for run in plan.runs.values()}
+        if unknown:
+            raise UserError(f"--seeds {min(unknown)}: no row has that seed")
         self._waiting = {name: run for name, run in wanted.items() if result(run, plan) is None}
         self._finished = len(wanted) - len(self._waiting)
         self._jobs: list[Job] = []

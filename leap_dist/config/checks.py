@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from leap_dist.config.options import (
     RANDOM,
     Config,
     CurriculumConfig,
+    DataConfig,
     TelemetryConfig,
     is_remote,
     matching_head,
 )
+
+SIZE = re.compile(r"\d+b?|\d+(\.\d+)? *[kmgtpezy]b")  # as streaming reads it
 
 OWNED_BY_ENGINE = {
     "train_batch_size": "data.global_batch",
@@ -41,6 +45,8 @@ def problems(config: Config) -> list[str]:
     """Every impossible value or combination, one line each."""
     return [
         *_range_problems(config),
+        *_mixing_problems(config.data),
+        *_cache_problems(config.data),
         *_curriculum_problems(config.curriculum),
         *_matching_problems(config),
         *_label_problems(config),
@@ -59,7 +65,6 @@ def _range_problems(config: Config) -> list[str]:
         "data.global_batch": data.global_batch,
         "data.canonical_nodes": data.canonical_nodes,
         "data.timeout_s": data.timeout_s,
-        "data.mixup_group": data.mixup_group,
         "curriculum.max_epochs_per_block": config.curriculum.max_epochs_per_block,
         "teacher.stages": 1 if config.teacher.stages is None else config.teacher.stages,
         "teacher.microbatches": config.teacher.microbatches,
@@ -114,6 +119,28 @@ def _range_problems(config: Config) -> list[str]:
     ]
 
 
+def _mixing_problems(data: DataConfig) -> list[str]:
+    problems = []
+    if data.cutmix_alpha and not data.mixup:
+        problems.append(f"data.cutmix_alpha={data.cutmix_alpha}: only used with data.mixup=true")
+    if data.mixup and data.mixup_group < 2:
+        problems.append(
+            f"data.mixup_group={data.mixup_group}: must be at least 2, or no image has another to be mixed with; "
+            "data.mixup=false mixes none"
+        )
+    return problems
+
+
+def _cache_problems(data: DataConfig) -> list[str]:
+    if data.cache_limit is None:
+        return []
+    if data.cache is None:
+        return [f"data.cache_limit={data.cache_limit}: only used with data.cache"]
+    if not SIZE.fullmatch(data.cache_limit.strip().lower()):
+        return [f"data.cache_limit={data.cache_limit}: expected a size in bytes, such as 500000000, 500mb or 1.5tb"]
+    return []
+
+
 def _curriculum_problems(curriculum: CurriculumConfig) -> list[str]:
     problems = []
     if curriculum.block is not None and curriculum.mode != "fixed":
@@ -147,8 +174,6 @@ def _matching_problems(config: Config) -> list[str]:
 
 def _label_problems(config: Config) -> list[str]:
     objective, problems = config.objective, []
-    if config.data.cutmix_alpha and not config.data.mixup:
-        problems.append(f"data.cutmix_alpha={config.data.cutmix_alpha}: only used with data.mixup=true")
     for key, value in (("kd_alpha", objective.kd_alpha), ("label_smoothing", objective.label_smoothing)):
         if value and not config.student.num_classes:
             problems.append(f"objective.{key}={value}: needs a classifier; set student.num_classes")

@@ -46,24 +46,27 @@ def load(path: Optional[Path], overrides: list[str], check: bool = True) -> Conf
 def merge(schema: type[_T], path: Optional[Path], overrides: list[str]) -> _T:
     """What `load` does for any dataclass of options, but for the checks. UserError likewise."""
     config, known = OmegaConf.structured(schema), option_fields(schema)
-    for source, layer in (*_yaml_layers(path), *_override_layers(overrides)):
+    for source, layer in (*_yaml_layers(path), *_override_layers(overrides, known)):
         for key, value in _leaves(layer, known):
             _require_known(key, source, list(known))
+            if _is_text(known[key]) and isinstance(value, (bool, int, float)):
+                # What YAML takes for a number is not what was typed: 2026_07_01 would be 20260701.
+                raise UserError(f"{key}={value!r} ({source}): expected {_expected(known[key])}; put it in quotes")
             try:
                 config = OmegaConf.merge(config, _nested(key, value))
             except OmegaConfBaseException:
                 raise UserError(f"{key}={value!r} ({source}): expected {_expected(known[key])}") from None
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"{missing[0]} is required: {known[missing[0]].metadata['doc']}")
-    return _to_object(config)
-
-
-def _to_object(config: Any) -> Any:
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(f"{missing[0]} is required: {known[missing[0]].metadata['doc']}")
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise UserError(str(error).splitlines()[0]) from None
+
+
+def _is_text(option: dataclasses.Field) -> bool:
+    return option.type in ("str", "Optional[str]")
 
 
 def _yaml_layers(path: Optional[Path], seen: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
@@ -85,11 +88,16 @@ def _yaml_layers(path: Optional[Path], seen: tuple[Path, ...] = ()) -> list[tupl
     return [*base_layers, (str(path), layer)]
 
 
-def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
-    layers = []
+def _override_layers(overrides: list[str], known: dict[str, dataclasses.Field]) -> list[tuple[str, Any]]:
+    """Values as YAML reads them, but texts as they were typed."""
+    layers: list[tuple[str, Any]] = []
     for text in overrides:
-        if "=" not in text:
+        key, equals, value = text.partition("=")
+        if not equals:
             raise UserError(f"{text!r}: expected section.key=value")
+        if key in known and _is_text(known[key]) and value != "null":
+            layers.append(("command line", _nested(key, value)))
+            continue
         try:
             layers.append(("command line", OmegaConf.to_container(OmegaConf.from_dotlist([text]))))
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -130,6 +131,24 @@ def test_a_run_of_another_config_is_neither_taken_nor_overwritten(tmp_path: Path
     assert len(started(tmp_path)) == 2
 
 
+def test_a_run_that_was_judged_again_by_hand_is_not_taken_for_the_sweeps(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, {"a": [], "b": ["teacher.weights=demo"]}, seeds=[0])
+    assert sweep.main([str(path)]) == 0
+    shutil.rmtree(tmp_path / "out/configs")  # what the run itself noted counts
+    edit_config(tmp_path / "out/runs/b-s0", "teacher", weights=str(tmp_path / "demo-teacher/teacher.safetensors"))
+    assert sweep.main([str(path)]) == 0, "the demo's teacher is where the run puts it"
+    edit_config(tmp_path / "out/runs/a-s0", "evaluation", max_train_images=5)
+    assert sweep.main([str(path)]) == 1
+    assert "evaluation.max_train_images: 5 -> " in table(tmp_path)["a", "0"]["error"]
+    assert started(tmp_path) == ["a-s0", "b-s0"]
+
+
+def edit_config(run: Path, section: str, **values: Any) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config[section] |= values
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
 def test_a_run_that_died_while_it_was_evaluated_is_gone_on_with(tmp_path: Path) -> None:
     """The student's accuracies are on disk before the rest."""
     path = write_sweep(tmp_path, {"a": []}, seeds=[0])
@@ -149,6 +168,7 @@ def test_seeds_can_be_made_one_by_one_and_the_tables_are_of_all(tmp_path: Path) 
     assert {key: line["status"] for key, line in table(tmp_path).items()} == {
         ("a", "0"): "not made", ("a", "2"): "done", ("b", "0"): "not made", ("b", "2"): "done",
     }  # fmt: skip
+    assert sweep.main([str(path), "--seeds", "7"]) == 2, "nothing to make is not a success"
 
 
 def test_jobs_run_beside_each_other_with_slots_and_ports_of_their_own(tmp_path: Path) -> None:
@@ -232,6 +252,24 @@ MISTAKES = {
         },
         "row b: epochs_as: an epoch costs something else than in a (curriculum.mode: leap -> fixed)",
     ),
+    "another price by labels": (
+        {
+            "rows": {
+                "a": ["curriculum.mode=fixed", "student.num_classes=10"],
+                "b": {
+                    "like": "a",
+                    "overrides": ["objective.kd_alpha=0.5"],
+                    "epochs_as": {"of": "a", "by": "teacher_flops"},
+                },
+            }
+        },
+        "row b: epochs_as: an epoch costs something else than in a (objective.kd_alpha: 0.0 -> 0.5)",
+    ),
+    "a row's seed": ({"rows": {"a": ["seed=7"]}}, "row a: seed=7: is the sweep's to set"),
+    "any seed": ({"rows": {"a": []}, "seeds": [0, -1]}, "row a: seed=-1: must not be negative"),
+    "no base": ({"rows": {"a": []}, "base": None}, "base=None: expected a text"),
+    "a launcher": ({"rows": {"a": []}, "launcher": ["python"]}, "launcher=['python']: expected a text"),
+    "an output": ({"rows": {"a": []}, "output": 20260701}, "output=20260701: expected a text"),
     "a name": ({"rows": {"a/b": []}}, "row a/b: a name of letters, digits"),
     "a column": ({"rows": {"a": []}, "show": ["knn"]}, "show: knn is none of student_knn"),
     "a program": ({"rows": {"a": []}, "launcher": "nosuch --n 2"}, "nosuch is not a program here"),

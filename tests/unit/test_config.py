@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from streaming.base.util import bytes_to_int
 
 from leap_dist.config import Config, describe, differences, flat, load, option_fields, to_yaml
 from leap_dist.errors import UserError
@@ -45,6 +46,9 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("telemetry.peak_tflops=0", ["telemetry.peak_tflops=0", "above 0"]),
         ("data.crop_pct=1.2", ["data.crop_pct=1.2", "(0, 1]"]),
         ("data.crop_scale=[0.9,0.1]", ["data.crop_scale=[0.9, 0.1]", "low <= high"]),
+        ("data.mixup_group=1", ["data.mixup_group=1", "at least 2", "data.mixup=false"]),
+        ("data.cache_limit=200gb", ["data.cache_limit=200gb", "only used with data.cache"]),
+        ("output=runs/${x}", ["Interpolation key 'x' not found"]),
         ("data.train=/no/such/folder", ["data.train=/no/such/folder", "no such folder"]),
         ("data.train=s3://bucket/set", ["data.train=s3://bucket/set", "data.cache"]),
         ("teacher.weights=/no/such/file.pth", ["teacher.weights=/no/such/file.pth", "no such file", "random"]),
@@ -68,6 +72,26 @@ def test_one_mistake_one_line(override: str, words: list[str]) -> None:
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("size", ["200000", "200000b", "1.5TB", " 64 kb"])
+def test_sizes_of_a_cache(size: str) -> None:
+    assert load(None, [*NEEDED, "data.cache=/c", f"data.cache_limit={size}"]).data.cache_limit == size
+    assert bytes_to_int(size) >= 64 * 1024
+    with pytest.raises(UserError, match="expected a size in bytes"):
+        load(None, [*NEEDED, "data.cache=/c", f"data.cache_limit={size}igs"])
+
+
+def test_texts_are_what_was_typed(tmp_path: Path) -> None:
+    """YAML would make 20260701 of the first, 10 of the second and True of the last."""
+    for text in ("2026_07_01", "0012", "1e3", "12:30", "yes"):
+        assert load(None, [*NEEDED, f"output={text}"]).output == text
+        (tmp_path / "run.yaml").write_text(f"output: {text}\n")
+        with pytest.raises(UserError, match=r"output=.* \(.*run.yaml\): expected text; put it in quotes"):
+            load(tmp_path / "run.yaml", NEEDED)
+        (tmp_path / "run.yaml").write_text(f"output: '{text}'\n")
+        assert load(tmp_path / "run.yaml", NEEDED).output == text
+    assert load(None, [*NEEDED, "data.val=digits", "data.val=null"]).data.val is None
 
 
 def test_combinations_that_cannot_be() -> None:

@@ -73,8 +73,8 @@ def test_snap_jumps_to_the_last_block() -> None:
     assert blocks_used(Curriculum(12, snap_to_last_at=3), [0.9] * 4) == [1, 2, 12, 12]
 
 
-def test_snap_applies_at_the_first_check_whatever_the_score() -> None:
-    assert blocks_used(Curriculum(12, start=5, snap_to_last_at=3), [0.1, 0.1]) == [5, 12]
+def test_snap_applies_to_the_start() -> None:
+    assert blocks_used(Curriculum(12, start=5, snap_to_last_at=3), [0.1, 0.1]) == [12, 12]
 
 
 def test_snap_applies_to_calibration_and_resume() -> None:
