@@ -10,7 +10,7 @@ import torch
 
 from leap_dist.config import Config
 from leap_dist.flops import StepFlops
-from leap_dist.timing import PHASES
+from leap_dist.timing import CALIBRATION, PHASES
 
 # Dense peaks in TFLOP/s of the vendors' data sheets: bf16 and fp16, TF32, fp32 outside the tensor cores. A name is
 # matched as a whole or by its beginning, the longest first ("NVIDIA A10" is not "NVIDIA A100").
@@ -24,10 +24,13 @@ PEAKS = {
     "NVIDIA H100 PCIe": (756.0, 378.0, 51.0),
     "NVIDIA H100 NVL": (835.0, 417.0, 60.0),
     "NVIDIA H200": (989.0, 494.0, 67.0),
+    "NVIDIA H200 NVL": (835.0, 417.0, 60.0),
     "NVIDIA GH200": (989.0, 494.0, 67.0),
     "NVIDIA GeForce RTX 3090": (71.0, 35.6, 35.6),
     "NVIDIA GeForce RTX 4090": (165.0, 82.6, 82.6),
 }
+# Other chips, or a slice of one, under the beginning of another's name.
+VARIANTS = {"MIG", "Laptop", "Max-Q", "Ti", "SUPER", "D", "NVL"}
 PARTS = ("teacher", "student", "match")
 
 
@@ -36,8 +39,16 @@ def peak_tflops(device_name: str, dtype: str, tf32: bool) -> Optional[float]:
     known = [name for name in PEAKS if device_name == name or device_name.startswith((f"{name} ", f"{name}-"))]
     if not known:
         return None
-    half, tf32_peak, single = PEAKS[max(known, key=len)]
+    name = max(known, key=len)
+    if VARIANTS & set(device_name.removeprefix(name).split()):
+        return None
+    half, tf32_peak, single = PEAKS[name]
     return half if dtype != "fp32" else tf32_peak if tf32 else single
+
+
+def device_name(device: torch.device) -> str:
+    """Of the GPU; "CPU" where there is none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def configured_peaks(config: Config, device: torch.device) -> Optional[dict[str, float]]:
@@ -46,7 +57,7 @@ def configured_peaks(config: Config, device: torch.device) -> Optional[dict[str,
     if config.telemetry.peak_tflops is not None:
         tflops: list[Optional[float]] = [config.telemetry.peak_tflops] * len(PARTS)
     elif device.type == "cuda":
-        name, tf32 = torch.cuda.get_device_name(device), torch.backends.cuda.matmul.fp32_precision == "tf32"
+        name, tf32 = device_name(device), torch.backends.cuda.matmul.fp32_precision == "tf32"
         tflops = [peak_tflops(name, dtype, tf32) for dtype in dtypes]
     else:
         return None
@@ -58,13 +69,16 @@ class Costs:
     """What a run has cost so far, over all its sessions; saved in every checkpoint.
 
     flops: of teacher (calibration included), student and match, over all ranks; full_flops: of the teacher, had every
-    step run all of it. seconds: of wall time; phases: seconds of rank 0 by phase.
+    step run all of it; calibration_flops: of the teacher, in the calibration. seconds: of wall time; phases: seconds of
+    rank 0 by phase. settings: what the steps were made with, each once (`Accountant.setting`).
     """
 
     flops: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     full_flops: float = 0.0
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
+    calibration_flops: float = 0.0
+    settings: list[str] = field(default_factory=list)
 
     @property
     def total_flops(self) -> float:
@@ -84,23 +98,31 @@ class Costs:
 
     @property
     def teacher_seconds_per_flop(self) -> float:
-        """Measured on rank 0, per FLOP of all ranks."""
-        return self.phases.get("teacher", 0.0) / self.flops["teacher"] if self.flops["teacher"] else 0.0
+        """Measured on rank 0, in steps, per FLOP of all ranks."""
+        flops = self.flops["teacher"] - self.calibration_flops
+        return self.phases.get("teacher", 0.0) / flops if flops else 0.0
 
     @property
     def time_saved_estimate(self) -> float:
         """Share of wall time not spent, at the measured seconds per FLOP of the teacher so far."""
-        spared = (self.full_flops - self.flops["teacher"]) * self.teacher_seconds_per_flop
+        flops = self.full_flops - self.flops["teacher"] + self.calibration_flops
+        spared = flops * self.teacher_seconds_per_flop - self.phases.get(CALIBRATION, 0.0)
         return spared / (spared + self.seconds) if self.seconds else 0.0
 
 
 class Accountant:
     """Charges steps to a run's `Costs` and says what the last ones cost.
 
-    peaks: see `configured_peaks`.
+    peaks: see `configured_peaks`. device: see `device_name`. setting: in words, what this session's seconds depend on.
     """
 
-    def __init__(self, config: Config, flops: StepFlops, ranks: int, peaks: Optional[Mapping[str, float]]) -> None:
+    def __init__(
+        self, config: Config, flops: StepFlops, ranks: int, peaks: Optional[Mapping[str, float]], device: str = "CPU"
+    ) -> None:
+        self.setting = (
+            f"{ranks} x {device}, engine.accumulation={config.engine.accumulation}, "
+            f"teacher.placement={config.teacher.placement}"
+        )
         self._flops = flops
         self._batch = config.data.global_batch
         self._every_layer = config.curriculum.mode == "all_layers"
@@ -121,11 +143,14 @@ class Accountant:
         costs.flops["student"] += flops.student_step() * self._batch
         costs.flops["match"] += (flops.match + scored * flops.evidence) * self._batch + scored * flops.cka
         costs.full_flops += flops.teacher.upto(self._depth) * self._batch
+        if self.setting not in costs.settings:
+            costs.settings.append(self.setting)
 
     def charge_calibration(self, costs: Costs) -> None:
         """One pass over the whole teacher, and every block's score."""
         flops = self._flops
-        costs.flops["teacher"] += flops.teacher.upto(self._depth) * self._batch
+        costs.calibration_flops = flops.teacher.upto(self._depth) * self._batch
+        costs.flops["teacher"] += costs.calibration_flops
         costs.flops["student"] += flops.student.forward * self._batch
         costs.flops["match"] += self._depth * ((flops.match // 3 + flops.evidence) * self._batch + flops.cka)
 
@@ -143,7 +168,7 @@ class Accountant:
             {"images_per_s": steps * self._batch / seconds, "time/step": seconds / steps}
             | {f"time/{phase}": value / steps for phase, value in phases.items()}
             | {f"flops/{part}": value / steps / 1e12 for part, value in flops.items()}
-            | {f"total_seconds/{phase}": costs.phases.get(phase, 0.0) for phase in PHASES}
+            | {f"total_seconds/{phase}": costs.phases.get(phase, 0.0) for phase in (*PHASES, CALIBRATION)}
             | {f"total_pflops/{part}": costs.flops[part] / 1e15 for part in PARTS}
             | self._savings(block, costs)
             | self._utilisation(flops, seconds)

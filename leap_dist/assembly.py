@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from leap_dist.backbone import DTYPES
 from leap_dist.checkpoint import Checkpoints, find_resume
 from leap_dist.config import DEMO_TEACHER, Config, matching_head
 from leap_dist.coordinator import Coordinator
@@ -20,7 +21,7 @@ from leap_dist.distributed import World, barrier, check_nodes
 from leap_dist.engine import build_engine, micro_batch
 from leap_dist.errors import UserError
 from leap_dist.flops import step_flops
-from leap_dist.heads import check_widths
+from leap_dist.heads import check_impl, check_widths
 from leap_dist.ledger import replayed_schedule
 from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer
@@ -52,7 +53,7 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
     check_pipelines(config.teacher, ranks=world.size, local_size=world.local_size, batch=batch)
     spec = describe_teacher(config.teacher, config.data.image_size)
     curriculum = build_curriculum(config.curriculum, spec.depth)
-    check_pair(config, spec)
+    check_pair(config, spec, world.device)
     check_sources(config.data, world)
     if world.is_main:
         warn_of_normalisation(config, spec)
@@ -99,8 +100,8 @@ def build_objective(config: Config, spec: TeacherSpec) -> Objective:
     return Objective(student, spec.dim, spec.grid, config.objective, config.curriculum.metric, targets)
 
 
-def check_pair(config: Config, spec: TeacherSpec) -> None:
-    """Raise UserError where teacher and student do not go together, before either is loaded."""
+def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
+    """Raise UserError where teacher and student do not go together on this device, before either is loaded."""
     student: Student = build_student(config.student, config.data.image_size, spec.dim, torch.device("meta"))
     if config.curriculum.mode == "all_layers" and student.depth != spec.depth:
         raise UserError(
@@ -113,6 +114,8 @@ def check_pair(config: Config, spec: TeacherSpec) -> None:
             f"teacher has logits at its last block only, which is {spec.depth}"
         )
     check_widths(matching_head(config.objective, config.student.remedy), student.width, spec.dim)
+    products, targets = DTYPES[config.engine.precision], DTYPES[config.teacher.dtype]
+    check_impl(config.objective.impl, student.width, products, targets, device)
     layered = inspect.signature(student.backbone.forward_intermediates).parameters
     if config.curriculum.mode == "all_layers" and "return_prefix_tokens" not in layered:
         raise UserError(f"curriculum.mode=all_layers: student.model={config.student.model} cannot give every layer")

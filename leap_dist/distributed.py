@@ -6,6 +6,7 @@ With one process nothing here communicates, so the rest of the code never asks h
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import socket
 from collections import Counter
@@ -13,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, NamedTuple, Optional, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ from leap_dist.errors import UserError
 
 _T = TypeVar("_T")
 _LABEL_BYTES, _ROW = 96, 8
-FIRST_GPU = Path("/dev/nvidia0")
+GPUS = "/dev/nvidia[0-9]*"  # a container may show any of them
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def check_gpus(local_rank: int) -> None:
                 f"LOCAL_RANK={local_rank}, but this process sees {seen} GPU{'s' * (seen > 1)}: start no more processes "
                 "a node than it has GPUs, and let each see all of them (SLURM: no --gpus-per-task, no --gpu-bind)"
             )
-    elif FIRST_GPU.exists() and not _is_cpu_wanted():
+    elif glob.glob(GPUS) and not _is_cpu_wanted():
         raise UserError(
             f"this node has a GPU that torch {torch.__version__} cannot use: its CUDA {torch.version.cuda} needs a "
             "newer driver (or install a torch for an older CUDA); DS_ACCELERATOR=cpu trains on the CPU"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from leap_dist.errors import UserError
 from leap_dist.evidence import CkaEvidence, CosineEvidence, Evidence
 from leap_dist.losses import spectral_loss
-from leap_kernels import alignment_moments, feature_match
+from leap_kernels.feature_match import alignment_moments, feature_match, obstacle
 
 Metric = Literal["cka", "cosine"]
 Grid = tuple[int, int]
@@ -103,3 +103,13 @@ def check_widths(kind: str, width: int, teacher_width: int) -> None:
         )
     if kind == "pooled" and width > teacher_width:
         raise UserError(f"objective.head=pooled: {teacher_width} channels of the teacher cannot be averaged to {width}")
+
+
+def check_impl(impl: str, width: int, products: torch.dtype, target: torch.dtype, device: torch.device) -> None:
+    """Raise UserError where the op has no such implementation for students of this width.
+
+    products: dtype they are taken in; target: of the teacher's features.
+    """
+    found = obstacle(device, width, products, target) if impl == "triton" else None
+    if found is not None:
+        raise UserError(f"objective.impl=triton {found}; use objective.impl=auto")

@@ -24,8 +24,12 @@ def reset_heads(engine: Any, seed: int) -> None:
 def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
     """Both what the next forward reads and ZeRO's own master copy, which would undo the former at the next step."""
     import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.copy_(value.to(parameter.device))
-    safe_set_full_fp32_param(parameter, value.to(parameter.device))
+    if hasattr(parameter, "ds_tensor"):
+        # DeepSpeed 0.19's setter of the whole fails on the last rank where the parts, of one size, are more than it.
+        safe_set_local_fp32_param(parameter, parameter.ds_tensor)
+    else:
+        safe_set_full_fp32_param(parameter, value.to(parameter.device))

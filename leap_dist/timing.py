@@ -20,6 +20,10 @@ PHASES = (
     "broadcast",
 )  # fmt: skip
 
+# Before the first step. A phase of its own: it reads the whole teacher from the disk, and what is compiled when it is
+# first used is compiled here, so its seconds say nothing about a step's.
+CALIBRATION = "calibration"
+
 
 class _Span(NamedTuple):
     """A phase on the device's clock; `outer` is the phase around it, if any."""

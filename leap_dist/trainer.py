@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leap_dist.accounting import Accountant, Costs, configured_peaks
+from leap_dist.accounting import Accountant, Costs, configured_peaks, device_name
 from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config
 from leap_dist.coordinator import Coordinator
@@ -42,7 +42,7 @@ from leap_dist.reset import reset_heads
 from leap_dist.spectroscope import Spectroscope
 from leap_dist.teacher import Teacher
 from leap_dist.telemetry import memory_bytes
-from leap_dist.timing import PhaseTimer
+from leap_dist.timing import CALIBRATION, PhaseTimer
 from leap_dist.validation import Validation
 
 MIXUP, DROPOUT, HEAD = range(3)  # streams of random numbers
@@ -117,7 +117,9 @@ class Trainer:
         self.timer = parts.timer
         for head in parts.engine.module.heads:
             self.timer.watch(head, "match")
-        self.accountant = Accountant(config, parts.flops, world.size, configured_peaks(config, world.device))
+        self.accountant = Accountant(
+            config, parts.flops, world.size, configured_peaks(config, world.device), device_name(world.device)
+        )
         self.profiler = ProfilerWindow(config, world, self.timer, parts.teacher.blocks)
         self.journal = Journal(config, world, self.curriculum, parts.teacher.spec.depth)
         self.spectroscope = Spectroscope(config, world, parts.engine.module.heads[-1])
@@ -381,16 +383,14 @@ class Trainer:
         """The 1-indexed block with the highest score on this batch; the shallowest of equals."""
         evidence: list[Evidence] = []
         self.engine.eval()
-        for batch in batches:
-            for images in self._view(batch, self.progress.step)[0].split(CALIBRATION_CHUNK):
-                with self.timer.phase("teacher"):
-                    targets = list(self.teacher.sweep(images))
-                with self.timer.phase("student.forward"):
-                    found = self.engine(images, targets, True).evidence
-                evidence = [a.merged(b) for a, b in zip(evidence, found, strict=True)] if evidence else found
+        with self.timer.phase(CALIBRATION, host=True):
+            for batch in batches:
+                for images in self._view(batch, self.progress.step)[0].split(CALIBRATION_CHUNK):
+                    found = self.engine(images, list(self.teacher.sweep(images)), True).evidence
+                    evidence = [a.merged(b) for a, b in zip(evidence, found, strict=True)] if evidence else found
+            scores = HostCopy(torch.stack([self._score(item) for item in evidence])).read()
         self.engine.train()
         self.accountant.charge_calibration(self.costs)
-        scores = HostCopy(torch.stack([self._score(item) for item in evidence])).read()
         return 1 + max(range(len(scores)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
 
     # -- what it cost, what is shown, what is kept --------------------------------------------------------------------

@@ -22,7 +22,7 @@ from _bench import Row, device_name, interleaved, peak_memory, peaks, quantiles,
 from torch import Tensor
 
 from leap_dist.alignment import linear_cka
-from leap_kernels import feature_match
+from leap_kernels.feature_match import choose, feature_match
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.bfloat16}
 PARTS = ("forward", "backward", "full")
@@ -64,6 +64,8 @@ class Problem:
     def flops(self, name: str, cka: bool) -> float:
         """Multiply-adds times two of a full step; symmetric products count half."""
         m, ds, dt = self.shape
+        if name == "auto":
+            name = choose(name, self.student, self.teacher, self.dtype, cka)
         if name in ("eager", "reference"):
             return 6 * m * ds * dt + 6 * m * dt * dt * cka
         own = 4 * m * ds * dt if name == "triton" else 2 * m * ds * dt + 2 * m * ds * ds

@@ -18,6 +18,7 @@ Impl = Literal["auto", "reference", "gram", "triton"]
 Objective = Literal["mse", "normalised", "cosine"]
 IMPLS = get_args(Impl)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+MIN_CAPABILITY = (8, 0)  # Ampere
 MAX_TRITON_WIDTH = 1024  # a block of student rows and its float32 gradient stay on chip
 MAX_TRITON_WIDTH_FLOAT32 = 512  # 16 rows by 16 channels of 768 take 131 kB of shared memory, an L40S has 101
 
@@ -83,7 +84,7 @@ def feature_match(
     if objective not in OBJECTIVES:
         raise ValueError(f"feature_match: objective={objective!r} is not one of {', '.join(OBJECTIVES)}")
     compute = _compute_dtype(student, weight, bias)
-    chosen = _choose(impl, student, teacher, compute, moments)
+    chosen = choose(impl, student, teacher, compute, moments)
     with torch.autocast(student.device.type, enabled=False):
         if chosen != "gram":
             student, weight, bias = student.to(compute), weight.to(compute), None if bias is None else bias.to(compute)
@@ -98,9 +99,16 @@ def feature_match(
 def alignment_moments(student: Tensor, teacher: Tensor) -> Moments:
     """Moments of (S, T) for tokens S (M, Ds), T (M, Dt) that are matched without a projection.
 
-    As `feature_match` gives them, whatever the autocast; no gradient.
+    As `feature_match` gives them, without gradient: of 16-bit products where these are on a CUDA device and Triton can
+    run, else in float32.
     """
+    compute = _compute_dtype(student, student, None)
+    tensor_cores = student.device.type == "cuda" and compute.itemsize == 2
     with torch.autocast(student.device.type, enabled=False):
+        if tensor_cores and obstacle(student.device, 0, compute, teacher.dtype) is None:
+            from leap_kernels.feature_match import triton_kernel
+
+            return triton_kernel.moments(student, teacher, compute)
         return gram.moments(student, teacher)
 
 
@@ -136,7 +144,8 @@ def _compute_dtype(student: Tensor, weight: Tensor, bias: Tensor | None) -> torc
     return student.dtype
 
 
-def _choose(impl: str, student: Tensor, teacher: Tensor, compute: torch.dtype, moments: bool) -> str:
+def choose(impl: str, student: Tensor, teacher: Tensor, compute: torch.dtype, moments: bool) -> str:
+    """The implementation that `feature_match` takes for these tokens and products in `compute`; ValueError as there."""
     if impl not in IMPLS:
         raise ValueError(f"feature_match: impl={impl!r} is not one of {', '.join(IMPLS)}")
     if impl not in ("auto", "triton"):
@@ -144,25 +153,28 @@ def _choose(impl: str, student: Tensor, teacher: Tensor, compute: torch.dtype, m
     if impl == "auto" and not moments and student.shape[0] <= student.shape[1]:
         # Class tokens, mostly: 3 M Ds Dt multiply-adds, where the Gram form needs 2 (M + Ds) Ds Dt + 1.5 M Ds^2.
         return "reference"
-    obstacle = _obstacle(student.device, student.shape[1], compute, teacher.dtype)
+    found = obstacle(student.device, student.shape[1], compute, teacher.dtype)
     if impl == "auto":
         # In float32 the fused kernel spills registers (compiled for sm_90); plain Gram products are cuBLAS's best case.
         if student.device.type != "cuda" or compute.itemsize > 2:
             return "gram"
-        return "triton" if obstacle is None else "gram" if moments else "reference"
-    if obstacle is not None:
-        raise ValueError(f"feature_match: impl='triton' {obstacle}")
+        return "triton" if found is None else "gram" if moments else "reference"
+    if found is not None:
+        raise ValueError(f"feature_match: impl='triton' {found}")
     return impl
 
 
-def _obstacle(device: torch.device, width: int, compute: torch.dtype, teacher: torch.dtype) -> str | None:
-    """What keeps the Triton kernels from running, if anything does."""
+def obstacle(device: torch.device, width: int, compute: torch.dtype, teacher: torch.dtype) -> str | None:
+    """What keeps the Triton kernels from matching student tokens of this width, if anything does: "needs ..."."""
     if not HAS_TRITON:
         return "needs the triton package"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs a CUDA device (or TRITON_INTERPRET=1), but the inputs are on {device}"
     if device.type == "cuda" and not _has_compiler():
         return "needs a C compiler, with which Triton builds its launcher: install gcc, or set CC"
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+        # Compiled for a T4: from a width of 768 on no tile fits its shared memory.
+        return f"needs a GPU of compute capability {MIN_CAPABILITY} or above, this one has {capability}"
     if wrong := {compute, teacher} - {torch.float32, torch.bfloat16, torch.float16}:
         return f"takes float32, bfloat16 and float16, got {', '.join(sorted(map(str, wrong)))}"
     widest = MAX_TRITON_WIDTH_FLOAT32 if compute == torch.float32 else MAX_TRITON_WIDTH

@@ -359,6 +359,13 @@ def forward(
         return _mse(_Rows(student), weight, bias, _target(teacher, objective == "normalised"), gradients, moments)
 
 
+@torch.no_grad()
+def moments(student: Tensor, teacher: Tensor, compute: torch.dtype) -> Moments:
+    """Alignment moments alone, as `reference.moments` defines them, of products in the dtype `compute`."""
+    with torch.cuda.device_of(student):
+        return _all_moments(_Rows(student), _Rows(teacher), student.new_empty(0, dtype=compute))
+
+
 def _target(teacher: Tensor, normalised: bool) -> _Rows:
     if not normalised:
         return _Rows(teacher)
@@ -392,17 +399,20 @@ def _moments(mean_s: Tensor, mean_t: Tensor, css: Tensor, cts: Tensor, t: _Rows,
     return Moments(n, mean_s, mean_t, css, cts, _gram(t, t, mean_t, mean_t, like))
 
 
+def _all_moments(s: _Rows, t: _Rows, like: Tensor) -> Moments:
+    mean_s, mean_t = s.mean().float(), t.mean().float()
+    css, cts = _gram(s, s, mean_s, mean_s, like), _gram(t, s, mean_t, mean_s, like)
+    return _moments(mean_s, mean_t, css, cts, t, like)
+
+
 def _cosine(s: _Rows, weight: Tensor, bias: Tensor | None, t: _Rows, gradients: bool, moments: bool) -> Result:
     (m, ds), dt = s.x.shape, weight.shape[0]
     (pp, pt, tt), _ = _match(s, weight, bias, t.x, None, 0.0, gradients=False, stats=True)
     norm_p, norm_t = pp.sqrt().clamp_min(COSINE_EPS), tt.sqrt().clamp_min(COSINE_EPS)
     beta = -1 / (norm_p * norm_t)
     cos = -pt * beta
-    loss, alpha, stats = (1 - cos).mean(), cos / pp.clamp_min(COSINE_EPS**2), None
-    if moments:
-        mean_s, mean_t = s.mean().float(), t.mean().float()
-        css, cts = _gram(s, s, mean_s, mean_s, s.x), _gram(t, s, mean_t, mean_s, s.x)
-        stats = _moments(mean_s, mean_t, css, cts, t, s.x)
+    loss, alpha = (1 - cos).mean(), cos / pp.clamp_min(COSINE_EPS**2)
+    stats = _all_moments(s, t, s.x) if moments else None
     if not gradients:
         return Result(loss, moments=stats)
     # Times Dt, so that the residual and the scaled rows sit near 1 where float16 has its digits.

@@ -165,6 +165,8 @@ def _matching_problems(config: Config) -> list[str]:
         problems.append(f"objective.head=pooled with student.remedy={remedy}: the widths are equal; use none or linear")
     if head != "linear" and config.curriculum.reset_head:
         problems.append(f"curriculum.reset_head=true with objective.head={head}: there is no head to reset")
+    if head != "linear" and config.objective.impl != "auto":
+        problems.append(f"objective.impl={config.objective.impl} with objective.head={head}: only used with linear")
     if remedy == "wide_last" and config.curriculum.mode == "all_layers":
         problems.append(
             "student.remedy=wide_last with curriculum.mode=all_layers: the blocks before the last have another width"

@@ -40,7 +40,7 @@ class LazyBackbone:
             for block in self.backbone.blocks:
                 block.compile()
         stem = self._read(self._stem_names())
-        self.fingerprint = fingerprint(stem)
+        self.fingerprint = fingerprint({name: stem[name] for name in stem if name not in self._weights.computed})
         _fill(self.backbone.stem, stem, device)
 
     def hold(self, wanted: Iterable[int]) -> None:
@@ -80,11 +80,13 @@ class LazyBackbone:
     @contextmanager
     def visiting(self, index: int) -> Iterator[None]:
         """A block is loaded inside, and as before afterwards."""
-        was_loaded = self.is_loaded(index)
+        was_loaded, coming = self.is_loaded(index), self._coming.get(index)
         self.load(index)
         yield
         if not was_loaded:
             self._drop(index)
+            if coming is not None:
+                self._coming[index] = coming
 
     def to_teacher(self, images: Tensor) -> Tensor:
         """Images as the stem takes them."""
@@ -108,7 +110,10 @@ class LazyBackbone:
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors by their names inside the stem or the block, in the teacher's dtype."""
         tensors = self._weights.read(names)
-        return {_inside(name): tensor.to(self.dtype) for name, tensor in tensors.items()}
+        return {
+            _inside(name): tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
 
     def _read_ahead(self, index: int) -> dict[str, Tensor]:
         """A copy in memory rather than pages of a file; pinned where a device will fetch it."""

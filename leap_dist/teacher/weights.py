@@ -33,7 +33,12 @@ _UNREADABLE = (
 
 
 class Weights(Protocol):
-    """Tensors by timm's names, read when they are asked for. May be called from any thread."""
+    """Tensors by timm's names, read when they are asked for. May be called from any thread.
+
+    computed: names of those that are not stored but computed from what is, which processors may round differently.
+    """
+
+    computed: frozenset[str]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors on the host, as they are stored; the caller casts them."""
@@ -61,7 +66,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """A few letters that differ where weights do."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
 
 
@@ -73,6 +78,7 @@ class RandomWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.computed = frozenset()
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._seeds = {name: seed for seed, name in enumerate(self._shapes)}
 
@@ -102,6 +108,7 @@ class FileWeights:
         by_place = {_place(tensor): key for key, tensor in stored.items() if isinstance(tensor, Tensor)}
         self._stored_as = {key: by_place[_place(value)] for key, value in fitted.items() if _place(value) in by_place}
         self._computed = {key: value.clone() for key, value in fitted.items() if key not in self._stored_as}
+        self.computed = frozenset(self._computed)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         stored = _read(self._path)

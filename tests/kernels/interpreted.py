@@ -2,7 +2,8 @@
 
 Triton reads TRITON_INTERPRET when it is first imported, which in a test session other tests may long have done. A case
 is a dict of inputs (student, weight, bias, teacher), options and, if wanted, tiles and autocast; its result is a list
-of tensors (loss, gradients of student, weight, bias, moments), or the message of the error. On a GPU the tuners choose
+of tensors (loss, gradients of student, weight, bias, moments), or the message of the error. One that is "alone" has the
+moments only, of products in that dtype. On a GPU the tuners choose
 only in cases that say "tuned": all of them would take minutes to compile.
 """
 
@@ -30,6 +31,9 @@ def run(case: dict[str, Any]) -> list[torch.Tensor | None] | str:
             tensors[name].requires_grad_()
     for tuner, default, tiles in zip(TUNERS, DEFAULTS, case.get("tiles") or (None, None), strict=True):
         tuner.configs = [triton.Config(tiles)] if tiles else default if case.get("tuned") else default[-1:]
+    if "alone" in case:
+        found = triton_kernel.moments(tensors["student"], tensors["teacher"], case["alone"])
+        return [x.cpu() for x in found]
     try:
         with torch.autocast(DEVICE, case.get("autocast") or torch.bfloat16, enabled="autocast" in case):
             loss, moments = feature_match(**tensors, impl="triton", moments=True, **case["options"])

@@ -249,23 +249,38 @@ def test_chunks_and_strips_do_not_change_the_result(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("width", "dtype", "moments", "compiler", "chosen"),
+    ("width", "dtype", "moments", "compiler", "capability", "chosen"),
     [
-        (384, torch.bfloat16, False, True, "triton"),
-        (384, torch.float16, True, True, "triton"),
-        (384, torch.float32, False, True, "gram"),
-        (1280, torch.bfloat16, False, True, "reference"),  # eager has 16-bit products, the Gram form float32 ones
-        (1280, torch.bfloat16, True, True, "gram"),
-        (384, torch.bfloat16, False, False, "reference"),
+        (384, torch.bfloat16, False, True, (9, 0), "triton"),
+        (384, torch.float16, True, True, (8, 0), "triton"),
+        (384, torch.float32, False, True, (9, 0), "gram"),
+        (
+            1280,
+            torch.bfloat16,
+            False,
+            True,
+            (9, 0),
+            "reference",
+        ),  # eager's products are 16-bit, the Gram form's are not
+        (1280, torch.bfloat16, True, True, (9, 0), "gram"),
+        (384, torch.bfloat16, False, False, (9, 0), "reference"),
+        (384, torch.float16, False, True, (7, 5), "reference"),
     ],
 )
 def test_what_auto_takes_on_a_gpu(
-    width: int, dtype: torch.dtype, moments: bool, compiler: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+    width: int,
+    dtype: torch.dtype,
+    moments: bool,
+    compiler: bool,
+    capability: tuple[int, int],
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(op, "_has_compiler", lambda: compiler)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         student, teacher = (torch.empty(4096, d, dtype=dtype, device="cuda") for d in (width, 1536))
-    assert op._choose("auto", student, teacher, dtype, moments) == chosen
+    assert op.choose("auto", student, teacher, dtype, moments) == chosen
 
 
 S, W, B, T = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(5), torch.zeros(4, 5)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from leap_dist.alignment import linear_cka, linear_cka_of_features
 from leap_kernels import Moments, feature_match
+from leap_kernels.feature_match import reference
 
 NAMES = ("loss", "student", "weight", "bias", *Moments._fields)
 # What the kernel may add to plain PyTorch's own error. bfloat16: the interpreter cuts bits off where a GPU rounds.
@@ -80,7 +81,9 @@ AUTOCAST = case(40, 24, 40, torch.float32) | {"autocast": torch.bfloat16}
 SHIFTED = case(700, 24, 40, torch.bfloat16, offset=30.0)
 OTHERS = {"nan": NAN, "fit": FIT, "autocast": AUTOCAST, "shifted": SHIFTED, "again": CASES["float32-mse"],
           "float64": case(4, 3, 5, torch.float64), "wide": case(4, 1025, 5, torch.bfloat16),
-          "wide in float32": case(4, 513, 5, torch.float32)}  # fmt: skip
+          "wide in float32": case(4, 513, 5, torch.float32),
+          "moments": case(300, 40, 50, torch.float32, offset=30.0) | {"alone": torch.bfloat16},
+          "moments, wider": case(70, 1100, 20, torch.bfloat16) | {"alone": torch.bfloat16}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,15 @@ def test_cka_where_the_mean_is_thirty_times_the_spread(results: dict[str, Any]) 
     s, w, _, t = (x.double() for x in SHIFTED["inputs"].values())
     score = linear_cka(Moments(*results["shifted"][4:]), w)
     assert abs(score - linear_cka_of_features(s @ w.T, t)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["moments", "moments, wider"])
+def test_moments_alone_round_what_is_left_of_the_means(name: str, results: dict[str, Any]) -> None:
+    student, teacher = (OTHERS[name]["inputs"][which].double() for which in ("student", "teacher"))
+    truth = reference.moments(student, teacher)
+    for what, got, true in zip(Moments._fields, results[name], truth, strict=True):
+        assert got.dtype == torch.float32 and error(got, true) < TOLERANCE[torch.bfloat16], what
+    assert abs(linear_cka(Moments(*results[name]), None) - linear_cka(truth, None)) < 1e-3
 
 
 def test_what_the_kernels_cannot_take_is_named(results: dict[str, Any]) -> None:

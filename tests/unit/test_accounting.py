@@ -61,6 +61,19 @@ def test_points_are_per_step_since_the_last_point_and_savings_of_the_whole_run(t
     assert points["speed/mfu"] == pytest.approx(8 * 37 / 4.0 / 200)
 
 
+def test_a_calibration_says_nothing_about_the_speed_of_steps(tmp_path: Path) -> None:
+    """It took 30 s, mostly to read the teacher; a step's teacher takes 0.1 s at block 1 of 12 FLOPs for 47."""
+    accountant, costs = Accountant(stub_config(tmp_path), FLOPS, 1, None), Costs()
+    accountant.charge_calibration(costs)
+    for _ in range(100):
+        accountant.charge(costs, block=1, scored=True)
+    costs.phases, costs.seconds = {"calibration": 30.0, "teacher": 10.0}, 60.0
+    assert costs.teacher_seconds_per_flop == pytest.approx(0.1 / (4 * 12))
+    saved = 100 * 0.1 * (47 / 12 - 1) - 30.0
+    assert costs.time_saved_estimate == pytest.approx(saved / (saved + 60.0))
+    assert accountant.scalars(99, 1, costs)["total_seconds/calibration"] == 30.0
+
+
 def test_the_last_block_has_no_next_one_and_an_unknown_peak_no_utilisation(tmp_path: Path) -> None:
     accountant, costs = Accountant(stub_config(tmp_path), FLOPS, 1, None), Costs()
     accountant.charge(costs, block=4, scored=False)
@@ -82,6 +95,12 @@ def test_the_last_block_has_no_next_one_and_an_unknown_peak_no_utilisation(tmp_p
         ("NVIDIA H100 80GB HBM2e", "bf16", False, None),
         ("NVIDIA L40S", "bf16", False, 362.0),
         ("NVIDIA T1000", "bf16", False, None),
+        ("NVIDIA H200", "bf16", False, 989.0),
+        ("NVIDIA H200 NVL", "bf16", False, 835.0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", False, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", False, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", False, None),
+        ("NVIDIA GeForce RTX 3090 Ti", "bf16", False, None),
     ],
 )
 def test_peaks_are_known_or_not_guessed(name: str, dtype: str, tf32: bool, tflops: float | None) -> None:

@@ -128,10 +128,10 @@ def test_more_processes_than_gpus_in_sight(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu_unasked(
     there: bool, asked: dict[str, str], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = tmp_path / "nvidia0"
+    (tmp_path / "nvidiactl").touch()
     if there:
-        gpu.touch()
-    monkeypatch.setattr(distributed, "FIRST_GPU", gpu)
+        (tmp_path / "nvidia3").touch()
+    monkeypatch.setattr(distributed, "GPUS", str(tmp_path / Path(distributed.GPUS).name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)

@@ -187,7 +187,7 @@ def test_distillation_alone_needs_a_fixed_target() -> None:
 def test_the_launched_pair_fits_together(name: str) -> None:
     """CaiT-S24 and DeiT-Tiny, without weights or memory; CaiT's class attention and classifier count at block 24."""
     config = load(LAUNCHED / f"{name}_caits24_deittiny_imagenet1k.yaml", ["data.train=digits"])
-    check_pair(config, describe_teacher(config.teacher, 224))
+    check_pair(config, describe_teacher(config.teacher, 224), torch.device("cpu"))
     flops = step_flops(config)
     assert flops.teacher.upto(24) - flops.teacher.upto(23) == flops.teacher.blocks[23] + flops.teacher.classifier
     assert flops.teacher.classifier > 2 * 384 * 1000
@@ -200,4 +200,4 @@ def test_distillation_from_a_block_without_logits_is_refused() -> None:
     path = LAUNCHED / "baseline_caits24_deittiny_imagenet1k.yaml"
     config = load(path, ["data.train=digits", "curriculum.block=12"])
     with pytest.raises(UserError, match=r"kd_alpha=0.9 with curriculum.block=12: .* last block only, which is 24"):
-        check_pair(config, describe_teacher(config.teacher, 224))
+        check_pair(config, describe_teacher(config.teacher, 224), torch.device("cpu"))

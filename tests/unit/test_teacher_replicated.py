@@ -83,6 +83,17 @@ def test_the_next_block_is_read_before_it_is_needed(monkeypatch):
     assert len(asked) == DEPTH, "a block was read twice"
 
 
+def test_what_is_read_ahead_outlasts_the_calibration(images):
+    blocks = lazy()
+    teacher = ReplicatedTeacher(blocks)
+    coming = dict(blocks._coming)
+    assert list(coming) == [1]
+    first = [features.patch.clone() for features in teacher.sweep(images)]
+    assert blocks._coming == coming
+    teacher.retarget(2)
+    assert torch.equal(teacher.features(images).patch, first[1])
+
+
 def test_half_precision_halves_what_is_resident():
     assert 2 * build(dtype="bf16").resident_bytes() == build().resident_bytes()
 

@@ -261,3 +261,20 @@ def test_the_fingerprint_tells_weights_apart_and_not_files(state, tmp_path):
     torch.save(state | {"patch_embed.proj.bias": state["patch_embed.proj.bias"] + 1}, other)
     assert fingerprint(here) == fingerprint(there)
     assert len({fingerprint(here), fingerprint(other), fingerprint("random")}) == 3
+    # A position embedding of another grid is resampled, which processors round differently.
+    stored = timm_model(image_size=70).state_dict()
+    for name, bump in ((here, 0.0), (there, 1e-3)):
+        save_file(stored | {"pos_embed": stored["pos_embed"] + bump}, name.with_suffix(".safetensors"))
+    assert fingerprint(here.with_suffix(".safetensors")) == fingerprint(there)
+
+
+def test_counters_of_a_convolutional_stem_stay_whole_numbers(tmp_path):
+    """MobileCLIP's stem has batch norms, with 0-d int64 buffers among its weights."""
+    name, kwargs = "vit_base_mci_224", {"depth": 1}
+    stored = timm.create_model(name, num_classes=0, img_size=32, **kwargs).state_dict()
+    counters = {key: torch.tensor(1001) for key in stored if key.endswith("num_batches_tracked")}
+    save_file(stored | counters, tmp_path / "weights.safetensors")
+    config = TeacherConfig(model=name, kwargs=kwargs, weights=str(tmp_path / "weights.safetensors"), dtype="bf16")
+    found = dict(LazyBackbone(config, 32, torch.device("cpu")).backbone.stem.named_buffers())
+    assert counters and all(torch.equal(found[key], counter) for key, counter in counters.items())
+    assert found[next(iter(counters)).replace("num_batches_tracked", "running_mean")].dtype == torch.bfloat16

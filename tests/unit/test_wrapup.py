@@ -31,16 +31,35 @@ def test_time_and_efficiency_follow_the_steps_spent_on_each_block(
     trainer.close()
     assert [block for _, block in trainer.progress.trajectory] == [1, 2, 3, 4]  # 1, 1, 1 and 3 steps
     trainer.costs.seconds = 100.0
+    trainer.costs.phases = {"calibration": 3.0 * calibration, "data": 1.0}
     seconds = {block: 1.0 + 2.0 * block for block in range(1, DEPTH + 1)}
     monkeypatch.setattr(wrapup, "_seconds_by_depth", lambda teacher, images, blocks: {b: seconds[b] for b in blocks})
     summary = wrapup._time_saved(config, ONE, trainer)
-    saved = (6 + 4 + 2) - 9 * calibration
+    saved = (6 + 4 + 2) - 3 * calibration
     assert summary["time_saved_seconds"] == pytest.approx(saved)
     assert summary["time_saved"] == pytest.approx(saved / (saved + 100))
+    assert summary["time_saved_at_least"] == pytest.approx((saved - 1) / (saved - 1 + 100))
     spared = 40 * (3 + 2 + 1) - 160 * calibration
     assert summary["skip_efficiency"] == pytest.approx(summary["time_saved"] / trainer.costs.flops_saved)
     assert trainer.costs.teacher_saved == pytest.approx(spared / (6 * 160))
-    assert summary["teacher_skip_efficiency"] == pytest.approx((saved / (6 * 9)) / (spared / (6 * 160)))
+    passes = 12 / 9 - calibration
+    assert summary["teacher_skip_efficiency"] == pytest.approx((passes / 6) / (spared / (6 * 160)))
+
+
+def test_a_run_that_is_judged_elsewhere_keeps_the_times_it_was_made_in(tmp_path: Path) -> None:
+    config = stub_config(tmp_path, "curriculum.threshold=-1")
+    trainer = stub_trainer(config)
+    assert trainer.run()
+    first = wrapup.wrap_up(config, ONE, trainer)
+    trainer.close()
+    assert trainer.costs.settings == ["1 x CPU, engine.accumulation=1, teacher.placement=replicated"]
+    trainer.accountant.setting = "8 x NVIDIA H200"
+    again = wrapup.wrap_up(config, ONE, trainer)
+    assert {key: again[key] for key in wrapup.TIMES} == {key: first[key] for key in wrapup.TIMES}
+    trainer.costs.settings.append("8 x NVIDIA H200")  # steps on both
+    trainer.progress.step += 1
+    mixed = wrapup.wrap_up(config, ONE, trainer)
+    assert [mixed[key] for key in wrapup.TIMES] == [None] * len(wrapup.TIMES)
 
 
 def test_the_final_block_is_the_last_one_trained_on(tmp_path: Path) -> None:
