@@ -79,7 +79,7 @@ where the peak is not known (`telemetry.peak_tflops` sets it).
 Against a run that runs the whole teacher at every step, from the first step on, calibration included:
 **flops/teacher_saved_fraction** of the teacher's FLOPs, **savings/flops** of all FLOPs, **savings/time_estimate** of
 wall time. The last is an *estimate*: FLOPs not run, at the teacher's measured seconds per FLOP so far, as if no other
-phase hid them. `summary.json` has the measured value: every depth is timed at the end of the run.
+phase hid them. `summary.json` has it measured, every depth timed at the end of the run, and the least it can be.
 **savings/efficiency_estimate** is time saved / FLOPs saved (the LEAP paper: 21 % / 25.1 % = 0.84); 1 means that every
 FLOP not run has saved its share of the time.
 """,
