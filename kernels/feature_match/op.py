@@ -174,7 +174,8 @@ def obstacle(device: torch.device, width: int, compute: torch.dtype, teacher: to
         return "needs a C compiler, with which Triton builds its launcher: install gcc, or set CC"
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
         # Compiled for a T4: from a width of 768 on no tile fits its shared memory.
-        return f"needs a GPU of compute capability {MIN_CAPABILITY} or above, this one has {capability}"
+        least, own = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
+        return f"needs a GPU of compute capability {least} or above, this one has {own}"
     if wrong := {compute, teacher} - {torch.float32, torch.bfloat16, torch.float16}:
         return f"takes float32, bfloat16 and float16, got {', '.join(sorted(map(str, wrong)))}"
     widest = MAX_TRITON_WIDTH_FLOAT32 if compute == torch.float32 else MAX_TRITON_WIDTH
