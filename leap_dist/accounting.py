@@ -8,7 +8,7 @@ from typing import Optional
 
 import torch
 
-from leap_dist.config import Config
+from leap_dist.config import Config, flat
 from leap_dist.flops import StepFlops
 from leap_dist.timing import CALIBRATION, PHASES
 
@@ -32,23 +32,28 @@ PEAKS = {
 # Other chips, or a slice of one, under the beginning of another's name.
 VARIANTS = {"MIG", "Laptop", "Max-Q", "Ti", "SUPER", "D", "NVL"}
 PARTS = ("teacher", "student", "match")
+# What a step's seconds depend on among what may change when a run goes on.
+TIMED_BY = (
+    "engine.accumulation", "objective.impl", "teacher.compile", "teacher.memory_budget", "teacher.microbatches",
+    "teacher.placement", "teacher.rebalance", "teacher.stages",
+)  # fmt: skip
 
 
-def peak_tflops(device_name: str, dtype: str, tf32: bool) -> Optional[float]:
+def peak_tflops(gpu: str, dtype: str, tf32: bool) -> Optional[float]:
     """Dense peak of a GPU in `dtype` (fp32, bf16, fp16), or None where it is not known. tf32: fp32 may use it."""
-    known = [name for name in PEAKS if device_name == name or device_name.startswith((f"{name} ", f"{name}-"))]
+    known = [name for name in PEAKS if gpu == name or gpu.startswith((f"{name} ", f"{name}-"))]
     if not known:
         return None
     name = max(known, key=len)
-    if VARIANTS & set(device_name.removeprefix(name).split()):
+    if VARIANTS & set(gpu.removeprefix(name).split()):
         return None
     half, tf32_peak, single = PEAKS[name]
     return half if dtype != "fp32" else tf32_peak if tf32 else single
 
 
 def device_name(device: torch.device) -> str:
-    """Of the GPU; "CPU" where there is none."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    """Of the GPU, or how many threads of a CPU are used."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
 def configured_peaks(config: Config, device: torch.device) -> Optional[dict[str, float]]:
@@ -119,10 +124,8 @@ class Accountant:
     def __init__(
         self, config: Config, flops: StepFlops, ranks: int, peaks: Optional[Mapping[str, float]], device: str = "CPU"
     ) -> None:
-        self.setting = (
-            f"{ranks} x {device}, engine.accumulation={config.engine.accumulation}, "
-            f"teacher.placement={config.teacher.placement}"
-        )
+        options = flat(config)
+        self.setting = ", ".join([f"{ranks} x {device}", *(f"{key}={options[key]}" for key in TIMED_BY)])
         self._flops = flops
         self._batch = config.data.global_batch
         self._every_layer = config.curriculum.mode == "all_layers"

@@ -79,7 +79,7 @@ class Curriculum:
         return True
 
     def restart_at(self, block: int) -> None:
-        """Begin at `block`, as calibration chose it."""
+        """Begin at `block`, or where that snaps to."""
         self._enter(block)
         self._snap()
 

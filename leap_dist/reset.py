@@ -29,7 +29,7 @@ def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.copy_(value.to(parameter.device))
     if hasattr(parameter, "ds_tensor"):
-        # DeepSpeed 0.19's setter of the whole fails on the last rank where the parts, of one size, are more than it.
+        # DeepSpeed 0.19's setter of the whole fails on the last rank where the ranks' parts are padded to one size.
         safe_set_local_fp32_param(parameter, parameter.ds_tensor)
     else:
         safe_set_full_fp32_param(parameter, value.to(parameter.device))

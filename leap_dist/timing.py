@@ -20,8 +20,8 @@ PHASES = (
     "broadcast",
 )  # fmt: skip
 
-# Before the first step. A phase of its own: it reads the whole teacher from the disk, and what is compiled when it is
-# first used is compiled here, so its seconds say nothing about a step's.
+# Before the first step: the whole teacher is read from the disk, and what is compiled at its first use is compiled, so
+# its seconds say nothing about a step's.
 CALIBRATION = "calibration"
 
 
@@ -58,6 +58,7 @@ class PhaseTimer:
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
         self.tracing = False
+        self._muted = False
         self._seconds: dict[str, float] = defaultdict(float)
         self._running: dict[bool, list[str]] = {True: [], False: []}  # by clock: the device's, the host's
         self._unread: deque[_Span] = deque()
@@ -65,6 +66,9 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str, host: bool = False) -> Iterator[None]:
         """Time the body. `host`: wall time also on CUDA, for work the device has no part in."""
+        if self._muted:
+            yield
+            return
         on_device = self.on_cuda and not host
         running = self._running[on_device]
         outer = running[-1] if running else None
@@ -78,6 +82,16 @@ class PhaseTimer:
             self._unread.append(_Span(name, outer, begin, end))
         else:
             self._add(name, outer, end - begin)
+
+    @contextmanager
+    def only(self, name: str) -> Iterator[None]:
+        """Time the body, which ends with nothing left for the device to do, by the wall clock, as this one phase: those
+        inside it do not count.
+        """
+        self._muted, begin = True, time.perf_counter()
+        yield
+        self._muted = False
+        self._add(name, None, time.perf_counter() - begin)
 
     def watch(self, module: nn.Module, name: str) -> None:
         """Time every forward pass of `module` as phase `name`, wherever it is called from."""

@@ -129,6 +129,7 @@ class Trainer:
         self.coming: Optional[Work] = None
         self.pending: Optional[Pending] = None
         self.stopping = False
+        self.first_step = 0  # of this session
         self.saved_step = -1
         self._ledger_from: tuple[int, Optional[Path]] = (0, None)  # lines known to the checkpoint, its run's folder
         self._clock_zero = time.perf_counter()
@@ -139,6 +140,7 @@ class Trainer:
         """Continue from the checkpoint at `path`."""
         state = self.checkpoints.load(self.engine, path)
         self.progress = Progress(**state["progress"])
+        self.first_step = self.progress.step
         self.costs = Costs(**state["costs"])
         self.timer.carry_on(self.costs.phases)
         self._ledger_from = (state["ledger_lines"], path.parent.parent)
@@ -375,6 +377,8 @@ class Trainer:
             how, chosen = "calibrated", self._calibrated(batches)
             self.coordinator.start_at(chosen)
             how = how if self.curriculum.block == chosen else "snap"
+        elif self.config.curriculum.start not in (None, self.curriculum.block):
+            how = "snap"
         self._read_clocks()
         self.accountant.begin(self.progress.step, self.costs)  # rates are of steps, not of the calibration
         self.journal.start(how)
@@ -383,7 +387,7 @@ class Trainer:
         """The 1-indexed block with the highest score on this batch; the shallowest of equals."""
         evidence: list[Evidence] = []
         self.engine.eval()
-        with self.timer.phase(CALIBRATION, host=True):
+        with self.timer.only(CALIBRATION):
             for batch in batches:
                 for images in self._view(batch, self.progress.step)[0].split(CALIBRATION_CHUNK):
                     found = self.engine(images, list(self.teacher.sweep(images)), True).evidence

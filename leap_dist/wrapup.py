@@ -23,7 +23,7 @@ from leap_dist.files import write_json
 from leap_dist.student import Student
 from leap_dist.teacher import Teacher
 from leap_dist.telemetry import table
-from leap_dist.timing import CALIBRATION
+from leap_dist.timing import CALIBRATION, PHASES
 from leap_dist.trainer import Trainer
 
 TIMED_PASSES = 5
@@ -37,18 +37,19 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
     """Export, evaluate, write `summary.json` and the figures, print the table. Collective; returns the summary.
 
     What needs the whole teacher comes last: a run that ended early never had all of it in memory, and if it does not
-    fit, student and figures are there.
+    fit, student and figures are there. A run that is only judged anew keeps its summary until the new one is whole.
     """
     exported = export_student(trainer.engine, config, world)
-    before = _earlier_summary(config, trainer)
-    summary = _progress_summary(config, trainer)
-    _write(summary, config, world)
+    summary, times = _progress_summary(config, trainer), _earlier_times(config, world, trainer)
+    if times is None:
+        _write(summary, config, world)
     trainer.loader.close()  # its workers' memory is free for those of the evaluation
     judge = None if config.data.val is None else Judge(config, world)
     if judge is not None:
         summary |= judge.student(load_student(exported, world.device))
-        _write(summary, config, world)
-    summary |= _time_saved(config, world, trainer) if _is_one_setting(world, trainer) else before
+        if times is None:
+            _write(summary, config, world)
+    summary |= _time_saved(config, world, trainer) if times is None else times
     if judge is not None:
         summary |= judge.teacher(trainer.teacher)
     _write(summary, config, world)
@@ -61,17 +62,12 @@ def _write(summary: dict[str, Any], config: Config, world: World) -> None:
         write_json(Path(config.output) / "summary.json", summary)
 
 
-def _earlier_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
-    """What the end of this very run said of its time, if it is only judged anew; else None for every figure."""
+def _earlier_times(config: Config, world: World, trainer: Trainer) -> Optional[dict[str, Any]]:
+    """What the end of this very run said of its time, if this session made no step. Rank 0's for all; collective."""
     path = Path(config.output) / "summary.json"
-    earlier = json.loads(path.read_text()) if path.is_file() else {}
-    same = earlier.get("steps") == trainer.progress.step
-    return {key: earlier.get(key) if same else None for key in TIMES}
-
-
-def _is_one_setting(world: World, trainer: Trainer) -> bool:
-    """Whether all steps were made as this session would make them, so that passes timed now are comparable to them."""
-    return gather_objects(trainer.costs.settings == [trainer.accountant.setting], world)[0]
+    earlier = json.loads(path.read_text()) if world.is_main and path.is_file() else {}
+    same = trainer.first_step == trainer.progress.step == earlier.get("steps") and "time_saved" in earlier
+    return gather_objects({key: earlier[key] for key in TIMES if key in earlier} if same else None, world)[0]
 
 
 def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
@@ -93,13 +89,13 @@ def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _time_saved(config: Config, world: World, trainer: Trainer) -> dict[str, float]:
+def _time_saved(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
     """Seconds the early exits saved on this rank, and how well they follow the FLOPs.
 
     skip_efficiency: share of wall time saved over share of all FLOPs saved, as LEAP reports it (21 % / 25.1 %).
     teacher_skip_efficiency: the same of the teacher alone. Absent where nothing was saved.
-    time_saved_at_least: if as much of it as there was to hide in had hidden, a deeper pass behind what its step waited
-    for.
+    time_saved_at_least: had the deeper passes hidden behind what the run did beside or before them (`_hiding_places`).
+    None where the run was continued in another setting: passes of now are not comparable with its steps.
     Every block that was a target is timed now, in one sitting, where the placement puts it, and weighted with the steps
     the run spent on it: what the run itself took on a busy machine could not be compared with a full pass timed at
     another moment.
@@ -107,15 +103,19 @@ def _time_saved(config: Config, world: World, trainer: Trainer) -> dict[str, flo
     progress, costs, depth = trainer.progress, trainer.costs, trainer.teacher.spec.depth
     if config.curriculum.mode == "all_layers":
         return {"time_saved_seconds": 0.0, "time_saved": 0.0, "time_saved_at_least": 0.0}
+    if not gather_objects(costs.settings == [trainer.accountant.setting], world)[0]:
+        return {"time_saved_seconds": None, "time_saved": None, "time_saved_at_least": None}
     size = config.data.image_size
     images = torch.randn(micro_batch(config, world), 3, size, size, device=world.device)
     upto = _seconds_by_depth(trainer.teacher, images, {depth, *(block for _, block in progress.trajectory)})
     ends = [step for step, _ in progress.trajectory[1:]] + [progress.step]
     steps = [(end - first, block) for (first, block), end in zip(progress.trajectory, ends, strict=True)]
     passes_saved = sum(count * (1 - upto[block] / upto[depth]) for count, block in steps)  # in whole teachers
-    saved = passes_saved * upto[depth] * config.engine.accumulation - costs.phases.get(CALIBRATION, 0.0)
+    whole = upto[depth] * config.engine.accumulation
+    calibration = costs.phases.get(CALIBRATION, 0.0)
+    saved = passes_saved * whole - calibration
+    least = max(0.0, passes_saved * whole - _hiding_places(config, trainer)) - calibration
     time_saved = saved / (saved + costs.seconds)
-    least = max(min(saved, 0.0), saved - _hiding_places(config, trainer))
     summary = {
         "full_teacher_seconds_per_pass": upto[depth],
         "time_saved_seconds": saved,
@@ -123,19 +123,17 @@ def _time_saved(config: Config, world: World, trainer: Trainer) -> dict[str, flo
         "time_saved_at_least": least / (least + costs.seconds),
     }
     if costs.flops_saved > 0:
-        calibrations = 1 if costs.calibration_flops else 0
         summary["skip_efficiency"] = time_saved / costs.flops_saved
-        summary["teacher_skip_efficiency"] = (passes_saved - calibrations) / (progress.step * costs.teacher_saved)
+        summary["teacher_skip_efficiency"] = saved / whole / (progress.step * costs.teacher_saved)
     return summary
 
 
 def _hiding_places(config: Config, trainer: Trainer) -> float:
     """Seconds of the run in which a longer pass of the teacher might have gone unnoticed: waiting for data and, where
-    the teacher works ahead on a stream of its own, all that the student does.
+    the teacher works ahead on a stream of its own, every other phase.
     """
-    phases = ["data"]
-    if config.teacher.prefetch and trainer.timer.on_cuda:
-        phases += ["student.forward", "match", "student.backward", "optimizer"]
+    alone = not (config.teacher.prefetch and trainer.timer.on_cuda)
+    phases = ["data"] if alone else [phase for phase in PHASES if phase != "teacher"]
     return sum(trainer.costs.phases.get(phase, 0.0) for phase in phases)
 
 
@@ -223,7 +221,7 @@ def _decimals(value: Optional[float]) -> Optional[str]:
 
 def _time_in_words(summary: dict[str, Any]) -> str:
     if summary["time_saved"] is None:
-        return "not measured: ranks or devices have changed since"
+        return "not measured: ranks, devices or the teacher's options changed during the run"
     at_least = _percent(summary["time_saved_at_least"])
     return f"{_percent(summary['time_saved'])} ({summary['time_saved_seconds']:.1f} s), at least {at_least}"
 

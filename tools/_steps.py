@@ -54,7 +54,8 @@ def load_for_steps(path: Path | None, overrides: list[str], *, batch: int, outpu
     Raises:
         UserError: as `leap_dist.config.load`, or an override of what the tools decide.
     """
-    decided = [*FIXED, f"data.global_batch={batch}", f"data.mixup_group={batch}", f"output={output}"]
+    mixing = f"data.mixup_group={batch}" if batch > 1 else "data.mixup=false"
+    decided = [*FIXED, f"data.global_batch={batch}", mixing, f"output={output}"]
     for override in overrides:
         if override.split("=")[0] in {item.split("=")[0] for item in decided}:
             raise UserError(f"{override}: decided by this tool; leave it out")

@@ -39,7 +39,11 @@ PRICED = (
     "curriculum.",
     "teacher.",
     "student.",
-    "objective.",
+    "objective.cls_weight",
+    "objective.feature:",  # not its weight
+    "objective.head",
+    "objective.impl",
+    "objective.kd_alpha",
     "data.train",
     "data.image_size",
     "data.global_batch",
@@ -141,6 +145,8 @@ def read_plan(path: Path, out: Optional[Path], overrides: Sequence[str]) -> Plan
     out = out or Path(output or f"runs/sweeps/{path.stem}")
     rows = _rows(spec["rows"], _listed(spec, "seeds", int, str(path)) or (0,), str(path))
     common = (*_listed(spec, "common", str, str(path)), *overrides)
+    for override in common:
+        _require_free(override, f"{path}, common or command line")
     runs = {}
     for row in rows.values():
         config = _config(row, path.parent / base, common)
@@ -222,17 +228,20 @@ def _row(name: str, value: Any, above: dict[str, Row], seeds: tuple[int, ...], w
 
 def _config(row: Row, base: Path, common: Sequence[str]) -> Config:
     """A row's config; seed and output are still to be set, and the whole still to be checked."""
-    overrides = (*common, *row.overrides)
-    for text in overrides:
-        if text.partition("=")[0] in OWNED:
-            raise UserError(f"row {row.name}: {text}: is the sweep's to set ({', '.join(OWNED)})")
+    for text in row.overrides:
+        _require_free(text, f"row {row.name}")
     try:
-        config = load(base, [*overrides, "resume=auto", "telemetry.progress=false"], check=False)
+        config = load(base, [*common, *row.overrides, "resume=auto", "telemetry.progress=false"], check=False)
     except UserError as error:
         raise UserError(f"row {row.name}: {error}") from None
     if row.epochs_as and config.curriculum.mode == "leap":
         raise UserError(f"row {row.name}: epochs_as: what an epoch of a curriculum costs is not known before it")
     return config
+
+
+def _require_free(override: str, where: str) -> None:
+    if override.partition("=")[0] in OWNED:
+        raise UserError(f"{where}: {override}: the sweep itself sets {', '.join(OWNED)}")
 
 
 def _require_equal_epochs(row: Row, runs: dict[str, Run]) -> None:
@@ -268,7 +277,8 @@ def conflict(run: Run) -> Optional[str]:
     if not left.is_file():
         return None
     there = load(left, [], check=False)
-    if run.config.teacher.weights == DEMO_TEACHER:  # where that lies only the run knows
+    demo = run.config.teacher.weights == DEMO_TEACHER  # the run notes the file that it has put beside its folder
+    if demo and Path(there.teacher.weights).parent.resolve() == (run.folder.parent / "demo-teacher").resolve():
         there = replace(there, teacher=replace(there.teacher, weights=DEMO_TEACHER))
     changed = differences(there, run.config, also=MEASURED)
     return f"{run.folder} holds a run of another config ({abridged(changed)}); remove it" if changed else None

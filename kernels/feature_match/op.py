@@ -100,12 +100,15 @@ def alignment_moments(student: Tensor, teacher: Tensor) -> Moments:
     """Moments of (S, T) for tokens S (M, Ds), T (M, Dt) that are matched without a projection.
 
     As `feature_match` gives them, without gradient: of 16-bit products where these are on a CUDA device and Triton can
-    run, else in float32.
+    run, else in float32. ValueError for wrong shapes or devices.
     """
+    if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher) or student.device != teacher.device:
+        got = [(tuple(x.shape), str(x.device)) for x in (student, teacher)]
+        raise ValueError(f"alignment_moments: wants student (M, Ds) and teacher (M, Dt) on one device, got {got}")
     compute = _compute_dtype(student, student, None)
     tensor_cores = student.device.type == "cuda" and compute.itemsize == 2
     with torch.autocast(student.device.type, enabled=False):
-        if tensor_cores and obstacle(student.device, 0, compute, teacher.dtype) is None:
+        if tensor_cores and obstacle(student.device, None, compute, teacher.dtype) is None:
             from leap_kernels.feature_match import triton_kernel
 
             return triton_kernel.moments(student, teacher, compute)
@@ -164,8 +167,8 @@ def choose(impl: str, student: Tensor, teacher: Tensor, compute: torch.dtype, mo
     return impl
 
 
-def obstacle(device: torch.device, width: int, compute: torch.dtype, teacher: torch.dtype) -> str | None:
-    """What keeps the Triton kernels from matching student tokens of this width, if anything does: "needs ..."."""
+def obstacle(device: torch.device, width: int | None, compute: torch.dtype, teacher: torch.dtype) -> str | None:
+    """What keeps Triton from matching student tokens of this width (None: from their moments), if anything does."""
     if not HAS_TRITON:
         return "needs the triton package"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -179,7 +182,7 @@ def obstacle(device: torch.device, width: int, compute: torch.dtype, teacher: to
     if wrong := {compute, teacher} - {torch.float32, torch.bfloat16, torch.float16}:
         return f"takes float32, bfloat16 and float16, got {', '.join(sorted(map(str, wrong)))}"
     widest = MAX_TRITON_WIDTH_FLOAT32 if compute == torch.float32 else MAX_TRITON_WIDTH
-    if width > widest:
+    if width is not None and width > widest:
         return f"holds a student row on chip: with products in {compute} Ds is at most {widest}, got {width}"
     return None
 

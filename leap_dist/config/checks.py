@@ -45,6 +45,7 @@ def problems(config: Config) -> list[str]:
     """Every impossible value or combination, one line each."""
     return [
         *_range_problems(config),
+        *_pixel_problems(config.data),
         *_mixing_problems(config.data),
         *_cache_problems(config.data),
         *_curriculum_problems(config.curriculum),
@@ -104,8 +105,6 @@ def _range_problems(config: Config) -> list[str]:
         "optim.final_lr_fraction": optim.final_lr_fraction,
         "optim.momentum": optim.momentum,
     }
-    low, high = data.crop_scale
-    pixels_hold = all(map(math.isfinite, (*data.mean, *data.std)))
     betas_hold = all(0 <= beta < 1 for beta in optim.betas)
     return [
         *(f"{key}={value}: must be at least 1" for key, value in at_least_one.items() if not value >= 1),
@@ -113,9 +112,16 @@ def _range_problems(config: Config) -> list[str]:
         *(f"{key}={value}: must be above 0" for key, value in above_zero.items() if not value > 0),
         *(f"{key}=inf: must be finite" for key, value in (at_least_zero | above_zero).items() if value == math.inf),
         *(f"{key}={value}: must be between 0 and 1" for key, value in fractions.items() if not 0 <= value <= 1),
-        *([] if pixels_hold else ["data.mean, data.std: must be finite"]),
         *([] if config.seed < 2**32 else [f"seed={config.seed}: must be below 2**32"]),
         *([] if betas_hold else [f"optim.betas={list(optim.betas)}: each must be in [0, 1)"]),
+    ]
+
+
+def _pixel_problems(data: DataConfig) -> list[str]:
+    low, high = data.crop_scale
+    finite = all(map(math.isfinite, (*data.mean, *data.std)))
+    return [
+        *([] if finite else ["data.mean, data.std: must be finite"]),
         *([] if 0 < low <= high <= 1 else [f"data.crop_scale=[{low}, {high}]: must satisfy 0 < low <= high <= 1"]),
         *([] if 0 < data.crop_pct <= 1 else [f"data.crop_pct={data.crop_pct}: must be in (0, 1]"]),
     ]

@@ -283,6 +283,36 @@ def test_what_auto_takes_on_a_gpu(
     assert op.choose("auto", student, teacher, dtype, moments) == chosen
 
 
+@pytest.mark.parametrize(
+    ("products", "capability", "fused"),
+    [
+        (torch.bfloat16, (9, 0), True),
+        (torch.float16, (8, 0), True),
+        (torch.float32, (9, 0), False),
+        (torch.float16, (7, 5), False),
+    ],
+)
+def test_moments_alone_are_taken_where_tensor_cores_are(
+    products: torch.dtype, capability: tuple[int, int], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from leap_kernels.feature_match import triton_kernel
+
+    monkeypatch.setattr(op, "_compute_dtype", lambda *_: products)  # there is no autocast for CUDA without CUDA
+    monkeypatch.setattr(op, "_has_compiler", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton_kernel, "moments", lambda student, teacher, compute: compute)
+    monkeypatch.setattr(gram, "moments", lambda student, teacher: None)
+    with FakeTensorMode():
+        student, teacher = (torch.empty(64, 1536, device="cuda") for _ in range(2))
+        assert op.alignment_moments(student, teacher) == (products if fused else None)
+
+
+def test_moments_of_unequal_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"wants student \(M, Ds\) and teacher \(M, Dt\) on one device"):
+        op.alignment_moments(torch.zeros(3, 4), torch.zeros(4, 4))
+
+
 S, W, B, T = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(5), torch.zeros(4, 5)
 
 

@@ -135,8 +135,11 @@ def test_a_run_that_was_judged_again_by_hand_is_not_taken_for_the_sweeps(tmp_pat
     path = write_sweep(tmp_path, {"a": [], "b": ["teacher.weights=demo"]}, seeds=[0])
     assert sweep.main([str(path)]) == 0
     shutil.rmtree(tmp_path / "out/configs")  # what the run itself noted counts
-    edit_config(tmp_path / "out/runs/b-s0", "teacher", weights=str(tmp_path / "demo-teacher/teacher.safetensors"))
+    edit_config(tmp_path / "out/runs/b-s0", "teacher", weights=str(tmp_path / "out/runs/demo-teacher/teacher.pt"))
     assert sweep.main([str(path)]) == 0, "the demo's teacher is where the run puts it"
+    edit_config(tmp_path / "out/runs/b-s0", "teacher", weights="/elsewhere/teacher.pt")
+    assert sweep.main([str(path)]) == 1
+    edit_config(tmp_path / "out/runs/b-s0", "teacher", weights="demo")
     edit_config(tmp_path / "out/runs/a-s0", "evaluation", max_train_images=5)
     assert sweep.main([str(path)]) == 1
     assert "evaluation.max_train_images: 5 -> " in table(tmp_path)["a", "0"]["error"]
@@ -265,7 +268,8 @@ MISTAKES = {
         },
         "row b: epochs_as: an epoch costs something else than in a (objective.kd_alpha: 0.0 -> 0.5)",
     ),
-    "a row's seed": ({"rows": {"a": ["seed=7"]}}, "row a: seed=7: is the sweep's to set"),
+    "a row's seed": ({"rows": {"a": ["seed=7"]}}, "row a: seed=7: the sweep itself sets seed, output, resume"),
+    "everybody's seed": ({"rows": {"a": []}, "common": ["seed=7"]}, "common or command line: seed=7: the sweep itself"),
     "any seed": ({"rows": {"a": []}, "seeds": [0, -1]}, "row a: seed=-1: must not be negative"),
     "no base": ({"rows": {"a": []}, "base": None}, "base=None: expected a text"),
     "a launcher": ({"rows": {"a": []}, "launcher": ["python"]}, "launcher=['python']: expected a text"),

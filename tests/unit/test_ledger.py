@@ -63,6 +63,8 @@ def test_the_end_of_an_epoch_is_a_decision_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_snap_and_a_calibrated_start_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "start", "curriculum.start=2", "curriculum.snap_to_last_at=2", "epochs=1")
+    assert lines(tmp_path / "start")[0]["reason"] == "snap"
     run(tmp_path / "snap", "curriculum.threshold=-1", "curriculum.snap_to_last_at=2", "epochs=1")
     assert [(line["reason"], line["next_block"]) for line in lines(tmp_path / "snap")[1:3]] == [
         ("snap", DEPTH), ("last_block", DEPTH),

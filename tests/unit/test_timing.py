@@ -40,6 +40,19 @@ def test_a_watched_module_is_timed_wherever_it_is_called_and_taken_off_what_is_a
     assert sum(totals.values()) == pytest.approx(elapsed, abs=0.002)
 
 
+def test_inside_the_only_phase_no_other_counts() -> None:
+    timer, module = PhaseTimer(torch.device("cpu")), Sleeper()
+    timer.watch(module, "match")
+    with timer.only("calibration"):
+        module(0.02)
+        with timer.phase("communication"):
+            time.sleep(0.01)
+    totals = timer.totals()
+    assert set(totals) == {"calibration"} and 0.03 <= totals["calibration"] < 0.2
+    module(0.01)
+    assert timer.totals()["match"] >= 0.01
+
+
 def test_a_second_session_counts_on() -> None:
     timer = PhaseTimer(torch.device("cpu"))
     timer.carry_on({"teacher": 100.0})

@@ -16,9 +16,11 @@ from leap_dist.data import build_eval_loader, resolve
 from leap_dist.export import export_student, load_student
 
 
-@pytest.mark.parametrize(("start", "calibration"), [("1", 0), ("null", 1)])
+@pytest.mark.parametrize(
+    ("start", "calibration", "waited"), [("1", 0, 1.0), ("null", 1, 1.0), ("1", 0, 40.0), ("null", 1, 40.0)]
+)
 def test_time_and_efficiency_follow_the_steps_spent_on_each_block(
-    start: str, calibration: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: str, calibration: int, waited: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pass costs 1 s and 2 s a block; its FLOPs are 10 a block: time saves less than FLOPs do."""
     config = stub_config(tmp_path, f"curriculum.start={start}", "curriculum.threshold=-1")
@@ -31,35 +33,49 @@ def test_time_and_efficiency_follow_the_steps_spent_on_each_block(
     trainer.close()
     assert [block for _, block in trainer.progress.trajectory] == [1, 2, 3, 4]  # 1, 1, 1 and 3 steps
     trainer.costs.seconds = 100.0
-    trainer.costs.phases = {"calibration": 3.0 * calibration, "data": 1.0}
+    trainer.costs.phases = {"calibration": 3.0 * calibration, "data": waited, "optimizer": 50.0}
     seconds = {block: 1.0 + 2.0 * block for block in range(1, DEPTH + 1)}
     monkeypatch.setattr(wrapup, "_seconds_by_depth", lambda teacher, images, blocks: {b: seconds[b] for b in blocks})
     summary = wrapup._time_saved(config, ONE, trainer)
     saved = (6 + 4 + 2) - 3 * calibration
     assert summary["time_saved_seconds"] == pytest.approx(saved)
     assert summary["time_saved"] == pytest.approx(saved / (saved + 100))
-    assert summary["time_saved_at_least"] == pytest.approx((saved - 1) / (saved - 1 + 100))
+    least = max(0, 12 - waited) - 3 * calibration  # a calibration cannot hide
+    assert summary["time_saved_at_least"] == pytest.approx(least / (least + 100))
     spared = 40 * (3 + 2 + 1) - 160 * calibration
     assert summary["skip_efficiency"] == pytest.approx(summary["time_saved"] / trainer.costs.flops_saved)
     assert trainer.costs.teacher_saved == pytest.approx(spared / (6 * 160))
-    passes = 12 / 9 - calibration
-    assert summary["teacher_skip_efficiency"] == pytest.approx((passes / 6) / (spared / (6 * 160)))
+    assert summary["teacher_skip_efficiency"] == pytest.approx((saved / (6 * 9)) / (spared / (6 * 160)))
 
 
-def test_a_run_that_is_judged_elsewhere_keeps_the_times_it_was_made_in(tmp_path: Path) -> None:
+def test_a_run_that_is_judged_anew_keeps_the_times_it_was_made_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = stub_config(tmp_path, "curriculum.threshold=-1")
     trainer = stub_trainer(config)
     assert trainer.run()
     first = wrapup.wrap_up(config, ONE, trainer)
+    assert all(isinstance(first[key], float) for key in wrapup.TIMES)
     trainer.close()
-    assert trainer.costs.settings == ["1 x CPU, engine.accumulation=1, teacher.placement=replicated"]
-    trainer.accountant.setting = "8 x NVIDIA H200"
+    trainer.first_step = trainer.progress.step  # as when it is resumed
+    written = []
+    monkeypatch.setattr(wrapup, "_write", lambda summary, *_: written.append(dict(summary)))
     again = wrapup.wrap_up(config, ONE, trainer)
     assert {key: again[key] for key in wrapup.TIMES} == {key: first[key] for key in wrapup.TIMES}
-    trainer.costs.settings.append("8 x NVIDIA H200")  # steps on both
-    trainer.progress.step += 1
+    assert written == [again], "a kill would leave half a summary in the place of a whole one"
+
+
+def test_steps_of_two_settings_are_not_timed_in_one(tmp_path: Path) -> None:
+    config = stub_config(tmp_path, "curriculum.threshold=-1")
+    trainer = stub_trainer(config)
+    assert trainer.run()
+    trainer.close()
+    (setting,) = trainer.costs.settings
+    assert setting.startswith("1 x CPU (") and "teacher.compile=False" in setting
+    trainer.costs.settings.append("8 x NVIDIA H200")
     mixed = wrapup.wrap_up(config, ONE, trainer)
-    assert [mixed[key] for key in wrapup.TIMES] == [None] * len(wrapup.TIMES)
+    assert mixed["time_saved"] is None and "skip_efficiency" not in mixed
+    assert "not measured" in wrapup._final_table(mixed, config)
 
 
 def test_the_final_block_is_the_last_one_trained_on(tmp_path: Path) -> None:
