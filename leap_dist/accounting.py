@@ -51,18 +51,13 @@ def peak_tflops(gpu: str, dtype: str, tf32: bool) -> Optional[float]:
     return half if dtype != "fp32" else tf32_peak if tf32 else single
 
 
-def device_name(device: torch.device) -> str:
-    """Of the GPU, or how many threads of a CPU are used."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-
-
 def configured_peaks(config: Config, device: torch.device) -> Optional[dict[str, float]]:
     """FLOP/s that one rank could at best do in each of PARTS; None where a part's is not known."""
     dtypes = (config.teacher.dtype, config.engine.precision, config.engine.precision)
     if config.telemetry.peak_tflops is not None:
         tflops: list[Optional[float]] = [config.telemetry.peak_tflops] * len(PARTS)
     elif device.type == "cuda":
-        name, tf32 = device_name(device), torch.backends.cuda.matmul.fp32_precision == "tf32"
+        name, tf32 = torch.cuda.get_device_name(device), torch.backends.cuda.matmul.fp32_precision == "tf32"
         tflops = [peak_tflops(name, dtype, tf32) for dtype in dtypes]
     else:
         return None
@@ -118,7 +113,7 @@ class Costs:
 class Accountant:
     """Charges steps to a run's `Costs` and says what the last ones cost.
 
-    peaks: see `configured_peaks`. device: see `device_name`. setting: in words, what this session's seconds depend on.
+    peaks: see `configured_peaks`. device: in words. setting: in words, what this session's seconds depend on.
     """
 
     def __init__(

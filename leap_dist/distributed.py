@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import platform
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -94,6 +95,13 @@ def initialise(timeout: timedelta = timedelta(minutes=30)) -> World:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(cores)  # more threads than cores cost 2-3x in a ViT forward
     return world
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words; on CPU with its threads, without which a time means nothing."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def uses_gpus() -> bool:

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leap_dist.accounting import Accountant, Costs, configured_peaks, device_name
+from leap_dist.accounting import Accountant, Costs, configured_peaks
 from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config
 from leap_dist.coordinator import Coordinator
 from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, draw_mix, soft_labels
-from leap_dist.distributed import World, sum_over_ranks
+from leap_dist.distributed import World, device_name, sum_over_ranks
 from leap_dist.engine import update_numbers
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features

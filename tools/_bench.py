@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -32,13 +31,6 @@ class Row:
     memory: float
     tflops: float
     roofline: float
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words; on CPU with its threads, without which a time means nothing."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def versions(*more: str) -> str:

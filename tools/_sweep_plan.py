@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 from omegaconf import OmegaConf
 
-from leap_dist.config import DEMO_TEACHER, Config, abridged, differences, load, problems
+from leap_dist.config import DEMO_TEACHER, Config, abridged, differences, load, problems, to_yaml
 from leap_dist.errors import UserError
 
 KEYS = {"base", "output", "launcher", "seeds", "common", "rows", "show"}
@@ -145,8 +145,7 @@ def read_plan(path: Path, out: Optional[Path], overrides: Sequence[str]) -> Plan
     out = out or Path(output or f"runs/sweeps/{path.stem}")
     rows = _rows(spec["rows"], _listed(spec, "seeds", int, str(path)) or (0,), str(path))
     common = (*_listed(spec, "common", str, str(path)), *overrides)
-    for override in common:
-        _require_free(override, f"{path}, common or command line")
+    _require_free(common, f"{path}, common or command line")
     runs = {}
     for row in rows.values():
         config = _config(row, path.parent / base, common)
@@ -228,8 +227,7 @@ def _row(name: str, value: Any, above: dict[str, Row], seeds: tuple[int, ...], w
 
 def _config(row: Row, base: Path, common: Sequence[str]) -> Config:
     """A row's config; seed and output are still to be set, and the whole still to be checked."""
-    for text in row.overrides:
-        _require_free(text, f"row {row.name}")
+    _require_free(row.overrides, f"row {row.name}")
     try:
         config = load(base, [*common, *row.overrides, "resume=auto", "telemetry.progress=false"], check=False)
     except UserError as error:
@@ -239,9 +237,10 @@ def _config(row: Row, base: Path, common: Sequence[str]) -> Config:
     return config
 
 
-def _require_free(override: str, where: str) -> None:
-    if override.partition("=")[0] in OWNED:
-        raise UserError(f"{where}: {override}: the sweep itself sets {', '.join(OWNED)}")
+def _require_free(overrides: Sequence[str], where: str) -> None:
+    for text in overrides:
+        if text.partition("=")[0] in OWNED:
+            raise UserError(f"{where}: {text}: the sweep itself sets {', '.join(OWNED)}")
 
 
 def _require_equal_epochs(row: Row, runs: dict[str, Run]) -> None:
@@ -274,7 +273,7 @@ def result(run: Run, plan: Plan) -> Optional[dict[str, Any]]:
 def conflict(run: Run) -> Optional[str]:
     """How the run that is there differs from the one that is wanted, in a line; None if nothing is in the way."""
     left = run.folder / "config.yaml"  # of the last start, be it by hand
-    if not left.is_file():
+    if not left.is_file() or left.read_text() == to_yaml(run.config):  # parsing all runs after each takes seconds
         return None
     there = load(left, [], check=False)
     demo = run.config.teacher.weights == DEMO_TEACHER  # the run notes the file that it has put beside its folder

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 
 import psutil
 import torch
-from _bench import device_name, versions
+from _bench import versions
 
 from leap_dist.analysis import Subject, SurveyOptions, survey, timm_subject
 from leap_dist.config import RANDOM, TeacherConfig
 from leap_dist.data import Batch
-from leap_dist.distributed import World
+from leap_dist.distributed import World, device_name
 
 RATIO, SECONDS = 1.3, 60.0
 PAIRS = 64

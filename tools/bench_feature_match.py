@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _bench import Row, device_name, interleaved, peak_memory, peaks, quantiles, report, versions
+from _bench import Row, interleaved, peak_memory, peaks, quantiles, report, versions
 from torch import Tensor
 
 from leap_dist.alignment import linear_cka
+from leap_dist.distributed import device_name
 from leap_kernels.feature_match import choose, feature_match
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.bfloat16}

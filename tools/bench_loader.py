@@ -36,7 +36,7 @@ from typing import Any, NamedTuple, Optional
 
 import psutil
 import torch
-from _bench import device_name, versions
+from _bench import versions
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -47,7 +47,7 @@ from leap_dist.data import Feed, TrainLoader, build_train_loader, write_shards
 from leap_dist.data.colours import GREY, JITTER, RANGES
 from leap_dist.data.crops import RATIO
 from leap_dist.data.transforms import FLIP
-from leap_dist.distributed import World
+from leap_dist.distributed import World, device_name
 from leap_dist.errors import UserError
 from leap_dist.flops import step_flops
 

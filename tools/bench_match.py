@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _bench import device_name, interleaved, versions
+from _bench import interleaved, versions
 
 from leap_dist.assembly import build_objective
 from leap_dist.config import load
+from leap_dist.distributed import device_name
 from leap_dist.features import Features
 from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _bench import device_name, stopwatch, versions
+from _bench import stopwatch, versions
 from _steps import (
     HeldTeacher,
     aim,
@@ -50,7 +50,7 @@ from torch import Tensor, nn
 
 from leap_dist.backbone import DTYPES, build_model
 from leap_dist.config import Config, OptimConfig
-from leap_dist.distributed import World, initialise, shutdown
+from leap_dist.distributed import World, device_name, initialise, shutdown
 from leap_dist.errors import UserError
 from leap_dist.objective import Objective
 from leap_dist.optim import build_optimizer

@@ -15,9 +15,10 @@ import sys
 from collections.abc import Callable
 
 import torch
-from _bench import device_name, interleaved, versions
+from _bench import interleaved, versions
 
 from leap_dist.config import TeacherConfig
+from leap_dist.distributed import device_name
 from leap_dist.flops import teacher_flops
 from leap_dist.teacher.lazy import LazyBackbone
 

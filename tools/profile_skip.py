@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from _bench import device_name, peak_watch, stopwatch, versions
+from _bench import peak_watch, stopwatch, versions
 from _steps import (
     aim,
     build_conducted,
@@ -39,7 +39,7 @@ from _steps import (
 )
 
 from leap_dist.config import Config, flat
-from leap_dist.distributed import World, initialise, shutdown
+from leap_dist.distributed import World, device_name, initialise, shutdown
 from leap_dist.errors import UserError
 from leap_dist.flops import step_flops
 from leap_dist.teacher import build_teacher, describe_teacher

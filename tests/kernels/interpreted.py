@@ -3,8 +3,8 @@
 Triton reads TRITON_INTERPRET when it is first imported, which in a test session other tests may long have done. A case
 is a dict of inputs (student, weight, bias, teacher), options and, if wanted, tiles and autocast; its result is a list
 of tensors (loss, gradients of student, weight, bias, moments), or the message of the error. One that is "alone" has the
-moments only, of products in that dtype. On a GPU the tuners choose
-only in cases that say "tuned": all of them would take minutes to compile.
+moments only, of products in that dtype. On a GPU the tuners choose only in cases that say "tuned": all of them would
+take minutes to compile.
 """
 
 from __future__ import annotations

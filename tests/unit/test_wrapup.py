@@ -13,6 +13,7 @@ from stubs import DEPTH, ONE, StubTeacher, stub_config, stub_trainer
 
 from leap_dist import wrapup
 from leap_dist.data import build_eval_loader, resolve
+from leap_dist.distributed import device_name
 from leap_dist.export import export_student, load_student
 
 
@@ -71,7 +72,7 @@ def test_steps_of_two_settings_are_not_timed_in_one(tmp_path: Path) -> None:
     assert trainer.run()
     trainer.close()
     (setting,) = trainer.costs.settings
-    assert setting.startswith("1 x CPU (") and "teacher.compile=False" in setting
+    assert setting.startswith(f"1 x {device_name(ONE.device)}, ") and "teacher.compile=False" in setting
     trainer.costs.settings.append("8 x NVIDIA H200")
     mixed = wrapup.wrap_up(config, ONE, trainer)
     assert mixed["time_saved"] is None and "skip_efficiency" not in mixed
