@@ -131,21 +131,24 @@ class Curriculum:
 def build_curriculum(config: CurriculumConfig, depth: int) -> Curriculum:
     """The curriculum of `config` over a teacher of `depth` blocks.
 
-    The modes without a curriculum are one that ends where it starts: at `block` (fixed) or at the last (all_layers).
-    One that replays a ledger never moves on by itself.
-    Raises UserError if block, start or snap_to_last_at lies outside the teacher.
+    It ends at `block`, or at the last. The modes without a curriculum are one that starts there, too.
+    One that replays a ledger never moves on by itself, and goes as deep as the ledger does.
+    Raises UserError if block, start or snap_to_last_at lies outside the teacher, or one of the two beyond the end.
     """
     for key in ("block", "start", "snap_to_last_at"):
         value = getattr(config, key)
         if value is not None and not 1 <= value <= depth:
             raise UserError(f"curriculum.{key}={value}: the teacher has {depth} blocks; use 1 to {depth}, or null")
+    last = config.block or depth
     if config.mode != "leap":
-        last = depth if config.mode == "all_layers" else config.block or depth
         return Curriculum(last, start=last)
     if config.replay is not None:
         return Curriculum(depth, math.inf, config.ema_alpha, max_epochs_per_block=sys.maxsize)
+    for key in ("start", "snap_to_last_at"):
+        if (getattr(config, key) or 1) > last:
+            raise UserError(f"curriculum.{key}={getattr(config, key)}: the curriculum ends at curriculum.block={last}")
     return Curriculum(
-        depth,
+        last,
         threshold=config.threshold,
         ema_alpha=config.ema_alpha,
         max_epochs_per_block=config.max_epochs_per_block,

@@ -384,7 +384,7 @@ class Trainer:
         self.journal.start(how)
 
     def _calibrated(self, batches: list[Batch]) -> int:
-        """The 1-indexed block with the highest score on this batch; the shallowest of equals."""
+        """The 1-indexed block of the curriculum with the highest score on this batch; the shallowest of equals."""
         evidence: list[Evidence] = []
         self.engine.eval()
         with self.timer.only(CALIBRATION):
@@ -395,7 +395,8 @@ class Trainer:
             scores = HostCopy(torch.stack([self._score(item) for item in evidence])).read()
         self.engine.train()
         self.accountant.charge_calibration(self.costs)
-        return 1 + max(range(len(scores)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
+        within = range(self.curriculum.depth)
+        return 1 + max(within, key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
 
     # -- what it cost, what is shown, what is kept --------------------------------------------------------------------
 

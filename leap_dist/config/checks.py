@@ -151,8 +151,8 @@ def _cache_problems(data: DataConfig) -> list[str]:
 
 def _curriculum_problems(curriculum: CurriculumConfig) -> list[str]:
     problems = []
-    if curriculum.block is not None and curriculum.mode != "fixed":
-        problems.append(f"curriculum.block={curriculum.block}: only used with curriculum.mode=fixed")
+    if curriculum.block is not None and curriculum.mode == "all_layers":
+        problems.append(f"curriculum.block={curriculum.block}: only used with curriculum.mode=leap or fixed")
     if curriculum.start is not None and curriculum.mode != "leap":
         problems.append(f"curriculum.start={curriculum.start}: only used with curriculum.mode=leap")
     if curriculum.snap_to_last_at is not None and curriculum.mode != "leap":

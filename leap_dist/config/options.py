@@ -88,12 +88,14 @@ class CurriculumConfig:
     mode: Literal["leap", "fixed", "all_layers"] = option(
         "leap", "leap: from shallow to deep; fixed: one block for ever; all_layers: every block at once, one head each"
     )
-    block: Optional[int] = option(None, "mode=fixed: the 1-indexed target block; null = the last (the baseline)")
+    block: Optional[int] = option(
+        None, "deepest target block, 1-indexed: where mode=leap ends, what mode=fixed imitates; null = the last"
+    )
     start: Optional[int] = option(None, "mode=leap: first target block; null = calibrate on the first batch")
     threshold: float = option(0.85, "advance when the score's EMA reaches this")
     ema_alpha: float = option(1.0, "weight of the newest score in the EMA; 1 = no smoothing")
     max_epochs_per_block: int = option(5, "advance after this many epochs whatever the score")
-    snap_to_last_at: Optional[int] = option(None, "from this block on, jump straight to the last; null = off")
+    snap_to_last_at: Optional[int] = option(None, "from this block on, jump straight to where it ends; null = off")
     metric: Literal["cka", "cosine"] = option("cka", "linear CKA, or the mean cosine per token")
     reduction: Literal["exact", "mean"] = option(
         "exact", "exact: CKA of the global batch; mean: mean of per-rank CKAs (LEAP; biased upward at few tokens)"

@@ -37,7 +37,6 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("objective.cls_weight=-1", ["objective.cls_weight=-1", "negative"]),
         ("curriculum.ema_alpha=0", ["curriculum.ema_alpha=0", "(0, 1]"]),
         ("curriculum.threshold=.inf", ["curriculum.threshold=inf", "finite"]),
-        ("curriculum.block=3", ["curriculum.block=3", "curriculum.mode=fixed"]),
         ("curriculum.replay=/no/such/curriculum.jsonl", ["curriculum.replay=/no/such", "no such file"]),
         ("telemetry.profile_steps=[30,20]", ["telemetry.profile_steps=[30, 20]", "first <= last"]),
         ("telemetry.profile_steps=[-1,20]", ["telemetry.profile_steps=[-1, 20]", "0 <= first"]),
@@ -102,6 +101,8 @@ def test_combinations_that_cannot_be() -> None:
         UserError, match=r"placement=pipelined with curriculum.mode=all_layers: .*=sharded or replicated"
     ):
         load(None, [*NEEDED, "teacher.placement=pipelined", "curriculum.mode=all_layers"])
+    with pytest.raises(UserError, match=r"curriculum.block=3: only used with curriculum.mode=leap or fixed"):
+        load(None, [*NEEDED, "curriculum.block=3", "curriculum.mode=all_layers"])
     with pytest.raises(UserError, match=r"objective.head=pooled with student.remedy=lift: the widths are equal"):
         load(None, [*NEEDED, "objective.head=pooled", "student.remedy=lift"])
     with pytest.raises(UserError, match=r"reset_head=true with objective.head=none: there is no head to reset"):

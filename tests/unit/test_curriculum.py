@@ -162,6 +162,27 @@ def test_leap_takes_every_option_of_its_config() -> None:
     assert blocks_used(curriculum, [0.8, 0.8, 0.1, 0.1], epoch_ends=[2]) == [2, 2, 3, 12]
 
 
+def test_leap_ends_at_the_block_of_its_config() -> None:
+    climbing = build_curriculum(CurriculumConfig(block=3), 12)
+    assert blocks_used(climbing, [0.9] * 5, epoch_ends=range(5)) == [1, 2, 3, 3, 3]
+    assert climbing.finished
+    snapping = build_curriculum(CurriculumConfig(block=7, snap_to_last_at=2), 12)
+    assert blocks_used(snapping, [0.9] * 3) == [1, 7, 7]
+    starting = build_curriculum(CurriculumConfig(block=7, start=7), 12)
+    assert starting.finished
+
+
+@pytest.mark.parametrize("key", ["start", "snap_to_last_at"])
+def test_nothing_lies_beyond_the_end(key: str) -> None:
+    with pytest.raises(UserError, match=rf"curriculum\.{key}=8: the curriculum ends at curriculum.block=7"):
+        build_curriculum(CurriculumConfig(**{"block": 7, key: 8}), 12)
+
+
+def test_a_replay_goes_as_deep_as_its_ledger() -> None:
+    curriculum = build_curriculum(CurriculumConfig(block=3, replay="curriculum.jsonl"), 12)
+    assert curriculum.follow(12) and curriculum.block == 12
+
+
 @pytest.mark.parametrize("key", ["block", "start", "snap_to_last_at"])
 @pytest.mark.parametrize("value", [0, 13, -1])
 def test_block_outside_the_teacher_is_named(key: str, value: int) -> None:

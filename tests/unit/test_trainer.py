@@ -115,6 +115,15 @@ def test_calibration_starts_at_the_highest_score_and_costs_one_full_pass(tmp_pat
     assert trainer.costs.teacher_saved == pytest.approx(1 - (DEPTH + 3 * 2) / (3 * DEPTH))
 
 
+def test_calibration_starts_no_deeper_than_the_curriculum_ends(tmp_path: Path, monkeypatch: Any) -> None:
+    overrides = ["curriculum.start=null", "curriculum.block=3", "curriculum.threshold=0.5", "epochs=1"]
+    trainer = stub_trainer(stub_config(tmp_path, *overrides))
+    scores = iter([0.2, 0.4, 0.1, 0.9, *[0.6] * 3])  # four blocks, then three steps
+    monkeypatch.setattr(trainer, "_score", lambda evidence: torch.tensor(next(scores)))
+    run(trainer)
+    assert trainer.progress.trajectory == [(0, 2), (1, 3)]
+
+
 @pytest.mark.parametrize("remedy", ["none", "lift", "wide_last"])
 def test_a_resumed_run_does_not_calibrate_and_continues_to_the_same_end(remedy: str, tmp_path: Path) -> None:
     """Defect B2 of the published code: curriculum state and weights came from different moments."""
