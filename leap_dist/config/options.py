@@ -139,7 +139,7 @@ class DataConfig:
 class OptimConfig:
     """Optimizer and learning rate."""
 
-    name: Literal["adamw", "lars"] = option("adamw", "lars: LEAP's settings, ZeRO stage 0 only")
+    name: Literal["adamw", "lars"] = option("adamw", "lars: LEAP's, with lr 6 and weight_decay 1e-6; ZeRO stage 0 only")
     lr: float = option(1e-3, "base learning rate")
     batch_reference: Optional[int] = option(1536, "lr is scaled by sqrt(global_batch / this); null = no scaling")
     weight_decay: float = option(0.05, "not applied to biases, norms, position embeddings and prefix tokens")
