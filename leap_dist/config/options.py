@@ -95,7 +95,7 @@ class CurriculumConfig:
     threshold: float = option(0.85, "advance when the score's EMA reaches this")
     ema_alpha: float = option(1.0, "weight of the newest score in the EMA; 1 = no smoothing")
     max_epochs_per_block: int = option(5, "advance after this many epochs whatever the score")
-    snap_to_last_at: Optional[int] = option(None, "from this block on, jump straight to where it ends; null = off")
+    snap_to_last_at: Optional[int] = option(None, "from this block on, jump to the curriculum's end; null = off")
     metric: Literal["cka", "cosine"] = option("cka", "linear CKA, or the mean cosine per token")
     reduction: Literal["exact", "mean"] = option(
         "exact", "exact: CKA of the global batch; mean: mean of per-rank CKAs (LEAP; biased upward at few tokens)"
