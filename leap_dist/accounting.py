@@ -144,13 +144,13 @@ class Accountant:
         if self.setting not in costs.settings:
             costs.settings.append(self.setting)
 
-    def charge_calibration(self, costs: Costs) -> None:
-        """One pass over the whole teacher, and every block's score."""
+    def charge_calibration(self, costs: Costs, until: int) -> None:
+        """One pass over the teacher up to 1-indexed block `until`, and the score of each block on the way."""
         flops = self._flops
-        costs.calibration_flops = flops.teacher.upto(self._depth) * self._batch
+        costs.calibration_flops = flops.teacher.upto(until) * self._batch
         costs.flops["teacher"] += costs.calibration_flops
         costs.flops["student"] += flops.student.forward * self._batch
-        costs.flops["match"] += self._depth * ((flops.match // 3 + flops.evidence) * self._batch + flops.cka)
+        costs.flops["match"] += until * ((flops.match // 3 + flops.evidence) * self._batch + flops.cka)
 
     def scalars(self, step: int, block: int, costs: Costs) -> dict[str, float]:
         """TensorBoard tag -> value: per step since the last call (or `begin`), and of the run so far.

@@ -386,17 +386,17 @@ class Trainer:
     def _calibrated(self, batches: list[Batch]) -> int:
         """The 1-indexed block of the curriculum with the highest score on this batch; the shallowest of equals."""
         evidence: list[Evidence] = []
+        last = self.curriculum.depth
         self.engine.eval()
         with self.timer.only(CALIBRATION):
             for batch in batches:
                 for images in self._view(batch, self.progress.step)[0].split(CALIBRATION_CHUNK):
-                    found = self.engine(images, list(self.teacher.sweep(images)), True).evidence
+                    found = self.engine(images, list(self.teacher.sweep(images, last)), True).evidence
                     evidence = [a.merged(b) for a, b in zip(evidence, found, strict=True)] if evidence else found
             scores = HostCopy(torch.stack([self._score(item) for item in evidence])).read()
         self.engine.train()
-        self.accountant.charge_calibration(self.costs)
-        within = range(self.curriculum.depth)
-        return 1 + max(within, key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
+        self.accountant.charge_calibration(self.costs, last)
+        return 1 + max(range(last), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
 
     # -- what it cost, what is shown, what is kept --------------------------------------------------------------------
 

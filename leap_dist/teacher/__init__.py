@@ -36,8 +36,8 @@ class Teacher(Protocol):
     def features(self, images: Tensor) -> Features:
         """Images (B, 3, H, W) to final-normed tokens of block `self.block`; no grad; deeper blocks are not run."""
 
-    def sweep(self, images: Tensor) -> Iterator[Features]:
-        """Features of the blocks 1..depth, in order, in one pass over the teacher."""
+    def sweep(self, images: Tensor, until: Optional[int] = None) -> Iterator[Features]:
+        """Features of the blocks 1..until (None: the last), in order, in one pass over the teacher."""
 
     def retarget(self, block: int) -> None:
         """Make 1-indexed `block` the target of `features`."""

@@ -35,12 +35,13 @@ class Home:
 
     # no_grad, not inference_mode: inference tensors cannot be saved for the student's backward.
     @torch.no_grad()
-    def sweep(self, images: Tensor) -> Iterator[Features]:
-        """Features of the blocks 1..depth, in order, in one pass on this rank; a block that is not here visits it."""
-        self._agree(f"{len(images)} images through all blocks")
+    def sweep(self, images: Tensor, until: Optional[int] = None) -> Iterator[Features]:
+        """Features of the blocks 1..until (None: the last), in order, in one pass; a block that is not here visits."""
+        until = until or self.spec.depth
+        self._agree(f"{len(images)} images through the blocks 1 to {until}")
         backbone = self._lazy.backbone
         tokens, context = backbone.embed(self._lazy.to_teacher(images)), backbone.context()
-        for index in range(self.spec.depth):
+        for index in range(until):
             with self._at_hand(index):
                 tokens = backbone.run_block(index, tokens, context)
             yield backbone.finish(tokens, index + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from typing import Optional
 
 from torch import Tensor
 
@@ -73,9 +74,9 @@ class AutoTeacher:
         """Images (B, 3, H, W) to the final-normed tokens of block `self.block`, in the teacher's dtype."""
         return self._home.features(images)
 
-    def sweep(self, images: Tensor) -> Iterator[Features]:
-        """Features of the blocks 1..depth, in order, in one pass."""
-        return self._home.sweep(images)
+    def sweep(self, images: Tensor, until: Optional[int] = None) -> Iterator[Features]:
+        """Features of the blocks 1..until (None: the last), in order, in one pass."""
+        return self._home.sweep(images, until)
 
     def retarget(self, block: int) -> None:
         """Make 1-indexed `block` the target, wherever it fits. A move starts from empty memory."""

@@ -86,6 +86,9 @@ def compare(config: TeacherConfig, world: World) -> None:
     swept_again = list(teacher.sweep(images))
     assert_equal(swept_again[-1], expected, f"{config.model} {config.placement}, sweep past the target", bitwise=True)
     assert teacher.block == 2
+    plain.retarget(2)
+    assert len(list(teacher.sweep(images, until=3))) == 3
+    assert_equal(teacher.features(images), plain.features(images), about, bitwise)
     assert_resident(teacher, world, config)
 
 

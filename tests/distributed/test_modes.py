@@ -9,6 +9,7 @@ import pytest
 import timm
 from safetensors.torch import load_file
 
+from leap_dist.ledger import LEDGER
 from leap_dist.validation import VALIDATION
 from runs import run_ok, scalars, write_config
 
@@ -52,6 +53,20 @@ def test_a_run_learns(overrides: tuple[str, ...], tmp_path: Path) -> None:
     losses = scalars(tmp_path / "run", "loss/total")
     assert len(losses) == 23
     assert losses[22] < 0.85 * losses[0]
+
+
+def test_a_curriculum_may_end_before_the_last_block(tmp_path: Path) -> None:
+    """Calibration, climb and end on two ranks with the teacher's blocks split over them."""
+    until = ("curriculum.block=3", "curriculum.threshold=0", "curriculum.start=null", "teacher.placement=sharded")
+    run_ok(write_config(tmp_path), *until)
+    run = tmp_path / "run"
+    trajectory = json.loads((run / "summary.json").read_text())["trajectory"]
+    first = trajectory[0][1]
+    assert trajectory == [[block - first, block] for block in range(first, 4)]  # every score passes 0
+    assert list(scalars(run, "curriculum/block").values())[4 - first :] == [3] * (23 - 4 + first)
+    ledger = [json.loads(line) for line in (run / LEDGER).read_text().splitlines()]
+    assert ledger[0]["reason"] == "calibrated" and ledger[-1]["block"] == 3
+    assert {line["reason"] for line in ledger[1:]} <= {"threshold", "last_block"}
 
 
 def test_a_calibrated_run_ends_with_evaluation_and_export(tmp_path: Path) -> None:

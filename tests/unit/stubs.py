@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -55,8 +55,8 @@ class StubTeacher:
         self.asked.append(self.block)
         return self.at(self.block, images)
 
-    def sweep(self, images: Tensor) -> Iterator[Features]:
-        return (self.at(block, images) for block in range(1, DEPTH + 1))
+    def sweep(self, images: Tensor, until: Optional[int] = None) -> Iterator[Features]:
+        return (self.at(block, images) for block in range(1, (until or DEPTH) + 1))
 
     def retarget(self, block: int) -> None:
         self.block = block

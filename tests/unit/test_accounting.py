@@ -64,7 +64,7 @@ def test_points_are_per_step_since_the_last_point_and_savings_of_the_whole_run(t
 def test_a_calibration_says_nothing_about_the_speed_of_steps(tmp_path: Path) -> None:
     """It took 30 s, mostly to read the teacher; a step's teacher takes 0.1 s at block 1 of 12 FLOPs for 47."""
     accountant, costs = Accountant(stub_config(tmp_path), FLOPS, 1, None), Costs()
-    accountant.charge_calibration(costs)
+    accountant.charge_calibration(costs, until=4)
     for _ in range(100):
         accountant.charge(costs, block=1, scored=True)
     costs.phases, costs.seconds = {"calibration": 30.0, "teacher": 10.0}, 60.0

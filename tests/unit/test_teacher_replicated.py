@@ -134,6 +134,15 @@ def test_dropout_is_off(images):
     assert torch.equal(teacher.features(images).patch, teacher.features(images).patch)
 
 
+def test_a_sweep_ends_where_it_is_told_to(images):
+    teacher = build()
+    whole = list(teacher.sweep(images))
+    teacher.blocks[3].register_forward_pre_hook(lambda *_: pytest.fail("a block past the end was run"))
+    part = list(teacher.sweep(images, until=3))
+    assert len(part) == 3
+    assert torch.equal(part[-1].patch, whole[2].patch)
+
+
 def test_sweep_leaves_the_target_as_it_was(images):
     teacher = build()
     teacher.retarget(2)

@@ -118,10 +118,11 @@ def test_calibration_starts_at_the_highest_score_and_costs_one_full_pass(tmp_pat
 def test_calibration_starts_no_deeper_than_the_curriculum_ends(tmp_path: Path, monkeypatch: Any) -> None:
     overrides = ["curriculum.start=null", "curriculum.block=3", "curriculum.threshold=0.5", "epochs=1"]
     trainer = stub_trainer(stub_config(tmp_path, *overrides))
-    scores = iter([0.2, 0.4, 0.1, 0.9, *[0.6] * 3])  # four blocks, then three steps
+    scores = iter([0.2, 0.4, 0.1, *[0.6] * 3])  # three of the four blocks, then three steps
     monkeypatch.setattr(trainer, "_score", lambda evidence: torch.tensor(next(scores)))
     run(trainer)
     assert trainer.progress.trajectory == [(0, 2), (1, 3)]
+    assert trainer.costs.flops["teacher"] == 4 * 10 * (3 + 2 + 3 + 3)  # images, FLOPs a block, blocks
 
 
 @pytest.mark.parametrize("remedy", ["none", "lift", "wide_last"])

@@ -28,7 +28,7 @@ def test_time_and_efficiency_follow_the_steps_spent_on_each_block(
     trainer = stub_trainer(config, StubTeacher())
     trainer.coordinator.start_at(1)
     monkeypatch.setattr(
-        trainer, "_calibrated", lambda batches: (trainer.accountant.charge_calibration(trainer.costs), 1)[1]
+        trainer, "_calibrated", lambda batches: (trainer.accountant.charge_calibration(trainer.costs, 4), 1)[1]
     )
     assert trainer.run()
     trainer.close()
