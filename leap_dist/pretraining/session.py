@@ -34,15 +34,19 @@ class Session:
     step: optimizer steps taken; seconds: in them; loss: mean since the last look; history: a row per evaluation.
 
     Args:
-        model: on its device. steps_per_epoch: in a pass over the shards. checkpoint: file to save to.
+        model: on its device. steps_per_epoch: in a pass over the shards. layout: `TrainLoader.layout` of the shards,
+            without which `step` is no position in them. checkpoint: file to save to.
     """
 
-    def __init__(self, recipe: TeacherRecipe, model: VisionTransformer, steps_per_epoch: int, checkpoint: Path) -> None:
+    def __init__(
+        self, recipe: TeacherRecipe, model: VisionTransformer, steps_per_epoch: int, layout: str, checkpoint: Path
+    ) -> None:
         self.recipe, self.model = recipe, model.train()
         self.steps_per_epoch, self.total_steps = steps_per_epoch, recipe.epochs * steps_per_epoch
         self.average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
         self.history: list[dict[str, Any]] = []
+        self._layout = layout
         self._checkpoint, self._saved_at = checkpoint, time.monotonic()
         self._device = next(model.parameters()).device
         self._optimizer = build_optimizer(recipe.optim, model)
@@ -97,15 +101,21 @@ class Session:
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history,
+            "layout": self._layout,
         }
         write_whole(self._checkpoint, lambda partial: torch.save(state, partial))
         self._saved_at = time.monotonic()
 
     def restore(self) -> None:
-        """Become what was saved, if anything was."""
+        """Become what was saved, if anything was; UserError if that was trained on other shards."""
         if not self._checkpoint.is_file():
             return
         state = torch.load(self._checkpoint, map_location=self._device, weights_only=True)
+        if state["layout"] != self._layout:
+            raise UserError(
+                f"{self._checkpoint}: data.train had {state['layout']} and has {self._layout} now; train on those, or "
+                "name another output"
+            )
         self.model.load_state_dict(state["model"])
         self.average.module.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])

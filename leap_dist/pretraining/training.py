@@ -2,6 +2,7 @@
 
 OUT/recipe.yaml              the recipe this folder belongs to
 OUT/checkpoint.pt            where the training stands; replaced by renaming
+OUT/bad_samples.jsonl        training images that cannot be read; absent if there are none
 OUT/teacher.safetensors      the average of the weights: backbone, and head.* for the class token
 OUT/teacher.json             how to rebuild it, its accuracy at every evaluation, the recipe
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import timm
 import torch
@@ -23,7 +25,16 @@ from tqdm import tqdm
 
 from leap_dist.backbone import outline
 from leap_dist.config import abridged, to_yaml
-from leap_dist.data import EvalLoader, Feed, TrainLoader, build_eval_loader, build_train_loader, resolve
+from leap_dist.data import (
+    BadSamples,
+    Batch,
+    EvalLoader,
+    Feed,
+    TrainLoader,
+    build_eval_loader,
+    build_train_loader,
+    resolve,
+)
 from leap_dist.distributed import World, uses_gpus
 from leap_dist.errors import UserError
 from leap_dist.evaluation.held_out import BATCH
@@ -35,6 +46,23 @@ from leap_dist.telemetry import bar_interval
 from leap_dist.trainer import Interrupt
 
 RECIPE, CHECKPOINT, WEIGHTS = "recipe.yaml", "checkpoint.pt", "teacher.safetensors"
+BAD_SAMPLES = "bad_samples.jsonl"
+
+
+class Source(NamedTuple):
+    """Where batches come from, and the list of the samples among them that could not be read."""
+
+    loader: TrainLoader
+    feed: Feed
+    bad_samples: BadSamples
+
+    def epoch(self, number: int, start: int) -> Iterator[Batch]:
+        """Batches of an epoch, from 0-based `start` on. UserError beyond `data.max_bad_fraction` of bad samples."""
+        for batch in self.feed.ahead(self.loader.epoch(number, start)):
+            self.bad_samples.note(batch.bad)
+            if self.bad_samples.fresh:
+                self.bad_samples.share()
+            yield batch
 
 
 def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
@@ -42,7 +70,7 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
 
     Returns its accuracy on `recipe.data.val`, 0 to 1, or None if a signal came first: everything is saved then, and the
     same call goes on. One process, one device. Raises UserError for a model, labels or a folder that do not fit, and
-    where the loss is not finite (the last checkpoint stays).
+    where the loss is not finite or too many images cannot be read (the last checkpoint stays).
     """
     output = Path(recipe.output)
     world = World(0, 1, 0, 1, torch.device("cuda" if uses_gpus() else "cpu"))
@@ -51,13 +79,15 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
     loader = build_train_loader(data, seed=recipe.seed, micro_batch=data.global_batch, world=world)
     held_out = build_eval_loader(data.val, data, batch=min(BATCH, data.global_batch), world=world)
     _claim(output, recipe)
-    session = Session(recipe, model, len(loader), output / CHECKPOINT)
+    session = Session(recipe, model, len(loader), loader.layout, output / CHECKPOINT)
     session.restore()
-    feed = Feed(data, world.device)
+    most_bad = int(data.max_bad_fraction * loader.num_samples)
+    source = Source(loader, Feed(data, world.device), BadSamples(output / BAD_SAMPLES, most_bad, world))
+    source.bad_samples.reopen(resumed=session.step > 0)
     try:
         with _bar(session) as bar, Interrupt() as interrupt:
             while not _is_finished(session):
-                if not _finish_epoch(session, loader, feed, bar, interrupt):
+                if not _finish_epoch(session, source, bar, interrupt):
                     return None
                 if _is_evaluation_due(session):
                     session.look_at_loss()  # before spoilt weights become a teacher
@@ -114,14 +144,14 @@ def _is_evaluation_due(session: Session) -> bool:
     return epochs % session.recipe.evaluate_every == 0 or session.step == session.total_steps
 
 
-def _finish_epoch(session: Session, loader: TrainLoader, feed: Feed, bar: tqdm, interrupt: Interrupt) -> bool:
+def _finish_epoch(session: Session, source: Source, bar: tqdm, interrupt: Interrupt) -> bool:
     """Take the steps left of the epoch the session is in; False, with everything saved, if a signal came first."""
     epoch, done = divmod(session.step, session.steps_per_epoch)
     if epoch == session.recipe.epochs:  # stopped between the last step and its evaluation
         return True
     since = time.monotonic()
-    for batch in feed.ahead(loader.epoch(epoch, done)):
-        session.advance(feed.images(batch), batch)
+    for batch in source.epoch(epoch, done):
+        session.advance(source.feed.images(batch), batch)
         now = time.monotonic()
         session.seconds, since = session.seconds + now - since, now
         bar.set_postfix(epoch=epoch + 1, loss=f"{session.loss:.3f}", accuracy=_last_accuracy(session), refresh=False)

@@ -173,6 +173,24 @@ def test_a_folder_belongs_to_one_recipe(trained: Path, shards: Path) -> None:
     assert train_on_shards(recipe(shards, trained, "save_minutes=3", "data.timeout_s=30")) is not None
 
 
+def test_it_does_not_go_on_with_other_shards(trained: Path, shards: Path) -> None:
+    with pytest.raises(UserError, match=r"data.train had 600 samples in 1 shards \(\w+\) and has 297 samples in 1"):
+        train_on_shards(recipe(shards, trained, f"data.train={shards / 'val'}"))
+
+
+def test_images_that_cannot_be_read_are_listed_and_end_it_when_they_are_many(shards: Path, tmp_path: Path) -> None:
+    samples = itertools.islice(digit_samples("train"), 100)
+    bad = {3, 50, 51}
+    write_shards(((b"none" if i in bad else data, label) for i, (data, label) in enumerate(samples)), tmp_path / "bad")
+    asked = [f"data.train={tmp_path / 'bad'}", "epochs=1", "evaluate_every=1"]
+    assert train_on_shards(recipe(shards, tmp_path / "few", *asked, "data.max_bad_fraction=0.03")) is not None
+    listed = [json.loads(line)["id"] for line in (tmp_path / "few/bad_samples.jsonl").read_text().splitlines()]
+    assert set(listed) == bad
+    with pytest.raises(UserError, match="3 training samples cannot be read, at most 2 may be"):
+        train_on_shards(recipe(shards, tmp_path / "many", *asked, "data.max_bad_fraction=0.02"))
+    assert not (tmp_path / "many/teacher.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -217,7 +235,7 @@ def test_bf16_takes_about_the_same_step(shards: Path, tmp_path: Path) -> None:
     losses = {}
     for precision in ("fp32", "bf16"):
         asked = recipe(shards, tmp_path, f"precision={precision}")
-        session = Session(asked, build_model(asked), 30, tmp_path / "checkpoint.pt")
+        session = Session(asked, build_model(asked), 30, "any", tmp_path / "checkpoint.pt")
         for _ in range(5):
             session.advance(images, Batch(images, labels, torch.arange(20), torch.arange(20)))
         session.save()
