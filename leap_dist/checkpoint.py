@@ -1,6 +1,7 @@
 """Save, find and resume a run: model, optimizer, curriculum, progress and data position in one checkpoint.
 
     output/config.yaml                  the run this folder belongs to
+    output/.lock                        held while it runs
     output/checkpoints/step00000120/    DeepSpeed's files, config.yaml, run.json (step, world size, ZeRO stage)
     output/checkpoints/latest           name of the newest good checkpoint; written last, by renaming
 
@@ -17,17 +18,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import IO, Any, Optional
 
 from leap_dist.config import Config, abridged, differences, flat, load, to_yaml
 from leap_dist.distributed import World, barrier, gather_objects, is_lost_peer
 from leap_dist.errors import UserError
-from leap_dist.files import flush, write_json, write_text
+from leap_dist.files import flush, lock, write_json, write_text
 from leap_dist.universal import remove_leftovers, universal_copy
 
 log = logging.getLogger(__name__)
 
-LATEST, CONFIG, RUN = "latest", "config.yaml", "run.json"
+LATEST, CONFIG, RUN, LOCK = "latest", "config.yaml", "run.json", ".lock"
+LOCK_SECONDS = 60  # a run that was told to stop may still be saving
 
 
 def find_resume(config: Config, world: World) -> Optional[Path]:
@@ -46,14 +48,20 @@ def find_resume(config: Config, world: World) -> Optional[Path]:
         except UserError as error:
             fault = str(error)
     fault, found = gather_objects((fault, found), world)[0]
-    seen = gather_objects(found is None or (found / RUN).is_file(), world)
-    if not all(seen):
-        fault = (
-            f"output={config.output}: rank {seen.index(False)} does not see {found}; all ranks must share the folder"
-        )
     if fault:
         raise UserError(fault)
+    if found is not None:
+        _require_shared(found / RUN, config, world)
     return found
+
+
+def _require_shared(path: Path, config: Config, world: World) -> None:
+    """Raise UserError, on every rank, if one does not see the file `path` that rank 0 does. Collective."""
+    seen = gather_objects(path.is_file(), world)
+    if not all(seen):
+        raise UserError(
+            f"output={config.output}: rank {seen.index(False)} does not see {path}; all ranks must share the folder"
+        )
 
 
 def _require_one_config(config: Config, world: World) -> None:
@@ -155,15 +163,39 @@ class Checkpoints:
         self.layout = layout
         self.teacher = teacher
         self._unconfirmed: Optional[Path] = None
+        self._lock: Optional[IO[Any]] = None
         self.folder = Path(config.output) / "checkpoints"
 
     def claim_output(self) -> None:
-        """Mark the output folder as this run's, when all is built (the demo's data may lie there already)."""
-        if self.world.is_main:
-            try:
-                write_text(Path(self.config.output) / CONFIG, to_yaml(self.config))
-            except OSError as error:
-                raise UserError(f"output={self.config.output}: cannot be written ({error})") from error
+        """Mark the output folder as this run's, when all is built (the demo's data may lie there already). Collective.
+
+        It is locked until `release`, for a run deletes what saves left half-written: another's, were that alive.
+
+        Raises:
+            UserError: another run is at it, it cannot be written, or a rank does not see what rank 0 wrote.
+        """
+        fault = gather_objects(self._claim() if self.world.is_main else "", self.world)[0]
+        if fault:
+            raise UserError(f"output={self.config.output}: {fault}")
+        _require_shared(Path(self.config.output) / CONFIG, self.config, self.world)
+
+    def _claim(self) -> str:
+        """What stands in the way, or nothing."""
+        output = Path(self.config.output)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(output / LOCK, LOCK_SECONDS)
+            write_text(output / CONFIG, to_yaml(self.config))
+        except BlockingIOError:
+            return "another run is at it, or its ranks still are"
+        except OSError as error:
+            return f"cannot be written ({error})"
+        return ""
+
+    def release(self) -> None:
+        """Let others claim the output folder; safe at any time."""
+        if self._lock is not None:
+            self._lock.close()
 
     def save(self, engine: Any, step: int, state: dict[str, Any]) -> Path:
         """Write a checkpoint named after `step`; `confirm` makes it the latest.
@@ -260,6 +292,7 @@ class Checkpoints:
             "seed": self.config.seed,
             "canonical_nodes": self.config.data.canonical_nodes,
             "data.train": self.layout,
+            "data.image_size": self.config.data.image_size,
             "optim.name": self.config.optim.name,
             "curriculum.mode": self.config.curriculum.mode,
             "teacher": self.teacher,

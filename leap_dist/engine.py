@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_dist.config import Config
-from leap_dist.distributed import World
+from leap_dist.distributed import World, gather_objects
 from leap_dist.errors import UserError
 
 AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -146,6 +146,12 @@ def build_engine(
         # It would copy all gradients into one buffer and back to add up one rank's: 69 ms of 1.5 s for ViT-S on a CPU.
         engine.enable_backward_allreduce = False
     return engine
+
+
+def weights_are_finite(engine: Any, world: World) -> bool:
+    """Whether all of the student's weights are, on all ranks: then its next loss will be. Collective; waits."""
+    own = (getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters())  # stage 3: a part
+    return all(gather_objects(all(bool(part.isfinite().all()) for part in own), world))
 
 
 def update_numbers(engine: Any, like: Tensor) -> Tensor:

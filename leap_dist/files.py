@@ -1,13 +1,18 @@
-"""Files that are either whole or not there, also after a loss of power."""
+"""Files that are either whole or not there, also after a loss of power; and locks."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that has none
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -46,3 +51,29 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` whole, indented."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def lock(path: Path, patience: float, mode: str = "w") -> IO[Any]:
+    """Lock `path`, opened in `mode`, against others until what is returned is closed, here and in children born since.
+
+    Where the file system has no locks there is none.
+
+    Raises:
+        BlockingIOError: somebody else has it, and keeps it for `patience` seconds.
+    """
+    file = path.open(mode)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return file
+            file.close()
+            raise

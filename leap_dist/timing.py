@@ -20,8 +20,8 @@ PHASES = (
     "broadcast",
 )  # fmt: skip
 
-# Before the first step: the whole teacher is read from the disk, and what is compiled at its first use is compiled, so
-# its seconds say nothing about a step's.
+# Before the first step: the teacher is read from the disk, and what is compiled at its first use is compiled, so its
+# seconds say nothing about a step's.
 CALIBRATION = "calibration"
 
 

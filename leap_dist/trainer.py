@@ -27,7 +27,7 @@ from leap_dist.config import Config
 from leap_dist.coordinator import Coordinator
 from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, draw_mix, soft_labels
 from leap_dist.distributed import World, device_name, sum_over_ranks
-from leap_dist.engine import update_numbers
+from leap_dist.engine import update_numbers, weights_are_finite
 from leap_dist.evidence import Evidence
 from leap_dist.features import Features
 from leap_dist.flops import StepFlops
@@ -145,7 +145,7 @@ class Trainer:
         self.timer.carry_on(self.costs.phases)
         self._ledger_from = (state["ledger_lines"], path.parent.parent)
         self.curriculum.load_state_dict(state["curriculum"])
-        # A checkpoint of another run is saved here at once: a kill before the first own one must not start afresh.
+        # A checkpoint of another run is saved here at once.
         self.saved_step = self.progress.step if path.parent.resolve() == self.checkpoints.folder.resolve() else -1
 
     def run(self) -> bool:
@@ -160,8 +160,9 @@ class Trainer:
         self._clock_zero = time.perf_counter() - self.costs.seconds
         self.accountant.begin(self.progress.step, self.costs)
         if self.progress.step:
-            self._validate()
             self._save()
+            self.checkpoints.confirm()  # the other run's, if any: a kill from here on must not start afresh
+            self._validate()
         self.profiler.before(self.progress.step)
         with Interrupt() as interrupt:
             while not (self._done or self.stopping):
@@ -178,9 +179,10 @@ class Trainer:
         return (self.progress.epoch, self.progress.step_in_epoch) >= divmod(self.total_steps, self.steps_per_epoch)
 
     def close(self) -> None:
-        """Release loader workers and the terminal; safe at any time."""
+        """Release loader workers, the terminal and the output folder; safe at any time."""
         self.loader.close()
         self.journal.close()
+        self.checkpoints.release()
 
     def _epoch(self, interrupt: Interrupt) -> None:
         """The rest of the current epoch, then the curriculum's end-of-epoch check; not if the run ends within it."""
@@ -203,9 +205,9 @@ class Trainer:
             self.journal.decision(self.progress.step - 1, target, math.nan, advanced=True)
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
-        self._validate()
         if self._is_save_due(self.progress.epoch, self.config.checkpoint.every_epochs):
             self._save()
+        self._validate()
 
     def _batches(self) -> Iterator[tuple[list[Batch], Optional[list[Batch]]]]:
         """Micro-batches of one optimizer step at a time, from where the epoch was left; and of the step after it, if
@@ -427,6 +429,8 @@ class Trainer:
         done = any(line["epoch"] == progress.epoch for line in progress.validations)
         if done or self.stopping or progress.step_in_epoch or not self.validation.is_due(progress.epoch):
             return
+        if weights_are_finite(self.engine, self.world):
+            self.checkpoints.confirm()  # what fails from here on does not cost the epoch
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         self._read_clocks()
@@ -445,6 +449,7 @@ class Trainer:
                 "evaluation_seconds": spent,
             }
         )
+        self.saved_step = -1  # what is saved does not know of this yet
         self.validation.write(progress.validations)
         self.journal.points(progress.step - 1, {"evaluation/knn": knn})
 

@@ -45,9 +45,11 @@ def parallel(function: Callable[[Item], Result], items: Sequence[Item], workers:
     notices when one of them was. UserError on that, and on any UserError or OSError in `function`.
     """
     # collate_fn: without one, the loader would turn arrays into tensors.
+    workers = min(workers, len(items))
     loader = DataLoader(
-        _Mapped(function, items), batch_size=None, num_workers=min(workers, len(items)), collate_fn=_unchanged
-    )
+        _Mapped(function, items), batch_size=None, num_workers=workers, collate_fn=_unchanged,
+        multiprocessing_context="fork" if workers else None,  # Python 3.14 would start them by a server
+    )  # fmt: skip
     try:
         for result in loader:
             if isinstance(result, UserError):

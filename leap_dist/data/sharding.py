@@ -8,14 +8,12 @@ nobody can train, is written when all of them are there.
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +31,7 @@ from leap_dist.data.parallel import end_if_orphaned, parallel
 from leap_dist.data.shards import COLUMNS, HASH, INDEX
 from leap_dist.data.sources import WHOLE, Images
 from leap_dist.errors import UserError
-from leap_dist.files import write_json
+from leap_dist.files import lock, write_json
 
 CLASSES = "class_to_idx.json"
 QUARANTINE = "quarantine.csv"
@@ -266,16 +264,11 @@ def _complete(plan: Plan, out: Path) -> bool:
 def _sole_writer(out: Path) -> Iterator[None]:
     """Hold the lock of `out`; UserError if somebody else does. Workers inherit it, so it outlives a killed parent."""
     (out / WORK).mkdir(exist_ok=True)
-    deadline = time.monotonic() + LOCK_SECONDS
-    with open(out / WORK / "lock", "w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"{out}: another process is writing shards here") from None
-                time.sleep(0.1)
+    try:
+        held = lock(out / WORK / "lock", LOCK_SECONDS)
+    except BlockingIOError:
+        raise UserError(f"{out}: another process is writing shards here") from None
+    with held:
         yield
 
 
@@ -327,7 +320,7 @@ def _finish(plan: Plan, out: Path) -> None:
     for split in plan.sources:
         shards = [info for owner, record in records if owner == split for info in record["shards"]]
         _publish(out, f"{split}/{INDEX}", {"version": 2, "shards": shards})
-    shutil.rmtree(out / WORK)
+    shutil.rmtree(out / WORK, ignore_errors=True)  # NFS keeps a name for the lock while it is open
 
 
 def _publish(out: Path, name: str, content: Any) -> None:

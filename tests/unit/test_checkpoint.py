@@ -59,6 +59,23 @@ def test_save_then_load_gives_the_state_back(tmp_path: Path) -> None:
     assert load(path / "config.yaml", []) == checkpoints.config
 
 
+def test_one_run_at_a_time_works_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leap_dist.checkpoint.LOCK_SECONDS", 0.2)
+    first = claimed(tmp_path)
+    with pytest.raises(UserError, match=r"output=.*: another run is at it"):
+        claimed(tmp_path)
+    first.release()
+    second = claimed(tmp_path)
+    assert load(tmp_path / "config.yaml", []) == second.config
+
+
+def test_a_rank_that_does_not_see_the_run_folder_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on nodes each with a disk of its own, at the start and not at the first resume."""
+    monkeypatch.setattr("leap_dist.checkpoint.gather_objects", lambda item, _: [item, False if item is True else item])
+    with pytest.raises(UserError, match=r"rank 1 does not see .*config.yaml; all ranks must share the folder"):
+        claimed(tmp_path)
+
+
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     claimed(tmp_path, "checkpoint.keep=2", steps=(1, 2, 3, 4))
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step*"))
@@ -143,6 +160,7 @@ def test_a_run_that_went_back_keeps_what_it_has_made_since(tmp_path: Path) -> No
         (("engine.precision=bf16",), "12", "precision=fp32, this run has precision=bf16"),
         (("data.global_batch=8",), "12", "global_batch=256, this run has global_batch=8"),
         (("data.canonical_nodes=2",), "12", "canonical_nodes=8, this run has canonical_nodes=2"),
+        (("data.image_size=32",), "12", "data.image_size=224, this run has data.image_size=32"),
         (("seed=3",), "12", "seed=0, this run has seed=3"),
     ],
 )

@@ -147,6 +147,17 @@ def test_a_resumed_run_does_not_calibrate_and_continues_to_the_same_end(remedy: 
     assert scalars(halves, "loss/total") == scalars(whole, "loss/total")
 
 
+def test_a_run_begun_at_anothers_checkpoint_never_starts_afresh(tmp_path: Path) -> None:
+    run(stub_trainer(stub_config(tmp_path / "old", "epochs=1")))
+    new = stub_trainer(stub_config(tmp_path / "new", "epochs=2"))
+    new.restore(tmp_path / "old" / "checkpoints" / "step00000003")
+    new.loader.epoch = dies_at(new.loader, epoch=1, index=0)
+    with pytest.raises(KeyboardInterrupt):
+        new.run()
+    new.close()
+    assert newest(tmp_path / "new" / "checkpoints").name == "step00000003"
+
+
 def dies_at(loader: StubLoader, epoch: int, index: int) -> Any:
     inner = loader.epoch
 

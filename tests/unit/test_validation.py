@@ -13,6 +13,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from stubs import ONE, scalars, stub_config, stub_trainer
 
+from leap_dist.checkpoint import newest
 from leap_dist.data import build_eval_loader, resolve
 from leap_dist.errors import UserError
 from leap_dist.trainer import Trainer
@@ -86,12 +87,14 @@ def test_it_changes_nothing_in_the_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails_at", [0, 1])
-def test_a_run_killed_in_an_evaluation_makes_it_again(fails_at: int, tmp_path: Path) -> None:
+def test_a_run_killed_in_an_evaluation_makes_it_again_and_no_step(fails_at: int, tmp_path: Path) -> None:
     run(validated(tmp_path / "uncut"))
     with pytest.raises(KeyboardInterrupt):
         run(validated(tmp_path / "cut", fails_at=fails_at))
     resumed = validated(tmp_path / "cut", "resume=auto")
-    resumed.restore(tmp_path / "cut" / "checkpoints" / f"step{3 + 3 * fails_at:08d}")
+    saved = newest(tmp_path / "cut" / "checkpoints")
+    assert saved.name == f"step{6 + 6 * fails_at:08d}", "the epoch before the evaluation is lost"
+    resumed.restore(saved)
     run(resumed)
     assert [without_seconds(line) for line in lines(tmp_path / "cut")] == [
         without_seconds(line) for line in lines(tmp_path / "uncut")
