@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _config import load_without_files
 from torch import Tensor
 
 from leap_dist.allocator import keep_freed_memory
 from leap_dist.assembly import build_objective, check_pair
 from leap_dist.checkpoint import Checkpoints
-from leap_dist.config import Config, load
+from leap_dist.config import Config
 from leap_dist.coordinator import Coordinator
 from leap_dist.curriculum import build_curriculum
 from leap_dist.data import BadSamples, Batch
@@ -37,9 +38,7 @@ from leap_dist.validation import Validation
 
 STEPS_PER_EPOCH = 10**6
 # Instead of the run's own; overrides on the tool's command line come later and win.
-DEFAULTS = [
-    "data.train=digits", "data.val=null", "teacher.weights=random", "optim.lr=1e-6", "telemetry.progress=false",
-]  # fmt: skip
+DEFAULTS = ["optim.lr=1e-6", "telemetry.progress=false"]
 # What the tools decide: every target must be one that a score could still end.
 FIXED = [
     "teacher.placement=replicated", "teacher.memory_budget=null", "curriculum.mode=leap", "curriculum.block=null",
@@ -59,7 +58,7 @@ def load_for_steps(path: Path | None, overrides: list[str], *, batch: int, outpu
     for override in overrides:
         if override.split("=")[0] in {item.split("=")[0] for item in decided}:
             raise UserError(f"{override}: decided by this tool; leave it out")
-    return load(path, [*DEFAULTS, *overrides, *decided])
+    return load_without_files(path, *DEFAULTS, *overrides, *decided)
 
 
 def require_deepspeed() -> None:

@@ -27,7 +27,7 @@ COSTS = {
 MEASURED = (
     "evaluation.",
     "data.train",
-    "data.val",
+    "data.val:",  # not `data.validate_hash`
     "teacher.weights",
     "engine.accumulation",
     "objective.impl",

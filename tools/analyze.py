@@ -122,6 +122,13 @@ def check(args: argparse.Namespace) -> list[Request]:
             raise UserError(f"--{option} {getattr(args, option)}: a URI needs --cache, a local folder for its shards")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out {args.out}: exists and is not empty; name a new folder")
+    if args.out.is_symlink() or args.out.is_mount():
+        raise UserError(
+            f"--out {args.out}: a link or mount point; name a new folder, for it appears when it is complete"
+        )
+    beside = next(folder for folder in args.out.absolute().parents if folder.exists())
+    if not os.access(beside, os.W_OK):
+        raise UserError(f"--out {args.out}: {beside} cannot be written")
     return [request(text) for text in (*args.models, *filter(None, [getattr(args, "teacher", None)]))]
 
 

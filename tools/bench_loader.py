@@ -37,12 +37,13 @@ from typing import Any, NamedTuple, Optional
 import psutil
 import torch
 from _bench import versions
+from _config import load_without_files
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from leap_dist.config import Config, DataConfig, load
+from leap_dist.config import Config, DataConfig
 from leap_dist.data import Feed, TrainLoader, build_train_loader, write_shards
 from leap_dist.data.colours import GREY, JITTER, RANGES
 from leap_dist.data.crops import RATIO
@@ -314,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     # Without a GPU there is nothing to pin for; the workers' part is the same.
     warnings.filterwarnings("ignore", ".*pin_memory")
     try:
-        run = None if args.config is None else load(args.config, ["data.train=digits", "data.val=null"])
+        run = None if args.config is None else load_without_files(args.config)
         size = args.image_size or (run.data.image_size if run else 224)
         with tempfile.TemporaryDirectory(prefix="bench_loader-") as folder:
             count = write_sets(args.source, Path(folder), args.copies, args.limit)

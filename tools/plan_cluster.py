@@ -14,7 +14,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from leap_dist.config import TeacherConfig, load
+from _config import load_without_files
+
+from leap_dist.config import TeacherConfig
 from leap_dist.errors import UserError
 from leap_dist.flops import teacher_costs, teacher_flops
 from leap_dist.planning import GIB, Cluster, TeacherCosts, choose, cost
@@ -55,7 +57,7 @@ def rows(costs: TeacherCosts, cluster: Cluster, config: TeacherConfig, batch: in
     parts = config.microbatches if config.microbatches > 1 else 4 * stages
     lines = []
     depth = len(costs.block_flops)
-    for block in sorted({1, *range(depth // 8, depth + 1, max(1, depth // 8)), depth}):
+    for block in sorted({1, *range(depth // 8, depth + 1, max(1, depth // 8)), depth} - {0}):
         chosen = choose(costs, block, budget=budget * GIB, stages=stages, ranks=cluster.ranks).placement
         for placement in ("replicated", "pipelined", "sharded"):
             found = cost(costs, cluster, placement, block, batch=batch, stages=stages, parts=parts)
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     cluster = CLUSTERS[args.cluster] if args.mfu is None else replace(CLUSTERS[args.cluster], mfu=args.mfu)
     budget = args.budget or SHARE_FOR_TEACHER * cluster.memory
     try:
-        run = None if args.config is None else load(args.config, ["data.train=digits"])
+        run = None if args.config is None else load_without_files(args.config)
         config, image_size = (run.teacher, run.data.image_size) if run else (TEACHERS[args.teacher], args.image_size)
         costs = teacher_costs(config, image_size, teacher_flops(config, image_size))
         table = rows(costs, cluster, config, args.batch, budget)

@@ -14,7 +14,6 @@ Exit status: 0 all runs have finished; 1 some failed; 2 a mistake in the YAML; 1
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import re
 import shlex
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from leap_dist.config import to_yaml
 from leap_dist.errors import UserError
-from leap_dist.files import write_text
+from leap_dist.files import lock, write_text
 
 ENTRY = Path(__file__).resolve().parents[1] / "leap_dist" / "train.py"
 POLL_S = 0.2
@@ -85,7 +84,7 @@ class Sweep:
                     bar.set_postfix_str(", ".join(job.run.name for job in self._jobs), refresh=sys.stderr.isatty())
                     time.sleep(POLL_S)
             finally:
-                stop([job.process for job in self._jobs])
+                stop(self._jobs)
 
     def _next(self) -> Optional[Run]:
         """The first waiting run that may start, no longer waiting."""
@@ -131,12 +130,12 @@ class Sweep:
 def launch(run: Run, launcher: str, slot: int) -> Optional[subprocess.Popen[bytes]]:
     """Start the run, with its log as its output; None while processes of another sweep still hold that."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    with run.log.open("ab") as log:
-        try:
-            # The run's processes inherit the lock, and hold it also when the sweep is killed.
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
+    try:
+        # The run's processes inherit the lock, and hold it also when the sweep is killed.
+        log = lock(run.log, patience=0, mode="ab")
+    except BlockingIOError:
+        return None
+    with log:
         log.truncate(0)
         write_text(run.asked, to_yaml(run.config))
         return subprocess.Popen(
@@ -176,16 +175,20 @@ def complaint(log: Path, status: int) -> str:
     return (told or lines[-1:] or [f"exit status {status}, without a word"])[0]
 
 
-def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Let running runs save and leave; end those that take too long."""
-    for process in processes:
-        signal_group(process, signal.SIGTERM)
+def stop(jobs: Sequence[Job]) -> None:
+    """Let running runs save and leave; end those that take too long.
+
+    A run is over when nobody holds its log any more: the deepspeed launcher ends before its ranks do.
+    """
+    for job in jobs:
+        signal_group(job.process, signal.SIGTERM)
     deadline = time.monotonic() + SAVE_S
-    for process in processes:
+    for job in jobs:
         try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            signal_group(process, signal.SIGKILL)
+            lock(job.run.log, deadline - time.monotonic(), mode="a").close()
+            job.process.wait(max(0.0, deadline - time.monotonic()))
+        except (BlockingIOError, subprocess.TimeoutExpired):
+            signal_group(job.process, signal.SIGKILL)
 
 
 def signal_group(process: subprocess.Popen[bytes], number: int) -> None:

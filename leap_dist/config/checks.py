@@ -96,6 +96,7 @@ def _range_problems(config: Config) -> list[str]:
         "objective.kd_tau": config.objective.kd_tau,
         "data.std": min(data.std),
         "optim.lr": optim.lr,
+        "optim.trust_coefficient": optim.trust_coefficient,
         "evaluation.probe_lr": evaluation.probe_lr,
     }
     fractions = {
@@ -273,6 +274,9 @@ def _engine_problems(config: Config) -> list[str]:
 
 def _path_problems(config: Config) -> list[str]:
     problems = []
+    for key, path in (("output", config.output), ("data.cache", config.data.cache)):
+        if path is not None and path.startswith("~"):
+            problems.append(f"{key}={path}: write the home folder out; no shell has seen this ~")
     for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
         if source is None or source == DIGITS:
             continue

@@ -54,7 +54,7 @@ def merge(schema: type[_T], path: Optional[Path], overrides: list[str]) -> _T:
                 raise UserError(f"{key}={value!r} ({source}): expected {_expected(known[key])}; put it in quotes")
             try:
                 config = OmegaConf.merge(config, _nested(key, value))
-            except OmegaConfBaseException:
+            except (OmegaConfBaseException, TypeError):  # the latter for a list in a mapping's place
                 raise UserError(f"{key}={value!r} ({source}): expected {_expected(known[key])}") from None
     try:
         missing = sorted(OmegaConf.missing_keys(config))
@@ -187,13 +187,13 @@ def flat(config: Any) -> dict[str, Any]:
 def differences(old: Any, new: Any, also: tuple[str, ...] = ()) -> list[str]:
     """Keys whose change would make the continued run another run, as ``key: old -> new``.
 
-    also: beginnings of operational keys that are to count too.
+    also: beginnings of operational keys that are to count too; one that ends in a colon is the whole key.
     """
     before, after = flat(old), flat(new)
     return [
         f"{key}: {before[key]} -> {after[key]}"
         for key in before
-        if before[key] != after[key] and (key.startswith(also) or not key.startswith(OPERATIONAL))
+        if before[key] != after[key] and (f"{key}:".startswith(also) or not key.startswith(OPERATIONAL))
     ]
 
 

@@ -32,6 +32,12 @@ def summary(config: dict) -> dict:
     }
 
 
+def save_and_leave(folder: Path) -> None:
+    time.sleep(0.5)
+    (folder / "saved").touch()
+    sys.exit(0)
+
+
 def wait_for(count: int, folder: Path) -> None:
     deadline = time.monotonic() + 30
     while len((folder.parent / "started").read_text().splitlines()) < count and time.monotonic() < deadline:
@@ -51,7 +57,7 @@ def main() -> int:
         print("leap_dist [rank 0]: error: non-finite loss on rank 0 at step 3\nmore noise")
         return 1
     if config["optim"]["lr"] == 77 and first:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: save_and_leave(folder))
         (folder / "waiting").touch()
         time.sleep(60)
     if config["optim"]["lr"] == 22:

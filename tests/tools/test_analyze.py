@@ -119,6 +119,7 @@ def test_two_ranks_report_the_blocks_as_one_does(student: Path, tmp_path: Path) 
         (["run", TEACHER, "--crop-pct", "0"], "--crop-pct 0.0: above 0, at most 1"),
         (["run", TEACHER, "--data", "s3://bucket/val"], "--data s3://bucket/val: a URI needs --cache"),
         (["run", TEACHER, "--out", "{used}"], "exists and is not empty"),
+        (["run", TEACHER, "--out", "{link}"], "a link or mount point; name a new folder"),
         (["run", "vit_tinny_patch16_224=random"], "error: vit_tinny_patch16_224: unknown to timm"),
         (["run", "vit_tiny_patch16_224=nowhere.pth"], "vit_tiny_patch16_224=nowhere.pth: no such file"),
         (["run", "{student}", "--image-size", "64"], "takes images of 32 pixels, not 64"),
@@ -133,9 +134,11 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
 ) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used/mine.txt").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
     plain = tmp_path / "weights.safetensors"
     save_file({"a": torch.zeros(1)}, plain)
-    places = {"student": student, "plain": plain, "used": tmp_path / "used"}
+    places = {"student": student, "plain": plain, "used": tmp_path / "used", "link": tmp_path / "link"}
     if "{cait}" in arguments:
         places["cait"] = exported("cait_xxs24_224", tmp_path)
     arguments = [text.format(**places) for text in arguments]

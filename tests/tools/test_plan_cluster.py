@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import plan_cluster
@@ -33,3 +34,22 @@ def test_every_cluster_gets_a_table_with_one_choice_per_block(cluster: str, caps
 def test_a_budget_too_small_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_cluster.main(["--teacher", "vit-22b", "--budget", "0.5"]) == 2
     assert "teacher.memory_budget=0.5" in capsys.readouterr().err
+
+
+def test_a_runs_config_from_another_machine_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "teacher": {
+            "model": "vit_tiny_patch16_224",
+            "kwargs": {"depth": 4},
+            "weights": "/elsewhere/teacher.safetensors",
+        },
+        "student": {"model": "vit_tiny_patch16_224"},
+        "data": {"train": "/elsewhere/train", "val": "/elsewhere/val"},
+        "evaluation": {"every_epochs": 2},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert plan_cluster.main(["--config", str(path)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        b for b in "1234" for _ in range(3)
+    ]

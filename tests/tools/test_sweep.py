@@ -199,11 +199,14 @@ def start(path: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_sigterm_lets_the_run_save_and_the_next_sweep_goes_on(tmp_path: Path) -> None:
-    path = write_sweep(tmp_path, {"slow": ["optim.lr=77"], "quick": []}, seeds=[0])
+@pytest.mark.parametrize("between", ["", "bash -c '\"$@\" & wait' bash "], ids=["itself", "a launcher that ends first"])
+def test_sigterm_lets_the_run_save_and_the_next_sweep_goes_on(between: str, tmp_path: Path) -> None:
+    launcher = f"{between}{sys.executable} {FAKE}"
+    path = write_sweep(tmp_path, {"slow": ["optim.lr=77"], "quick": []}, seeds=[0], launcher=launcher)
     process = start(path)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
+    assert (tmp_path / "out/runs/slow-s0/saved").exists(), "the sweep was gone before its run"
     assert process.returncode == 130 and "the same command goes on" in output
     assert sweep.main([str(path)]) == 0
     assert started(tmp_path) == ["slow-s0", "slow-s0", "quick-s0"]

@@ -58,6 +58,10 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("teacher.stages=0", ["teacher.stages=0", "at least 1"]),
         ("teacher.microbatches=0", ["teacher.microbatches=0", "at least 1"]),
         ("resume=/no/such/checkpoint", ["resume=/no/such/checkpoint", "auto or none"]),
+        ("output=~/runs/x", ["output=~/runs/x", "home folder"]),
+        ("data.cache=~/imagenet", ["data.cache=~/imagenet", "home folder"]),
+        ("student.kwargs=[1]", ["student.kwargs=[1]", "command line", "expected"]),
+        ("optim.trust_coefficient=0", ["optim.trust_coefficient=0.0", "above 0"]),
         ("student.num_classes=-1", ["student.num_classes=-1", "negative"]),
         ("student.remedy=lifted", ["student.remedy='lifted'", "none", "lift", "wide_last"]),
         ("objective.head=pool", ["objective.head='pool'", "linear", "none", "pooled", "or null"]),
@@ -155,6 +159,9 @@ def test_differences_name_what_makes_it_another_run() -> None:
     old = load(None, NEEDED)
     assert differences(old, load(None, [*NEEDED, "output=elsewhere", "telemetry.every=3", "data.workers=1"])) == []
     assert differences(old, load(None, [*NEEDED, "optim.lr=0.5"])) == ["optim.lr: 0.001 -> 0.5"]
+    checked = load(None, [*NEEDED, "data.validate_hash=xxh64"])
+    assert differences(old, checked, also=("data.val:",)) == []
+    assert differences(old, checked, also=("data.val",)) == ["data.validate_hash: None -> xxh64"]
 
 
 @pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.stem)
