@@ -108,7 +108,8 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
             f"curriculum.mode=all_layers: needs equal depths, student.model={config.student.model} has {student.depth} "
             f"blocks and teacher.model={config.teacher.model} {spec.depth}"
         )
-    if config.objective.kd_alpha and config.curriculum.block not in (None, spec.depth):
+    ends_before = config.curriculum.block not in (None, spec.depth) and config.curriculum.last_block_after is None
+    if config.objective.kd_alpha and ends_before:
         raise UserError(
             f"objective.kd_alpha={config.objective.kd_alpha} with curriculum.block={config.curriculum.block}: the "
             f"teacher has logits at its last block only, which is {spec.depth}"

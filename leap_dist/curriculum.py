@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Optional
 from leap_dist.config import CurriculumConfig
 from leap_dist.errors import UserError
 
-Reason = Literal["threshold", "max_epochs", "snap", "replay", "below_threshold", "last_block", "unscored"]
+Reason = Literal["threshold", "max_epochs", "snap", "replay", "below_threshold", "held", "last_block", "unscored"]
 
 
 class Check(NamedTuple):
@@ -27,9 +27,11 @@ class Curriculum:
     """Target block, 1-indexed from the shallowest, rising to `depth` one check at a time.
 
     depth: the deepest block it ever reaches. A curriculum that starts there is finished: a fixed target is that.
+    hold_at, last_after: no score takes it past the block `hold_at`; after `last_after` epochs of the run, wherever it
+        is, it jumps to `depth`. None: neither.
     threshold, ema_alpha: advance when the score's EMA, ema <- a*score + (1-a)*ema from 0, reaches the threshold.
     max_epochs_per_block: advance after this many epochs whatever the score; the one a block is entered in counts whole.
-    snap_to_last_at: from this block on, jump to `depth`.
+    snap_to_last_at: from this block on, jump to `hold_at`, or `depth`.
     """
 
     def __init__(
@@ -40,8 +42,13 @@ class Curriculum:
         max_epochs_per_block: int = 5,
         start: int = 1,
         snap_to_last_at: Optional[int] = None,
+        hold_at: Optional[int] = None,
+        last_after: Optional[int] = None,
     ) -> None:
         self.depth = depth
+        self.climbs_to = hold_at or depth
+        self.last_after = last_after
+        self.epochs = 0
         self.threshold = threshold
         self.ema_alpha = ema_alpha
         self.max_epochs_per_block = max_epochs_per_block
@@ -51,8 +58,8 @@ class Curriculum:
 
     @property
     def finished(self) -> bool:
-        """Whether the deepest block is the target, so that no score can change anything any more."""
-        return self.block == self.depth
+        """Whether it has climbed, so that no score can change anything any more."""
+        return self.block >= self.climbs_to
 
     def observe(self, score: float) -> bool:
         """Take one step's score of the current block; return whether the block changed.
@@ -66,7 +73,8 @@ class Curriculum:
         return self._check()
 
     def end_epoch(self) -> bool:
-        """Count one more epoch on the current block; return whether the block changed."""
+        """Count one more epoch, of the run and on the current block; return whether the block changed."""
+        self.epochs += 1
         self.epochs_on_block += 1
         return self._check()
 
@@ -85,7 +93,10 @@ class Curriculum:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes during a run, as plain numbers."""
-        return {"depth": self.depth, "block": self.block, "ema": self.ema, "epochs_on_block": self.epochs_on_block}
+        return {
+            "depth": self.depth, "block": self.block, "ema": self.ema, "epochs": self.epochs,
+            "epochs_on_block": self.epochs_on_block,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`. Raises UserError if it was taken from a curriculum of another depth."""
@@ -94,6 +105,7 @@ class Curriculum:
                 f"checkpoint: its curriculum goes to teacher block {state['depth']}, this run's to block {self.depth}; "
                 "resume with the same teacher and curriculum"
             )
+        self.epochs = state["epochs"]
         self._enter(state["block"], state["ema"], state["epochs_on_block"])
         self._snap()
 
@@ -105,9 +117,14 @@ class Curriculum:
         self.epochs_on_block = epochs_on_block
 
     def _snap(self) -> bool:
-        if self.snap_to_last_at is None or self.finished or self.block < self.snap_to_last_at:
+        target = self.block
+        if self.snap_to_last_at is not None and self.block >= self.snap_to_last_at:
+            target = max(target, self.climbs_to)
+        if self.last_after is not None and self.epochs >= self.last_after:
+            target = self.depth
+        if target == self.block:
             return False
-        self._enter(self.depth)
+        self._enter(target)
         return True
 
     def _check(self) -> bool:
@@ -117,10 +134,10 @@ class Curriculum:
 
     def _move_on(self) -> Reason:
         """Advance if it is time; return why, or why not."""
-        if self.finished:
-            return "last_block"
         if self._snap():
             return "snap"
+        if self.finished:
+            return "last_block" if self.block == self.depth else "held"
         if self.ema < self.threshold and self.epochs_on_block < self.max_epochs_per_block:
             return "below_threshold"
         reason: Reason = "max_epochs" if self.ema < self.threshold else "threshold"
@@ -131,7 +148,8 @@ class Curriculum:
 def build_curriculum(config: CurriculumConfig, depth: int) -> Curriculum:
     """The curriculum of `config` over a teacher of `depth` blocks.
 
-    It ends at `block`, or at the last. The modes without a curriculum are one that starts there, too.
+    It ends at `block`, or at the last; with `last_block_after` it only waits at `block`. The modes without a curriculum
+    are one that starts where it ends.
     One that replays a ledger never moves on by itself, and goes as deep as the ledger does.
     Raises UserError if block, start or snap_to_last_at lies outside the teacher, or one of the two beyond the end.
     """
@@ -146,12 +164,15 @@ def build_curriculum(config: CurriculumConfig, depth: int) -> Curriculum:
         return Curriculum(depth, math.inf, config.ema_alpha, max_epochs_per_block=sys.maxsize)
     for key in ("start", "snap_to_last_at"):
         if (getattr(config, key) or 1) > last:
-            raise UserError(f"curriculum.{key}={getattr(config, key)}: the curriculum ends at curriculum.block={last}")
+            raise UserError(f"curriculum.{key}={getattr(config, key)}: it climbs to curriculum.block={last} only")
+    holds = config.last_block_after is not None
     return Curriculum(
-        last,
+        depth if holds else last,
         threshold=config.threshold,
         ema_alpha=config.ema_alpha,
         max_epochs_per_block=config.max_epochs_per_block,
         start=config.start or 1,
         snap_to_last_at=config.snap_to_last_at,
+        hold_at=last if holds else None,
+        last_after=config.last_block_after,
     )

@@ -2,10 +2,10 @@
 
 Keys of a line: step, epoch, block (that the step had), score (null where there is none), ema (that was judged),
 threshold, decision (start, stay, advance), reason, next_block (of the steps after this one), teacher_flops and seconds
-(of the run so far). Reasons of start: start, calibrated, snap, replay; of stay: below_threshold, last_block, unscored;
-of advance: threshold, max_epochs, snap, replay. The first line, of the start, also has the teacher's depth. A step has
-a line if it was scored or changed the block, or ends an epoch or the run; a change by the end of an epoch has one of
-its own.
+(of the run so far). Reasons of start: start, calibrated, snap, replay; of stay: below_threshold, held, last_block,
+unscored; of advance: threshold, max_epochs, snap, replay. The first line, of the start, also has the teacher's depth. A
+step has a line if it was scored or changed the block, or ends an epoch or the run; a change by the end of an epoch has
+one of its own.
 """
 
 from __future__ import annotations

@@ -388,7 +388,7 @@ class Trainer:
     def _calibrated(self, batches: list[Batch]) -> int:
         """The 1-indexed block of the curriculum with the highest score on this batch; the shallowest of equals."""
         evidence: list[Evidence] = []
-        last = self.curriculum.depth
+        last = self.curriculum.climbs_to
         self.engine.eval()
         with self.timer.only(CALIBRATION):
             for batch in batches:

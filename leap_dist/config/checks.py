@@ -60,13 +60,14 @@ def problems(config: Config) -> list[str]:
 
 
 def _range_problems(config: Config) -> list[str]:
-    data, optim, evaluation = config.data, config.optim, config.evaluation
+    data, optim, evaluation, curriculum = config.data, config.optim, config.evaluation, config.curriculum
     at_least_one = {
         "data.image_size": data.image_size,
         "data.global_batch": data.global_batch,
         "data.canonical_nodes": data.canonical_nodes,
         "data.timeout_s": data.timeout_s,
-        "curriculum.max_epochs_per_block": config.curriculum.max_epochs_per_block,
+        "curriculum.max_epochs_per_block": curriculum.max_epochs_per_block,
+        "curriculum.last_block_after": 1 if curriculum.last_block_after is None else curriculum.last_block_after,
         "teacher.stages": 1 if config.teacher.stages is None else config.teacher.stages,
         "teacher.microbatches": config.teacher.microbatches,
         "engine.accumulation": config.engine.accumulation,
@@ -158,6 +159,10 @@ def _curriculum_problems(curriculum: CurriculumConfig) -> list[str]:
         problems.append(f"curriculum.start={curriculum.start}: only used with curriculum.mode=leap")
     if curriculum.snap_to_last_at is not None and curriculum.mode != "leap":
         problems.append(f"curriculum.snap_to_last_at={curriculum.snap_to_last_at}: only used with curriculum.mode=leap")
+    if curriculum.last_block_after is not None and curriculum.mode != "leap":
+        problems.append(
+            f"curriculum.last_block_after={curriculum.last_block_after}: only used with curriculum.mode=leap"
+        )
     if curriculum.replay is not None and curriculum.mode != "leap":
         problems.append(f"curriculum.replay={curriculum.replay}: only used with curriculum.mode=leap")
     if not 0 < curriculum.ema_alpha <= 1:

@@ -96,6 +96,9 @@ class CurriculumConfig:
     ema_alpha: float = option(1.0, "weight of the newest score in the EMA; 1 = no smoothing")
     max_epochs_per_block: int = option(5, "advance after this many epochs whatever the score")
     snap_to_last_at: Optional[int] = option(None, "from this block on, jump to the curriculum's end; null = off")
+    last_block_after: Optional[int] = option(
+        None, "epochs of the run after which the last block is the target, wherever it waits till then; null = off"
+    )
     metric: Literal["cka", "cosine"] = option("cka", "linear CKA, or the mean cosine per token")
     reduction: Literal["exact", "mean"] = option(
         "exact", "exact: CKA of the global batch; mean: mean of per-rank CKAs (LEAP; biased upward at few tokens)"

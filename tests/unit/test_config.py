@@ -58,6 +58,7 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("teacher.stages=0", ["teacher.stages=0", "at least 1"]),
         ("teacher.microbatches=0", ["teacher.microbatches=0", "at least 1"]),
         ("resume=/no/such/checkpoint", ["resume=/no/such/checkpoint", "auto or none"]),
+        ("curriculum.last_block_after=0", ["curriculum.last_block_after=0", "at least 1"]),
         ("output=~/runs/x", ["output=~/runs/x", "home folder"]),
         ("data.cache=~/imagenet", ["data.cache=~/imagenet", "home folder"]),
         ("student.kwargs=[1]", ["student.kwargs=[1]", "command line", "expected"]),
@@ -107,6 +108,8 @@ def test_combinations_that_cannot_be() -> None:
         load(None, [*NEEDED, "teacher.placement=pipelined", "curriculum.mode=all_layers"])
     with pytest.raises(UserError, match=r"curriculum.block=3: only used with curriculum.mode=leap or fixed"):
         load(None, [*NEEDED, "curriculum.block=3", "curriculum.mode=all_layers"])
+    with pytest.raises(UserError, match=r"curriculum.last_block_after=3: only used with curriculum.mode=leap"):
+        load(None, [*NEEDED, "curriculum.last_block_after=3", "curriculum.mode=fixed"])
     with pytest.raises(UserError, match=r"objective.head=pooled with student.remedy=lift: the widths are equal"):
         load(None, [*NEEDED, "objective.head=pooled", "student.remedy=lift"])
     with pytest.raises(UserError, match=r"reset_head=true with objective.head=none: there is no head to reset"):

@@ -81,7 +81,7 @@ def test_snap_applies_to_calibration_and_resume() -> None:
     curriculum = Curriculum(12, snap_to_last_at=3)
     curriculum.restart_at(5)
     assert curriculum.block == 12
-    curriculum.load_state_dict({"depth": 12, "block": 4, "ema": 0.3, "epochs_on_block": 1})
+    curriculum.load_state_dict({"depth": 12, "block": 4, "ema": 0.3, "epochs": 3, "epochs_on_block": 1})
     assert curriculum.block == 12
 
 
@@ -116,6 +116,41 @@ def test_last_block_never_advances() -> None:
     assert not curriculum.observe(1.0)
     assert not curriculum.end_epoch()
     assert curriculum.block == 2
+
+
+def test_it_waits_at_a_block_until_the_last_ones_turn() -> None:
+    """Neither score nor epoch limit takes it past block 3; the end of the run's second epoch does."""
+    curriculum = Curriculum(5, threshold=0.8, hold_at=3, last_after=2, max_epochs_per_block=1)
+    assert blocks_used(curriculum, [0.9] * 8, epoch_ends=[3, 5, 7]) == [1, 2, 3, 3, 3, 3, 5, 5]
+    assert curriculum.finished and not curriculum.end_epoch()
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_one_that_waits_is_resumed_anywhere(step: int) -> None:
+    ends = [1, 3, 5]
+    whole, first, second = (Curriculum(5, threshold=0.8, hold_at=2, last_after=2) for _ in range(3))
+    used = blocks_used(whole, [0.9] * 7, ends)
+    assert used == [1, 2, 2, 2, 5, 5, 5]
+    head = blocks_used(first, [0.9] * step, ends)
+    second.load_state_dict(first.state_dict())
+    assert head + blocks_used(second, [0.9] * (7 - step), [end - step for end in ends]) == used
+
+
+def test_why_it_waits_and_moves() -> None:
+    curriculum = Curriculum(5, threshold=0.8, hold_at=2, last_after=1, start=2)
+    assert curriculum.finished and not curriculum.observe(0.9) and curriculum.last_check.reason == "held"
+    assert curriculum.end_epoch() and curriculum.last_check.reason == "snap"
+    assert not curriculum.observe(0.9) and curriculum.last_check.reason == "last_block"
+
+
+def test_a_slow_climb_is_cut_short_for_the_last_block() -> None:
+    curriculum = Curriculum(5, threshold=0.8, last_after=2)
+    assert blocks_used(curriculum, [0.1] * 6, epoch_ends=[1, 3]) == [1, 1, 1, 1, 5, 5]
+
+
+def test_a_jump_while_it_waits_ends_where_it_waits() -> None:
+    curriculum = Curriculum(5, threshold=0.8, hold_at=4, last_after=2, snap_to_last_at=2)
+    assert blocks_used(curriculum, [0.9] * 5, epoch_ends=[1, 3]) == [1, 4, 4, 4, 5]
 
 
 def test_resumed_run_takes_the_same_decisions() -> None:
@@ -172,9 +207,14 @@ def test_leap_ends_at_the_block_of_its_config() -> None:
     assert starting.finished
 
 
+def test_leap_waits_at_the_block_of_its_config() -> None:
+    waiting = build_curriculum(CurriculumConfig(block=3, last_block_after=2), 12)
+    assert blocks_used(waiting, [0.9] * 7, epoch_ends=[2, 5]) == [1, 2, 3, 3, 3, 3, 12]
+
+
 @pytest.mark.parametrize("key", ["start", "snap_to_last_at"])
 def test_nothing_lies_beyond_the_end(key: str) -> None:
-    with pytest.raises(UserError, match=rf"curriculum\.{key}=8: the curriculum ends at curriculum.block=7"):
+    with pytest.raises(UserError, match=rf"curriculum\.{key}=8: it climbs to curriculum.block=7 only"):
         build_curriculum(CurriculumConfig(**{"block": 7, key: 8}), 12)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import signal
@@ -123,6 +124,28 @@ def test_calibration_starts_no_deeper_than_the_curriculum_ends(tmp_path: Path, m
     run(trainer)
     assert trainer.progress.trajectory == [(0, 2), (1, 3)]
     assert trainer.costs.flops["teacher"] == 4 * 10 * (3 + 2 + 3 + 3)  # images, FLOPs a block, blocks
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_a_run_waits_for_the_last_block_also_across_a_resume(prefetch: int, tmp_path: Path) -> None:
+    """Block 2 of 4 from the first score on, the last from the third epoch on; cut in the second."""
+    overrides = ["curriculum.start=1", "curriculum.threshold=-2", "curriculum.block=2", "curriculum.last_block_after=2"]
+    overrides += ["epochs=3", "checkpoint.every_steps=1", f"teacher.prefetch={prefetch}"]
+    uncut = run(stub_trainer(stub_config(tmp_path / "whole", *overrides)))
+    assert uncut.progress.trajectory == [(0, 1), (1 + prefetch, 2), (6, 4)]
+    cut = stub_trainer(stub_config(tmp_path / "cut", *overrides))
+    cut.loader.epoch = dies_at(cut.loader, epoch=1, index=2)
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    cut.close()
+    resumed = stub_trainer(stub_config(tmp_path / "cut", *overrides, "resume=auto"))
+    resumed.restore(newest(tmp_path / "cut" / "checkpoints"))
+    run(resumed)
+    assert resumed.progress.trajectory == uncut.progress.trajectory
+    assert scalars(tmp_path / "cut", "loss/total") == scalars(tmp_path / "whole", "loss/total")
+    ledgers = [(tmp_path / name / "curriculum.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    reasons = [[json.loads(line)["reason"] for line in ledger] for ledger in ledgers]
+    assert reasons[0] == reasons[1] and {"threshold", "held", "snap"} <= set(reasons[0])
 
 
 @pytest.mark.parametrize("remedy", ["none", "lift", "wide_last"])
