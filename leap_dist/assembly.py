@@ -13,6 +13,7 @@ import torch
 
 from leap_dist.backbone import DTYPES
 from leap_dist.checkpoint import Checkpoints, find_resume
+from leap_dist.claim import Claim
 from leap_dist.config import DEMO_TEACHER, Config, matching_head
 from leap_dist.coordinator import Coordinator
 from leap_dist.curriculum import build_curriculum
@@ -46,6 +47,8 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
         UserError: the first thing that does not fit, in one line.
     """
     check_nodes(world)
+    claim = Claim(Path(config.output), world)
+    claim.hold()
     resume = find_resume(config, world)
     batch = micro_batch(config, world)
     if config.data.mixup:
@@ -71,7 +74,7 @@ def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
     check_window(config, steps)
     schedule = replayed_schedule(config.curriculum.replay, spec.depth, steps, world)
     timer = PhaseTimer(world.device)
-    checkpoints = Checkpoints(config, world, loader.layout, teacher.fingerprint)
+    checkpoints = Checkpoints(config, world, loader.layout, teacher.fingerprint, claim)
     convert = resume is not None and checkpoints.needs_conversion(resume)
     objective = build_objective(config, spec)
     optimizer = build_optimizer(config.optim, objective)

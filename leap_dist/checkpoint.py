@@ -1,12 +1,12 @@
 """Save, find and resume a run: model, optimizer, curriculum, progress and data position in one checkpoint.
 
     output/config.yaml                  the run this folder belongs to
-    output/.lock                        held while it runs
+    output/.lock                        held by the run that is at it, see `leap_dist.claim`
     output/checkpoints/step00000120/    DeepSpeed's files, config.yaml, run.json (step, world size, ZeRO stage)
     output/checkpoints/latest           name of the newest good checkpoint; written last, by renaming
 
-`latest` moves on only when the step after a checkpoint has shown a finite loss (or the run ends there): weights that
-the last update spoilt are never what a run is continued from.
+`latest` moves on only when the step after a checkpoint has shown a finite loss (or the run ends there; or, before an
+evaluation, the weights are finite): weights that the last update spoilt are never what a run is continued from.
 Learning rate and random numbers are functions of the step, so they need no state of their own.
 """
 
@@ -18,18 +18,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Optional
+from typing import Any, Optional
 
+from leap_dist.claim import Claim, require_shared
 from leap_dist.config import Config, abridged, differences, flat, load, to_yaml
 from leap_dist.distributed import World, barrier, gather_objects, is_lost_peer
 from leap_dist.errors import UserError
-from leap_dist.files import flush, lock, write_json, write_text
+from leap_dist.files import flush, write_json, write_text
 from leap_dist.universal import remove_leftovers, universal_copy
 
 log = logging.getLogger(__name__)
 
-LATEST, CONFIG, RUN, LOCK = "latest", "config.yaml", "run.json", ".lock"
-LOCK_SECONDS = 60  # a run that was told to stop may still be saving
+LATEST, CONFIG, RUN = "latest", "config.yaml", "run.json"
 
 
 def find_resume(config: Config, world: World) -> Optional[Path]:
@@ -51,17 +51,8 @@ def find_resume(config: Config, world: World) -> Optional[Path]:
     if fault:
         raise UserError(fault)
     if found is not None:
-        _require_shared(found / RUN, config, world)
+        require_shared(found / RUN, Path(config.output), world)
     return found
-
-
-def _require_shared(path: Path, config: Config, world: World) -> None:
-    """Raise UserError, on every rank, if one does not see the file `path` that rank 0 does. Collective."""
-    seen = gather_objects(path.is_file(), world)
-    if not all(seen):
-        raise UserError(
-            f"output={config.output}: rank {seen.index(False)} does not see {path}; all ranks must share the folder"
-        )
 
 
 def _require_one_config(config: Config, world: World) -> None:
@@ -155,47 +146,29 @@ class Checkpoints:
 
     layout: of the training set, whose positions the checkpoints hold; `TrainLoader.layout`.
     teacher: fingerprint of the weights that the student imitates.
+    claim: on the output folder, if it has been made already.
     """
 
-    def __init__(self, config: Config, world: World, layout: str, teacher: str) -> None:
+    def __init__(self, config: Config, world: World, layout: str, teacher: str, claim: Optional[Claim] = None) -> None:
         self.config = config
         self.world = world
         self.layout = layout
         self.teacher = teacher
         self._unconfirmed: Optional[Path] = None
-        self._lock: Optional[IO[Any]] = None
+        self._claim = claim or Claim(Path(config.output), world)
         self.folder = Path(config.output) / "checkpoints"
 
     def claim_output(self) -> None:
         """Mark the output folder as this run's, when all is built (the demo's data may lie there already). Collective.
 
-        It is locked until `release`, for a run deletes what saves left half-written: another's, were that alive.
-
         Raises:
-            UserError: another run is at it, it cannot be written, or a rank does not see what rank 0 wrote.
+            UserError: see `Claim.mark`.
         """
-        fault = gather_objects(self._claim() if self.world.is_main else "", self.world)[0]
-        if fault:
-            raise UserError(f"output={self.config.output}: {fault}")
-        _require_shared(Path(self.config.output) / CONFIG, self.config, self.world)
-
-    def _claim(self) -> str:
-        """What stands in the way, or nothing."""
-        output = Path(self.config.output)
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(output / LOCK, LOCK_SECONDS)
-            write_text(output / CONFIG, to_yaml(self.config))
-        except BlockingIOError:
-            return "another run is at it, or its ranks still are"
-        except OSError as error:
-            return f"cannot be written ({error})"
-        return ""
+        self._claim.mark(CONFIG, to_yaml(self.config))
 
     def release(self) -> None:
-        """Let others claim the output folder; safe at any time."""
-        if self._lock is not None:
-            self._lock.close()
+        """Let another run have the output folder; safe at any time."""
+        self._claim.release()
 
     def save(self, engine: Any, step: int, state: dict[str, Any]) -> Path:
         """Write a checkpoint named after `step`; `confirm` makes it the latest.
@@ -242,10 +215,9 @@ class Checkpoints:
         """
         saved = json.loads((path / RUN).read_text())
         for key, mine in self._identity().items():
-            if saved.get(key) != mine:
+            if saved.get(key, mine) != mine:
                 raise UserError(
-                    f"checkpoint {path}: saved with {key}={saved.get(key)}, this run has {key}={mine}; "
-                    "resume with the same"
+                    f"checkpoint {path}: saved with {key}={saved[key]}, this run has {key}={mine}; resume with the same"
                 )
         return self.config.engine.zero_stage > 0 and saved["world_size"] != self.world.size
 

@@ -103,9 +103,9 @@ class Curriculum:
         if state["depth"] != self.depth:
             raise UserError(
                 f"checkpoint: its curriculum goes to teacher block {state['depth']}, this run's to block {self.depth}; "
-                "resume with the same teacher and curriculum"
+                "resume with the same teacher, curriculum.block and curriculum.last_block_after"
             )
-        self.epochs = state["epochs"]
+        self.epochs = state.get("epochs", 0)
         self._enter(state["block"], state["ema"], state["epochs_on_block"])
         self._snap()
 

@@ -149,9 +149,17 @@ def build_engine(
 
 
 def weights_are_finite(engine: Any, world: World) -> bool:
-    """Whether all of the student's weights are, on all ranks: then its next loss will be. Collective; waits."""
-    own = (getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters())  # stage 3: a part
+    """Whether all of the student's weights are, on all ranks. Collective; waits for the device."""
+    own = (_own_part(parameter, world.rank) for parameter in engine.module.parameters())
     return all(gather_objects(all(bool(part.isfinite().all()) for part in own), world))
+
+
+def _own_part(parameter: nn.Parameter, rank: int) -> Tensor:
+    """All of a parameter, or at ZeRO stage 3 this rank's part, without the uninitialised padding behind the last."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter
+    part = parameter.ds_tensor
+    return part[: max(0, parameter.ds_numel - rank * part.numel())]
 
 
 def update_numbers(engine: Any, like: Tensor) -> Tensor:

@@ -145,7 +145,6 @@ class Trainer:
         self.timer.carry_on(self.costs.phases)
         self._ledger_from = (state["ledger_lines"], path.parent.parent)
         self.curriculum.load_state_dict(state["curriculum"])
-        # A checkpoint of another run is saved here at once.
         self.saved_step = self.progress.step if path.parent.resolve() == self.checkpoints.folder.resolve() else -1
 
     def run(self) -> bool:
@@ -160,8 +159,7 @@ class Trainer:
         self._clock_zero = time.perf_counter() - self.costs.seconds
         self.accountant.begin(self.progress.step, self.costs)
         if self.progress.step:
-            self._save()
-            self.checkpoints.confirm()  # the other run's, if any: a kill from here on must not start afresh
+            self._keep()  # another run's checkpoint: a kill from here on must not start afresh
             self._validate()
         self.profiler.before(self.progress.step)
         with Interrupt() as interrupt:
@@ -429,8 +427,7 @@ class Trainer:
         done = any(line["epoch"] == progress.epoch for line in progress.validations)
         if done or self.stopping or progress.step_in_epoch or not self.validation.is_due(progress.epoch):
             return
-        if weights_are_finite(self.engine, self.world):
-            self.checkpoints.confirm()  # what fails from here on does not cost the epoch
+        self._keep()  # what fails from here on does not cost the epoch
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         self._read_clocks()
@@ -449,7 +446,6 @@ class Trainer:
                 "evaluation_seconds": spent,
             }
         )
-        self.saved_step = -1  # what is saved does not know of this yet
         self.validation.write(progress.validations)
         self.journal.points(progress.step - 1, {"evaluation/knn": knn})
 
@@ -461,6 +457,12 @@ class Trainer:
     @staticmethod
     def _is_save_due(count: int, every: int) -> bool:
         return every > 0 and count % every == 0
+
+    def _keep(self) -> None:
+        """Save, and let a resumed run start from that without waiting for the next loss, if the weights are finite."""
+        self._save()
+        if weights_are_finite(self.engine, self.world):
+            self.checkpoints.confirm()
 
     def _save(self) -> None:
         """Save the run as it stands between two steps, unless that has been done."""

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from leap_dist.config import Config, load
 
-WITHOUT_FILES = ("data.train=digits", "data.val=null", "evaluation.every_epochs=0", "teacher.weights=random")
+WITHOUT_FILES = (
+    "data.train=digits", "data.val=null", "evaluation.every_epochs=0", "teacher.weights=random", "resume=none",
+    "curriculum.replay=null",
+)  # fmt: skip
 
 
 def load_without_files(path: Path | None, *overrides: str) -> Config:

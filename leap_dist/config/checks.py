@@ -48,7 +48,7 @@ def problems(config: Config) -> list[str]:
         *_pixel_problems(config.data),
         *_mixing_problems(config.data),
         *_cache_problems(config.data),
-        *_curriculum_problems(config.curriculum),
+        *_curriculum_problems(config.curriculum, config.epochs),
         *_matching_problems(config),
         *_label_problems(config),
         *_placement_problems(config),
@@ -151,7 +151,7 @@ def _cache_problems(data: DataConfig) -> list[str]:
     return []
 
 
-def _curriculum_problems(curriculum: CurriculumConfig) -> list[str]:
+def _curriculum_problems(curriculum: CurriculumConfig, epochs: float) -> list[str]:
     problems = []
     if curriculum.block is not None and curriculum.mode == "all_layers":
         problems.append(f"curriculum.block={curriculum.block}: only used with curriculum.mode=leap or fixed")
@@ -162,6 +162,10 @@ def _curriculum_problems(curriculum: CurriculumConfig) -> list[str]:
     if curriculum.last_block_after is not None and curriculum.mode != "leap":
         problems.append(
             f"curriculum.last_block_after={curriculum.last_block_after}: only used with curriculum.mode=leap"
+        )
+    elif curriculum.last_block_after is not None and curriculum.last_block_after >= epochs:
+        problems.append(
+            f"curriculum.last_block_after={curriculum.last_block_after}: the run ends after epochs={epochs:g}"
         )
     if curriculum.replay is not None and curriculum.mode != "leap":
         problems.append(f"curriculum.replay={curriculum.replay}: only used with curriculum.mode=leap")

@@ -95,7 +95,7 @@ class CurriculumConfig:
     threshold: float = option(0.85, "advance when the score's EMA reaches this")
     ema_alpha: float = option(1.0, "weight of the newest score in the EMA; 1 = no smoothing")
     max_epochs_per_block: int = option(5, "advance after this many epochs whatever the score")
-    snap_to_last_at: Optional[int] = option(None, "from this block on, jump to the curriculum's end; null = off")
+    snap_to_last_at: Optional[int] = option(None, "from this block on, jump to `block`, or the last; null = off")
     last_block_after: Optional[int] = option(
         None, "epochs of the run after which the last block is the target, wherever it waits till then; null = off"
     )

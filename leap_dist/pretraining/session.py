@@ -111,9 +111,10 @@ class Session:
         if not self._checkpoint.is_file():
             return
         state = torch.load(self._checkpoint, map_location=self._device, weights_only=True)
-        if state["layout"] != self._layout:
+        layout = state.get("layout", self._layout)
+        if layout != self._layout:
             raise UserError(
-                f"{self._checkpoint}: data.train had {state['layout']} and has {self._layout} now; train on those, or "
+                f"{self._checkpoint}: data.train had {layout} and has {self._layout} now; train on those, or "
                 "name another output"
             )
         self.model.load_state_dict(state["model"])

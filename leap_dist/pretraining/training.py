@@ -78,9 +78,10 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
     data = resolve(recipe.data, output, world)
     loader = build_train_loader(data, seed=recipe.seed, micro_batch=data.global_batch, world=world)
     held_out = build_eval_loader(data.val, data, batch=min(BATCH, data.global_batch), world=world)
-    _claim(output, recipe)
+    _check_recipe(output / RECIPE, recipe)
     session = Session(recipe, model, len(loader), loader.layout, output / CHECKPOINT)
     session.restore()
+    write_text(output / RECIPE, to_yaml(recipe))
     most_bad = int(data.max_bad_fraction * loader.num_samples)
     source = Source(loader, Feed(data, world.device), BadSamples(output / BAD_SAMPLES, most_bad, world))
     source.bad_samples.reopen(resumed=session.step > 0)
@@ -116,14 +117,12 @@ def _kwargs(recipe: TeacherRecipe) -> dict[str, Any]:
     return {"num_classes": recipe.classes, "img_size": recipe.data.image_size, **recipe.kwargs}
 
 
-def _claim(output: Path, recipe: TeacherRecipe) -> None:
-    """Note the recipe in a new folder; UserError if the folder is another training's."""
-    noted = output / RECIPE
+def _check_recipe(noted: Path, recipe: TeacherRecipe) -> None:
+    """UserError if the folder is that of another training."""
     if noted.is_file():
         changed = changes(load_recipe(noted, [], check=False), recipe)
         if changed:
-            raise UserError(f"output={output}: holds a teacher of another recipe ({abridged(changed)})")
-    write_text(noted, to_yaml(recipe))
+            raise UserError(f"output={noted.parent}: holds a teacher of another recipe ({abridged(changed)})")
 
 
 def _bar(session: Session) -> tqdm:

@@ -46,6 +46,8 @@ def test_a_runs_config_from_another_machine_will_do(tmp_path: Path, capsys: pyte
         "student": {"model": "vit_tiny_patch16_224"},
         "data": {"train": "/elsewhere/train", "val": "/elsewhere/val"},
         "evaluation": {"every_epochs": 2},
+        "curriculum": {"replay": "/elsewhere/curriculum.jsonl"},
+        "resume": "/elsewhere/run",
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))

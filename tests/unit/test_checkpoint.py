@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from leap_dist.checkpoint import Checkpoints, find_resume, newest
+from leap_dist.claim import Claim
 from leap_dist.config import Config, load
 from leap_dist.distributed import World
 from leap_dist.errors import UserError
@@ -60,7 +62,7 @@ def test_save_then_load_gives_the_state_back(tmp_path: Path) -> None:
 
 
 def test_one_run_at_a_time_works_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leap_dist.checkpoint.LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("leap_dist.claim.LOCK_SECONDS", 0.2)
     first = claimed(tmp_path)
     with pytest.raises(UserError, match=r"output=.*: another run is at it"):
         claimed(tmp_path)
@@ -69,9 +71,31 @@ def test_one_run_at_a_time_works_in_a_folder(tmp_path: Path, monkeypatch: pytest
     assert load(tmp_path / "config.yaml", []) == second.config
 
 
+def test_a_start_that_had_to_wait_goes_on_where_the_other_left(tmp_path: Path) -> None:
+    first = claimed(tmp_path, steps=(5,))
+
+    def leave() -> None:
+        first.save(PlainEngine(), 9, {})
+        first.confirm()
+        first.release()
+
+    timer = threading.Timer(0.5, leave)
+    timer.start()
+    second = Claim(tmp_path, ONE)
+    second.hold()
+    assert find_resume(config(tmp_path, "resume=auto"), ONE) == tmp_path / "checkpoints" / "step00000009"
+    second.mark("config.yaml", "mine")  # held already: waits for nobody, itself least
+    second.release()
+
+
+def test_a_claim_on_nothing_leaves_nothing(tmp_path: Path) -> None:
+    Claim(tmp_path / "new", ONE).hold()
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_rank_that_does_not_see_the_run_folder_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on nodes each with a disk of its own, at the start and not at the first resume."""
-    monkeypatch.setattr("leap_dist.checkpoint.gather_objects", lambda item, _: [item, False if item is True else item])
+    monkeypatch.setattr("leap_dist.claim.gather_objects", lambda item, _: [item, False if item is True else item])
     with pytest.raises(UserError, match=r"rank 1 does not see .*config.yaml; all ranks must share the folder"):
         claimed(tmp_path)
 

@@ -108,6 +108,8 @@ def test_combinations_that_cannot_be() -> None:
         load(None, [*NEEDED, "teacher.placement=pipelined", "curriculum.mode=all_layers"])
     with pytest.raises(UserError, match=r"curriculum.block=3: only used with curriculum.mode=leap or fixed"):
         load(None, [*NEEDED, "curriculum.block=3", "curriculum.mode=all_layers"])
+    with pytest.raises(UserError, match=r"curriculum.last_block_after=3: the run ends after epochs=3"):
+        load(None, [*NEEDED, "curriculum.last_block_after=3", "epochs=3"])
     with pytest.raises(UserError, match=r"curriculum.last_block_after=3: only used with curriculum.mode=leap"):
         load(None, [*NEEDED, "curriculum.last_block_after=3", "curriculum.mode=fixed"])
     with pytest.raises(UserError, match=r"objective.head=pooled with student.remedy=lift: the widths are equal"):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from leap_dist.config import Config, OptimConfig, load
 from leap_dist.distributed import World
-from leap_dist.engine import _clip_before_steps, deepspeed_config, micro_batch
+from leap_dist.engine import _clip_before_steps, deepspeed_config, micro_batch, weights_are_finite
 from leap_dist.errors import UserError
 from leap_dist.optim import build_optimizer
 
@@ -81,3 +83,22 @@ def test_clipping_before_the_step_of_lars_sees_gradients_without_the_loss_scale(
     assert norm > 0.5
     for gradient, true in zip(seen, truth, strict=True):
         torch.testing.assert_close(gradient.double(), true * 0.5 / norm, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("rank", "part", "finite"),
+    [
+        (0, [1.0, 2.0, 3.0], True),
+        (0, [1.0, math.inf, 3.0], False),
+        (3, [4.0, math.nan, math.nan], True),
+        (4, [math.nan], True),
+    ],
+)
+def test_weights_in_parts_are_judged_without_their_padding(rank: int, part: list[float], finite: bool) -> None:
+    """Ten weights over four ranks and more: what lies behind the tenth was never written (DeepSpeed's ZeRO-3)."""
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_tensor, weight.ds_numel = torch.tensor(part + [math.nan] * (3 - len(part))), 10
+    module = torch.nn.Module()
+    module.weight = weight
+    world = World(rank, 1, 0, 1, torch.device("cpu"))
+    assert weights_are_finite(SimpleNamespace(module=module), world) is finite

@@ -176,6 +176,7 @@ def test_a_folder_belongs_to_one_recipe(trained: Path, shards: Path) -> None:
 def test_it_does_not_go_on_with_other_shards(trained: Path, shards: Path) -> None:
     with pytest.raises(UserError, match=r"data.train had 600 samples in 1 shards \(\w+\) and has 297 samples in 1"):
         train_on_shards(recipe(shards, trained, f"data.train={shards / 'val'}"))
+    assert f"{shards / 'train'}\n" in (trained / "recipe.yaml").read_text()
 
 
 def test_images_that_cannot_be_read_are_listed_and_end_it_when_they_are_many(shards: Path, tmp_path: Path) -> None:

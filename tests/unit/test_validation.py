@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,22 @@ def test_a_run_killed_in_an_evaluation_makes_it_again_and_no_step(fails_at: int,
     assert [without_seconds(line) for line in lines(tmp_path / "cut")] == [
         without_seconds(line) for line in lines(tmp_path / "uncut")
     ]
+
+
+def test_weights_spoilt_before_an_evaluation_are_not_gone_on_from(tmp_path: Path) -> None:
+    trainer = validated(tmp_path, fails_at=0)
+    update = trainer.engine.step
+
+    def spoil() -> None:
+        update()
+        if trainer.progress.step == 5:  # the epoch's last
+            next(trainer.engine.module.parameters()).data.fill_(math.nan)
+
+    trainer.engine.step = spoil
+    with pytest.raises(KeyboardInterrupt):
+        run(trainer)
+    assert (tmp_path / "checkpoints" / "step00000006").is_dir()
+    assert newest(tmp_path / "checkpoints").name == "step00000003"
 
 
 def without_seconds(line: dict[str, float]) -> dict[str, float]:
