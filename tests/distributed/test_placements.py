@@ -17,8 +17,11 @@ from runs import environment, run_ok, scalars, write_config
 SHORT = {"teacher": True, "probe_epochs": 2}
 
 
-def on_ranks(ranks: int, worker: str, *arguments: str, timeout: float = 200) -> str:
-    """Run a worker script of this folder under torchrun; returns what it printed."""
+def on_ranks(ranks: int, worker: str, *arguments: str, timeout: float = 400) -> str:
+    """Run a worker script of this folder under torchrun; returns what it printed.
+
+    timeout: of a hang; the same work took 110 to 275 s on one machine within minutes.
+    """
     script = Path(__file__).with_name(worker)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script),
