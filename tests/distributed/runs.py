@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "leap_dist" / "train.py"
+HANG_S = 400  # what takes longer hangs: the same work took 110 to 275 s on one machine within minutes
 
 # Small enough for seconds, real in every part: digits as MDS shards, a 6-block teacher, a 2-block student.
 TINY = {
@@ -71,7 +72,7 @@ def environment() -> dict[str, str]:
 
 
 def launch(
-    config: Path, *overrides: str, processes: int = 2, launcher: str = "deepspeed", timeout: float = 150
+    config: Path, *overrides: str, processes: int = 2, launcher: str = "deepspeed", timeout: float = HANG_S
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; stdout and stderr together in `.stdout`."""
     return subprocess.run(
@@ -85,7 +86,9 @@ def launch(
     )
 
 
-def run_ok(config: Path, *overrides: str, processes: int = 2, launcher: str = "deepspeed", timeout: float = 150) -> str:
+def run_ok(
+    config: Path, *overrides: str, processes: int = 2, launcher: str = "deepspeed", timeout: float = HANG_S
+) -> str:
     """`launch`, which must succeed; returns what it printed."""
     done = launch(config, *overrides, processes=processes, launcher=launcher, timeout=timeout)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import command, environment, launch, run_ok, scalars, write_config
+from runs import HANG_S, command, environment, launch, run_ok, scalars, write_config
 
 SAVED = (5, 10, 15, 20, 23)
 PLAIN = {"checkpoint": {"every_steps": 5, "keep": len(SAVED)}}
@@ -86,7 +86,7 @@ def test_weight_decay_and_adam_steps_survive_the_conversion(stage: int, tmp_path
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
              str(worker), str(stage), str(tmp_path)],
-            env=environment(), capture_output=True, text=True, timeout=120, check=False,
+            env=environment(), capture_output=True, text=True, timeout=HANG_S, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert words in done.stdout

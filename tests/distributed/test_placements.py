@@ -12,16 +12,13 @@ from typing import Any
 
 import pytest
 
-from runs import environment, run_ok, scalars, write_config
+from runs import HANG_S, environment, run_ok, scalars, write_config
 
 SHORT = {"teacher": True, "probe_epochs": 2}
 
 
-def on_ranks(ranks: int, worker: str, *arguments: str, timeout: float = 400) -> str:
-    """Run a worker script of this folder under torchrun; returns what it printed.
-
-    timeout: of a hang; the same work took 110 to 275 s on one machine within minutes.
-    """
+def on_ranks(ranks: int, worker: str, *arguments: str, timeout: float = HANG_S) -> str:
+    """Run a worker script of this folder under torchrun; returns what it printed."""
     script = Path(__file__).with_name(worker)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import environment
+from runs import HANG_S, environment
 
 SLOW = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def test_reset_head_holds_at_every_zero_stage(stage: int, ranks: int) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
         [*launcher, str(worker), str(stage)],
-        env=environment(), capture_output=True, text=True, timeout=120, check=False,
+        env=environment(), capture_output=True, text=True, timeout=HANG_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(f"reset at stage {stage}") == ranks

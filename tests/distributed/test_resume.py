@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from runs import command, environment, run_ok, scalars, write_config
+from runs import HANG_S, command, environment, run_ok, scalars, write_config
 
 STEPS_PER_EPOCH = 23
 LONG = {"epochs": 2, "data": {"workers": 1}, "checkpoint": {"every_steps": 5, "every_epochs": 1}}
@@ -40,7 +40,7 @@ def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
 
 
 def wait_for_checkpoint(run: Path, process: subprocess.Popen[str], step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while not (run / "checkpoints" / f"step{step:08d}" / "run.json").exists():
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.02)
@@ -66,7 +66,7 @@ def told_to_stop(config: Path, tell: Callable[[subprocess.Popen[str]], None]) ->
     process = start(config)
     wait_for_checkpoint(config.parent / "run", process, 5)
     tell(process)
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=HANG_S)
     assert "continue with resume=auto" in output, output[-3000:]
     assert not (config.parent / "run" / "summary.json").exists()
     return process.returncode, output
