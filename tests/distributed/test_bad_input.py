@@ -74,6 +74,7 @@ def test_an_option_that_deepspeed_does_not_have(tmp_path: Path) -> None:
     assert "engine.deepspeed.wall_clock_breakdwn: DeepSpeed has no such option; wall_clock_breakdown?" in line
 
 
+@pytest.mark.slow  # the rule itself is a unit test
 def test_layers_that_cannot_be_paired(tmp_path: Path) -> None:
     line = refused(write_config(tmp_path), "curriculum.mode=all_layers", "curriculum.start=null")[0]
     assert "has 2 blocks" in line and "6" in line
@@ -104,6 +105,7 @@ def test_shards_that_cannot_be_read(damage: Any, tmp_path: Path) -> None:
     assert str(folder) in refused(write_config(tmp_path), f"data.train={folder}")[0]
 
 
+@pytest.mark.slow  # the rule itself is a unit test
 def test_held_out_shards_are_checked_before_training(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "empty/index.json does not exist" in refused(write_config(tmp_path), f"data.val={tmp_path / 'empty'}")[0]
@@ -183,14 +185,15 @@ def test_a_loss_that_is_not_finite_names_rank_and_step_and_keeps_the_last_checkp
 def test_the_last_good_checkpoint_is_kept_and_continues(tmp_path: Path) -> None:
     """A good run, continued with a rate that destroys it, leaves the good checkpoint as the one to continue from."""
     config = write_config(tmp_path, checkpoint={"every_steps": 10})
-    run_ok(config, processes=1)
+    one_process: dict[str, Any] = {"processes": 1, "launcher": "python"}
+    run_ok(config, **one_process)
     good, spoilt = tmp_path / "run" / "checkpoints" / "step00000020", tmp_path / "spoilt"
     done = launch(
-        config, f"output={spoilt}", f"resume={good}", "optim.lr=1e25", "checkpoint.every_steps=1", processes=1
+        config, f"output={spoilt}", f"resume={good}", "optim.lr=1e25", "checkpoint.every_steps=1", **one_process
     )
     assert done.returncode != 0 and "non-finite loss on rank 0 at step 21" in done.stdout
     assert (spoilt / "checkpoints" / "latest").read_text() == "step00000020"
-    run_ok(config, f"output={tmp_path / 'third'}", f"resume={spoilt}", processes=1)
+    run_ok(config, f"output={tmp_path / 'third'}", f"resume={spoilt}", **one_process)
     assert scalars(tmp_path / "third", "loss/total")[22] == scalars(tmp_path / "run", "loss/total")[22]
 
 

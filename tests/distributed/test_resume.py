@@ -113,6 +113,7 @@ def test_sigterm_to_the_launcher_saves_with_loader_workers_running(uncut: Path, 
     assert_continues(config, uncut)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_with_loader_workers_running(uncut: Path, tmp_path: Path) -> None:
     """A terminal signals launchers, ranks and loader workers all at once."""
     config = write_config(tmp_path, **LONG)

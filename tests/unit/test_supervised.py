@@ -196,6 +196,15 @@ def test_the_launched_pair_fits_together(name: str) -> None:
     assert extra == 3 * 2 * 1000 * (192 if name == "baseline" else 384)  # the classifier, thrice
 
 
+def test_every_layer_needs_as_many_blocks_as_the_teacher_has() -> None:
+    path = LAUNCHED / "baseline_caits24_deittiny_imagenet1k.yaml"
+    config = load(path, ["data.train=digits", "curriculum.mode=all_layers", "objective.kd_alpha=0"])
+    with pytest.raises(
+        UserError, match=r"needs equal depths, student.model=\S+ has 12 blocks and teacher.model=\S+ 24"
+    ):
+        check_pair(config, describe_teacher(config.teacher, 224), torch.device("cpu"))
+
+
 def test_distillation_from_a_block_without_logits_is_refused() -> None:
     path = LAUNCHED / "baseline_caits24_deittiny_imagenet1k.yaml"
     config = load(path, ["data.train=digits", "curriculum.block=12"])
