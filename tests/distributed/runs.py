@@ -95,6 +95,18 @@ def run_ok(
     return done.stdout
 
 
+def on_ranks(ranks: int, worker: str, *arguments: str) -> str:
+    """Run a worker script of this folder under torchrun, which must succeed; returns what it printed."""
+    script = Path(__file__).with_name(worker)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script),
+         *arguments],
+        env=environment(), capture_output=True, text=True, timeout=HANG_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def scalars(run: Path, tag: str) -> dict[int, float]:
     """Step -> value of a TensorBoard tag, the newest where a step was written twice."""
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})

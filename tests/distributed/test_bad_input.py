@@ -105,7 +105,6 @@ def test_shards_that_cannot_be_read(damage: Any, tmp_path: Path) -> None:
     assert str(folder) in refused(write_config(tmp_path), f"data.train={folder}")[0]
 
 
-@pytest.mark.slow  # the rule itself is a unit test
 def test_held_out_shards_are_checked_before_training(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "empty/index.json does not exist" in refused(write_config(tmp_path), f"data.val={tmp_path / 'empty'}")[0]

@@ -6,13 +6,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from runs import HANG_S, command, environment, launch, run_ok, scalars, write_config
+from runs import command, environment, launch, on_ranks, run_ok, scalars, write_config
 
 SAVED = (5, 10, 15, 20, 23)
 PLAIN = {"checkpoint": {"every_steps": 5, "keep": len(SAVED)}}
@@ -80,16 +79,9 @@ def test_it_follows_with_accumulation_and_a_head_reset(stage: int, tmp_path: Pat
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_weight_decay_and_adam_steps_survive_the_conversion(stage: int, tmp_path: Path) -> None:
     """DeepSpeed 0.19 copies the first group's weight decay over all, and shares one step count, at stage 3."""
-    worker = Path(__file__).with_name("elastic_worker.py")
     said = ["2 ranks: 0 steps, then 2 more", "1 ranks: 2 steps converted, then 2 more"]
     for ranks, words in zip((2, 1), said, strict=True):
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-             str(worker), str(stage), str(tmp_path)],
-            env=environment(), capture_output=True, text=True, timeout=HANG_S, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert words in done.stdout
+        assert words in on_ranks(ranks, "elastic_worker.py", str(stage), str(tmp_path))
 
 
 @pytest.mark.slow

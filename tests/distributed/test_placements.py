@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runs import HANG_S, environment, run_ok, scalars, write_config
+from runs import on_ranks, run_ok, scalars, write_config
 
 SHORT = {"teacher": True, "probe_epochs": 2}
-
-
-def on_ranks(ranks: int, worker: str, *arguments: str, timeout: float = HANG_S) -> str:
-    """Run a worker script of this folder under torchrun; returns what it printed."""
-    script = Path(__file__).with_name(worker)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script),
-         *arguments],
-        env=environment(), capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 SLOW = pytest.mark.slow

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from runs import HANG_S, environment
+from runs import on_ranks
 
 SLOW = pytest.mark.slow
 
@@ -18,11 +14,4 @@ SLOW = pytest.mark.slow
 )
 def test_reset_head_holds_at_every_zero_stage(stage: int, ranks: int) -> None:
     """Three ranks do not divide the head's bias of 20: ZeRO-3 pads their parts of it."""
-    worker = Path(__file__).with_name("reset_worker.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [*launcher, str(worker), str(stage)],
-        env=environment(), capture_output=True, text=True, timeout=HANG_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(f"reset at stage {stage}") == ranks
+    assert on_ranks(ranks, "reset_worker.py", str(stage)).count(f"reset at stage {stage}") == ranks
