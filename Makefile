@@ -31,10 +31,10 @@ lint: setup
 	$(BIN)/python tools/check_house.py
 
 bench: setup  ## speed and memory, as ratios measured in one run
-	$(BIN)/python tools/bench_feature_match.py
-	$(BIN)/python tools/bench_teacher.py --tolerance 0.08
-	$(BIN)/python tools/bench_step.py
-	$(BIN)/python tools/bench_step.py --pair small
+	$(BIN)/python tools/bench/feature_match.py
+	$(BIN)/python tools/bench/teacher.py --tolerance 0.08
+	$(BIN)/python tools/bench/step.py
+	$(BIN)/python tools/bench/step.py --pair small
 
 tensorboard: setup
 	$(BIN)/tensorboard --logdir runs

@@ -11,29 +11,29 @@ from pathlib import Path
 
 import torch
 
-from leap_dist.backbone import DTYPES
-from leap_dist.checkpoint import Checkpoints, find_resume
-from leap_dist.claim import Claim
 from leap_dist.config import DEMO_TEACHER, Config, matching_head
-from leap_dist.coordinator import Coordinator
-from leap_dist.curriculum import build_curriculum
+from leap_dist.curriculum.coordinator import Coordinator
+from leap_dist.curriculum.ledger import replayed_schedule
+from leap_dist.curriculum.policy import build_curriculum
 from leap_dist.data import BadSamples, build_train_loader, check_groups, check_sources, resolve
-from leap_dist.distributed import World, barrier, check_nodes
-from leap_dist.engine import build_engine, micro_batch
 from leap_dist.errors import UserError
-from leap_dist.flops import step_flops
-from leap_dist.heads import check_impl, check_widths
-from leap_dist.ledger import replayed_schedule
-from leap_dist.objective import Objective
-from leap_dist.optim import build_optimizer
-from leap_dist.planning import check_pipelines
-from leap_dist.profiling import check_window
-from leap_dist.progress import total_steps
-from leap_dist.student import Student, build_student
+from leap_dist.evaluation.periodic import Validation
+from leap_dist.matching.heads import check_impl, check_widths
+from leap_dist.matching.objective import Objective
+from leap_dist.models.backbone import DTYPES
+from leap_dist.models.flops import step_flops
+from leap_dist.models.placement_plan import check_pipelines
+from leap_dist.models.student import Student, build_student
+from leap_dist.monitoring.profiling import check_window
+from leap_dist.runtime.checkpoint import Checkpoints, find_resume
+from leap_dist.runtime.distributed import World, barrier, check_nodes
+from leap_dist.runtime.engine import build_engine, micro_batch
+from leap_dist.runtime.optim import build_optimizer
+from leap_dist.runtime.progress import total_steps
+from leap_dist.runtime.run_lock import Claim
+from leap_dist.runtime.timing import PhaseTimer
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
-from leap_dist.timing import PhaseTimer
 from leap_dist.trainer import Parts, Trainer
-from leap_dist.validation import Validation
 
 BAD_SAMPLES = "bad_samples.jsonl"  # in the run folder
 

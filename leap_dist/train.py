@@ -1,6 +1,6 @@
 """Distil a vision transformer with the LEAP curriculum.
 
-    deepspeed --num_gpus 8 leap_dist/train.py --config launch_configs/leap_vitg14_vits14_imagenet1k.yaml \\
+    deepspeed --num_gpus 8 leap_dist/train.py --config launch_configs/vitg14/leap_vitg14_vits14_imagenet1k.yaml \\
         data.train=/data/imagenet-mds/train
 
 Also under torchrun, or plain python for one process. With no arguments: the embedded demo.
@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
-import traceback
 from pathlib import Path
 
 from leap_dist.config import Config, describe, load
-from leap_dist.errors import UserError
+from leap_dist.runtime.reporting import failed, give_up, report_to_stderr
+from leap_dist.runtime.signals import leave_from_now_on
 
 DEMO = Path(__file__).resolve().parents[1] / "launch_configs" / "demo.yaml"
 
@@ -44,8 +43,8 @@ def parse(argv: list[str]) -> Config:
 def train(config: Config) -> None:
     """One run, from building the parts to the final table."""
     from leap_dist.assembly import build_trainer  # torch and DeepSpeed: seconds, only for a config that holds
-    from leap_dist.distributed import initialise, shutdown
-    from leap_dist.heartbeat import Heartbeat
+    from leap_dist.runtime.distributed import initialise, shutdown
+    from leap_dist.runtime.heartbeat import Heartbeat
     from leap_dist.wrapup import wrap_up
 
     world = initialise()
@@ -55,8 +54,7 @@ def train(config: Config) -> None:
         heartbeat.step = lambda: trainer.progress.step
         try:
             if trainer.run():
-                signal.signal(signal.SIGTERM, leave)
-                signal.signal(signal.SIGINT, leave)
+                leave_from_now_on()
                 wrap_up(config, world, trainer)
             elif world.is_main:
                 print(f"leap_dist: stopped at step {trainer.progress.step}; continue with resume=auto", file=sys.stderr)
@@ -70,52 +68,12 @@ def train(config: Config) -> None:
     shutdown()
 
 
-def leave(_signal: int, _frame: object) -> None:
-    """SIGTERM or Ctrl-C after the last step: everything is saved, only the evaluation is not done."""
-    print("leap_dist: stopped while evaluating; resume=auto evaluates again", file=sys.stderr, flush=True)
-    os._exit(0)
-
-
-def give_up(fault: str) -> None:
-    """Another rank is gone, and this one waits for it in a collective that nothing else can end."""
-    complain(fault)
-    os._exit(1)
-
-
-def report_to_stderr(level: int) -> None:
-    """Show what leap_dist's modules log, and nobody else's."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("leap_dist: %(message)s"))
-    logger = logging.getLogger("leap_dist")
-    logger.addHandler(handler)
-    logger.setLevel(level)
-
-
-def complain(message: str, error: BaseException | None = None) -> None:
-    """One line on stderr that says which rank speaks, with what was noted on the error."""
-    notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
-    # One write: what ranks print in pieces can end up in one line.
-    sys.stderr.write(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {message}{notes}\n")
-    sys.stderr.flush()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, or stopped by a signal with everything saved; 2 a user's mistake, one line; 1 a bug."""
     try:
         train(parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        complain(str(error), error)
-        return 2
     except Exception as error:
-        from leap_dist.distributed import is_lost_peer
-
-        if is_lost_peer(error):  # the rank that failed says why; this one only says what it noticed
-            words = " ".join(str(error).partition("Exception raised from")[0].split())  # torch adds its C++ frames
-            complain(f"another rank is gone, and says itself why if it could; here: {words}", error)
-        else:
-            traceback.print_exc()
-            complain(f"{type(error).__name__}, see above", error)
-        return 1
+        return failed(error)
     return 0
 
 

@@ -8,42 +8,41 @@ its features, loss and score; the decision holds from the next step on (with `te
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise, repeat
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from leap_dist.accounting import Accountant, Costs, configured_peaks
-from leap_dist.checkpoint import Checkpoints
+from leap_dist.analysis.live import Spectroscope
 from leap_dist.config import Config
-from leap_dist.coordinator import Coordinator
+from leap_dist.curriculum.coordinator import Coordinator
 from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, draw_mix, soft_labels
-from leap_dist.distributed import World, device_name, sum_over_ranks
-from leap_dist.engine import update_numbers, weights_are_finite
-from leap_dist.evidence import Evidence
-from leap_dist.features import Features
-from leap_dist.flops import StepFlops
-from leap_dist.host_copy import HostCopy
-from leap_dist.journal import Journal
-from leap_dist.lookahead import Lookahead, MicroBatch, Work
-from leap_dist.objective import Match
-from leap_dist.optim import lr_factor, peak_lr
-from leap_dist.profiling import ProfilerWindow
-from leap_dist.progress import Progress, total_steps
-from leap_dist.reset import reset_heads
-from leap_dist.spectroscope import Spectroscope
+from leap_dist.evaluation.periodic import Validation
+from leap_dist.matching.objective import Match
+from leap_dist.matching.reset import reset_heads
+from leap_dist.matching.score import Evidence
+from leap_dist.models.features import Features
+from leap_dist.models.flops import StepFlops
+from leap_dist.monitoring.accounting import Accountant, Costs, configured_peaks
+from leap_dist.monitoring.journal import Journal
+from leap_dist.monitoring.profiling import ProfilerWindow
+from leap_dist.monitoring.telemetry import memory_bytes
+from leap_dist.runtime.checkpoint import Checkpoints
+from leap_dist.runtime.distributed import World, device_name, sum_over_ranks
+from leap_dist.runtime.engine import update_numbers, weights_are_finite
+from leap_dist.runtime.host_copy import HostCopy
+from leap_dist.runtime.optim import lr_factor, peak_lr
+from leap_dist.runtime.progress import Progress, total_steps
+from leap_dist.runtime.signals import Interrupt
+from leap_dist.runtime.timing import CALIBRATION, PhaseTimer
 from leap_dist.teacher import Teacher
-from leap_dist.telemetry import memory_bytes
-from leap_dist.timing import CALIBRATION, PhaseTimer
-from leap_dist.validation import Validation
+from leap_dist.teacher.lookahead import Lookahead, MicroBatch, Work
 
 MIXUP, DROPOUT, HEAD = range(3)  # streams of random numbers
 CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x 40 blocks are 2 GB in fp32
@@ -60,24 +59,6 @@ class Pending(NamedTuple):
     lr: float
     terms: list[str]
     values: HostCopy
-
-
-class Interrupt:
-    """Notes SIGTERM and Ctrl-C, so that the run can save at the end of the step and leave."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> Interrupt:
-        self._previous = [(number, signal.signal(number, self._note)) for number in (signal.SIGTERM, signal.SIGINT)]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous:
-            signal.signal(number, handler)
-
-    def _note(self, _signal: int, _frame: Optional[FrameType]) -> None:
-        self.requested = True
 
 
 @dataclass(frozen=True)

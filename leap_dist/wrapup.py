@@ -11,19 +11,19 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from leap_dist.alignment import linear_cka_of_features
 from leap_dist.config import Config
-from leap_dist.distributed import World, gather_objects
-from leap_dist.engine import micro_batch
 from leap_dist.evaluation import evaluate
 from leap_dist.evaluation.features import FeatureSet
 from leap_dist.evaluation.held_out import HeldOut
-from leap_dist.export import export_student, load_student
-from leap_dist.files import write_json
-from leap_dist.student import Student
+from leap_dist.matching.cka import linear_cka_of_features
+from leap_dist.models.export import export_student, load_student
+from leap_dist.models.student import Student
+from leap_dist.monitoring.telemetry import table
+from leap_dist.runtime.distributed import World, gather_objects
+from leap_dist.runtime.engine import micro_batch
+from leap_dist.runtime.files import write_json
+from leap_dist.runtime.timing import CALIBRATION, PHASES
 from leap_dist.teacher import Teacher
-from leap_dist.telemetry import table
-from leap_dist.timing import CALIBRATION, PHASES
 from leap_dist.trainer import Trainer
 
 TIMED_PASSES = 5

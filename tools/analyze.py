@@ -34,7 +34,7 @@ from leap_dist.errors import UserError
 
 if TYPE_CHECKING:
     from leap_dist.analysis import Analysis, Subject
-    from leap_dist.distributed import World
+    from leap_dist.runtime.distributed import World
 
 EXPORTED, RECORD = ".safetensors", (".yaml", ".yml")
 
@@ -180,7 +180,7 @@ def open_data(args: argparse.Namespace, subject: Subject, world: World) -> DataC
 def analyse(args: argparse.Namespace) -> None:
     """From the command line to the folder of results."""
     requests = _named_apart(check(args))
-    from leap_dist.distributed import initialise, shutdown
+    from leap_dist.runtime.distributed import initialise, shutdown
 
     world = initialise()
     subjects = open_subjects(requests, args.image_size, world)
@@ -194,7 +194,7 @@ def look_at_blocks(args: argparse.Namespace, subjects: list[Subject], world: Wor
     from leap_dist.analysis.plots import block_figure
     from leap_dist.data import build_eval_loader
     from leap_dist.data.shards import complete_or_absent
-    from leap_dist.files import write_text
+    from leap_dist.runtime.files import write_text
 
     data = open_data(args, subjects[0], world)
     train, held_out = (
@@ -243,7 +243,7 @@ def write(found: Analysis, args: argparse.Namespace) -> None:
     from leap_dist.analysis import last_block_table, write_tables
     from leap_dist.analysis.plots import write_figures
     from leap_dist.data.shards import complete_or_absent
-    from leap_dist.files import write_json, write_text
+    from leap_dist.runtime.files import write_json, write_text
 
     text = last_block_table(found)
     asked: dict[str, Any] = {key: str(value) for key, value in vars(args).items() if value is not None}

@@ -1,7 +1,7 @@
-"""Which placement a teacher needs on a cluster, at every target block, by the cost model of `leap_dist.planning`.
+"""Which placement a teacher needs on a cluster, at every target block, by `leap_dist.models.placement_plan`.
 
 python tools/plan_cluster.py --cluster 4x8-h100 --teacher vit-7b --batch 32
-python tools/plan_cluster.py --cluster 8x-l40s --config launch_configs/leap_vit7b_vitb16_imagenet1k_pipelined.yaml
+python tools/plan_cluster.py --cluster 8x-l40s --config launch_configs/vit7b/leap_vit7b_vitb16_imagenet1k_pipelined.yaml
 
 Bandwidths and peaks are the vendors'; the share of the peak that a ViT reaches (--mfu) is yours to measure. Bytes
 are tested against small runs; no table has been compared with a run on such a cluster.
@@ -14,12 +14,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from _config import load_without_files
-
-from leap_dist.config import TeacherConfig
+from leap_dist.config import TeacherConfig, load_without_files
 from leap_dist.errors import UserError
-from leap_dist.flops import teacher_costs, teacher_flops
-from leap_dist.planning import GIB, Cluster, TeacherCosts, choose, cost
+from leap_dist.models.flops import teacher_costs, teacher_flops
+from leap_dist.models.placement_plan import GIB, Cluster, TeacherCosts, choose, cost
 
 CLUSTERS = {
     "1x8-h100": Cluster(nodes=1, gpus=8, memory=80, inside=450, between=50, tflops=989, mfu=0.4),

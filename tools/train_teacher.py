@@ -1,6 +1,6 @@
 """Train a teacher: a vision transformer of one's own on labelled shards, or the demo's on scikit-learn's digits.
 
-    python tools/train_teacher.py shards --config launch_configs/teachers/vit_cifar10.yaml \\
+    python tools/train_teacher.py shards --config launch_configs/cifar10/teacher_vit.yaml \\
         data.train=/data/cifar10-mds/train data.val=/data/cifar10-mds/test output=runs/teacher
     python tools/train_teacher.py demo --out runs/demo-teacher/teacher.safetensors
 

@@ -70,7 +70,7 @@ def feature_match(
             device where Triton cannot run, since Grams would be float32; a named one is honoured or raises.
         objective: "mse", mean((P - T)^2) over all elements; "normalised", the same against layer-normalised rows of T;
             "cosine", the mean of 1 - cos(P, T) over rows.
-        moments: also return the alignment moments of (S, T), from which `leap_dist.alignment` takes the linear CKA
+        moments: also return the alignment moments of (S, T), from which `leap_dist.matching.cka` takes the linear CKA
             ("normalised": of the normalised T).
 
     Returns:

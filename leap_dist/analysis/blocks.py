@@ -21,10 +21,10 @@ from leap_dist.analysis.subjects import Subject
 from leap_dist.analysis.survey import progress
 from leap_dist.config import EvaluationConfig
 from leap_dist.data import Batch, EvalLoader
-from leap_dist.distributed import World, collect_objects
 from leap_dist.errors import UserError
 from leap_dist.evaluation import evaluate
 from leap_dist.evaluation.features import FeatureSet, extract, merge
+from leap_dist.runtime.distributed import World, collect_objects
 
 
 @dataclass(frozen=True)

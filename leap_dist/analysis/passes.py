@@ -18,9 +18,9 @@ from leap_dist.analysis.moments import CrossMoments, LayerCka, principal_axes
 from leap_dist.analysis.spectra import CENTRINGS, LEVELS
 from leap_dist.analysis.subjects import Subject
 from leap_dist.data import Batch
-from leap_dist.distributed import World, gather_objects, sum_over_ranks
 from leap_dist.errors import UserError
-from leap_dist.features import on_grid
+from leap_dist.models.features import on_grid
+from leap_dist.runtime.distributed import World, gather_objects, sum_over_ranks
 
 
 @dataclass

@@ -27,6 +27,12 @@ OPERATIONAL = (
     "engine.accumulation", "objective.impl", "teacher.compile",
 )  # fmt: skip
 
+# Stand-ins for the files that a YAML names.
+WITHOUT_FILES = (
+    "data.train=digits", "data.val=null", "evaluation.every_epochs=0", "teacher.weights=random", "resume=none",
+    "curriculum.replay=null",
+)  # fmt: skip
+
 
 def load(path: Optional[Path], overrides: list[str], check: bool = True) -> Config:
     """Merge defaults, the YAML at `path` and ``section.key=value`` overrides, in that order, and check the result.
@@ -41,6 +47,14 @@ def load(path: Optional[Path], overrides: list[str], check: bool = True) -> Conf
     for problem in problems(resolved) if check else []:
         raise UserError(problem)
     return resolved
+
+
+def load_without_files(path: Optional[Path], *overrides: str) -> Config:
+    """`load` for what needs a run's shapes and not its files: the YAML may come from another machine.
+
+    `overrides` win over the stand-ins. UserError as `load`.
+    """
+    return load(path, [*WITHOUT_FILES, *overrides])
 
 
 def merge(schema: type[_T], path: Optional[Path], overrides: list[str]) -> _T:

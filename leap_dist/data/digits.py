@@ -11,8 +11,8 @@ from PIL import Image
 
 from leap_dist.config import DIGITS, DataConfig
 from leap_dist.data.shards import INDEX, write_shards
-from leap_dist.distributed import World, barrier
 from leap_dist.errors import UserError
+from leap_dist.runtime.distributed import World, barrier
 
 VAL_SIZE = 297  # 1,500 remain for training
 SPLITS = ("train", "val")

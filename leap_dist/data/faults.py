@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from leap_dist.distributed import World, gather_objects, on_first
 from leap_dist.errors import UserError
-from leap_dist.files import write_text
+from leap_dist.runtime.distributed import World, gather_objects, on_first
+from leap_dist.runtime.files import write_text
 
 NOT_FETCHED = "FetchError: "  # in the reason where a shard did not arrive; see `data.store`
 

@@ -21,8 +21,8 @@ from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch, Request
 from leap_dist.data.order import Share, epoch_order
 from leap_dist.data.transforms import Whole, eval_transform, train_transform
-from leap_dist.distributed import World
 from leap_dist.errors import UserError
+from leap_dist.runtime.distributed import World
 
 if TYPE_CHECKING:
     from leap_dist.data.streaming import ImageDataset

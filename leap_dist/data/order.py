@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from leap_dist.distributed import World
+from leap_dist.runtime.distributed import World
 
 
 def epoch_order(shard_sizes: NDArray[np.int64], *, canonical_nodes: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from leap_dist.config import DIGITS, DataConfig
 from leap_dist.data.shards import INDEX, read_index
-from leap_dist.distributed import World, on_first
 from leap_dist.errors import UserError
+from leap_dist.runtime.distributed import World, on_first
 
 
 def check_sources(config: DataConfig, world: World) -> None:

@@ -31,7 +31,7 @@ from leap_dist.data.parallel import end_if_orphaned, parallel
 from leap_dist.data.shards import COLUMNS, HASH, INDEX
 from leap_dist.data.sources import WHOLE, Images
 from leap_dist.errors import UserError
-from leap_dist.files import lock, write_json
+from leap_dist.runtime.files import lock, write_json
 
 CLASSES = "class_to_idx.json"
 QUARANTINE = "quarantine.csv"

@@ -33,8 +33,8 @@ from streaming.base.util import bytes_to_int
 
 from leap_dist.config import DataConfig, is_remote
 from leap_dist.data.shards import INDEX, check_shards, read_index, require_hash
-from leap_dist.distributed import World, on_first
 from leap_dist.errors import UserError
+from leap_dist.runtime.distributed import World, on_first
 
 _T = TypeVar("_T")
 STAGING, LOCKS = ".staging", ".locks"  # in the folder that shards are fetched into

@@ -15,8 +15,8 @@ from leap_dist.data.colours import Crops
 from leap_dist.data.faults import BadSample
 from leap_dist.data.store import ShardStore, one_line, open_store
 from leap_dist.data.transforms import Transform, sample_stream
-from leap_dist.distributed import World
 from leap_dist.errors import UserError
+from leap_dist.runtime.distributed import World
 
 STAND_INS = 20  # tried for one sample; with a tenth of the set unreadable all fail for one in 1e20
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from leap_dist.config import Config
 from leap_dist.data import EvalLoader, build_eval_loader
-from leap_dist.distributed import World, collect, gather_objects
 from leap_dist.evaluation.features import FeatureSet, extract, in_step, merge
+from leap_dist.runtime.distributed import World, collect, gather_objects
 
 BATCH = 64  # loader workers hold two each ready, in float32
 

@@ -28,12 +28,12 @@ from leap_dist.config import DIGITS, DataConfig, OptimConfig
 from leap_dist.data.crops import RATIO, decode
 from leap_dist.data.digits import digit_samples
 from leap_dist.data.transforms import eval_transform
-from leap_dist.distributed import uses_gpus
-from leap_dist.files import write_json, write_whole
-from leap_dist.optim import build_optimizer, lr_factor
+from leap_dist.monitoring.telemetry import bar_interval
 from leap_dist.pretraining.initial import initialise
 from leap_dist.pretraining.recipe import InitialWeights
-from leap_dist.telemetry import bar_interval
+from leap_dist.runtime.distributed import uses_gpus
+from leap_dist.runtime.files import write_json, write_whole
+from leap_dist.runtime.optim import build_optimizer, lr_factor
 
 WEIGHTS = "teacher.safetensors"
 

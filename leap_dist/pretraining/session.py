@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from leap_dist.data import Batch, check_groups, draw_mix, soft_labels
 from leap_dist.errors import UserError
-from leap_dist.files import write_whole
-from leap_dist.optim import build_optimizer, lr_factor, peak_lr
 from leap_dist.pretraining.recipe import TeacherRecipe
+from leap_dist.runtime.files import write_whole
+from leap_dist.runtime.optim import build_optimizer, lr_factor, peak_lr
 
 LOSS_STEPS = 50  # between looks at the loss, for which the host waits for the device
 

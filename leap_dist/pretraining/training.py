@@ -23,7 +23,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from tqdm import tqdm
 
-from leap_dist.backbone import outline
 from leap_dist.config import abridged, to_yaml
 from leap_dist.data import (
     BadSamples,
@@ -35,15 +34,16 @@ from leap_dist.data import (
     build_train_loader,
     resolve,
 )
-from leap_dist.distributed import World, uses_gpus
 from leap_dist.errors import UserError
 from leap_dist.evaluation.held_out import BATCH
-from leap_dist.files import write_json, write_text, write_whole
+from leap_dist.models.backbone import outline
+from leap_dist.monitoring.telemetry import bar_interval
 from leap_dist.pretraining.initial import initialise
 from leap_dist.pretraining.recipe import TeacherRecipe, changes, load_recipe
 from leap_dist.pretraining.session import Session
-from leap_dist.telemetry import bar_interval
-from leap_dist.trainer import Interrupt
+from leap_dist.runtime.distributed import World, uses_gpus
+from leap_dist.runtime.files import write_json, write_text, write_whole
+from leap_dist.runtime.signals import Interrupt
 
 RECIPE, CHECKPOINT, WEIGHTS = "recipe.yaml", "checkpoint.pt", "teacher.safetensors"
 BAD_SAMPLES = "bad_samples.jsonl"

@@ -8,13 +8,13 @@ from typing import Optional, Protocol
 import torch
 from torch import Tensor, nn
 
-from leap_dist.allocator import keep_freed_memory
-from leap_dist.backbone import TeacherSpec, split
 from leap_dist.config import TeacherConfig
-from leap_dist.distributed import World
-from leap_dist.features import Features
-from leap_dist.flops import TeacherFlops, teacher_flops
-from leap_dist.teacher.lazy import LazyBackbone
+from leap_dist.models.backbone import TeacherSpec, split
+from leap_dist.models.features import Features
+from leap_dist.models.flops import TeacherFlops, teacher_flops
+from leap_dist.runtime.allocator import keep_freed_memory
+from leap_dist.runtime.distributed import World
+from leap_dist.teacher.lazy_backbone import LazyBackbone
 from leap_dist.teacher.replicated import ReplicatedTeacher
 from leap_dist.teacher.weights import build_skeleton
 
@@ -66,10 +66,10 @@ def build_teacher(
         if device.type == "cpu":
             keep_freed_memory()
         return ReplicatedTeacher(lazy)
-    from leap_dist.teacher.placements import build_home  # torch's pipelining: a second to import
+    from leap_dist.teacher.placements import build_placed  # torch's pipelining: a second to import
 
     assert world is not None
-    return build_home(config, image_size, lazy, world, flops or teacher_flops(config, image_size, classes))
+    return build_placed(config, image_size, lazy, world, flops or teacher_flops(config, image_size, classes))
 
 
 def describe_teacher(config: TeacherConfig, image_size: int) -> TeacherSpec:

@@ -1,4 +1,4 @@
-"""The `pipelined` home of a teacher: neighbouring ranks form a pipeline, and each runs some of the blocks.
+"""The `pipelined` placement: neighbouring ranks form a pipeline, and each runs some of the blocks.
 
 The images of all ranks of a pipeline travel through it in micro-batches; each rank gets the tokens of its own back and
 applies the final norm to them. The embedding and the norm are small and on every rank; blocks are on one.
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-from leap_dist.distributed import Pipeline, World, build_pipeline, gather_on_first, scatter_from
-from leap_dist.features import Features
-from leap_dist.planning import TeacherCosts
-from leap_dist.teacher.home import Home
-from leap_dist.teacher.lazy import LazyBackbone
+from leap_dist.models.features import Features
+from leap_dist.models.placement_plan import TeacherCosts
+from leap_dist.runtime.distributed import Pipeline, World, build_pipeline, gather_on_first, scatter_from
+from leap_dist.teacher.base import PlacedTeacher
+from leap_dist.teacher.lazy_backbone import LazyBackbone
 
 
-class PipelinedTeacher(Home):
+class PipelinedTeacher(PlacedTeacher):
     """Collective over the pipeline: its ranks call `features` equally often, with equally many images.
 
     With `rebalance` the blocks up to the target are spread over all stages anew at every advance; without, each stage

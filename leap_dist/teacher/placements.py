@@ -1,4 +1,4 @@
-"""From `teacher.placement` to a home for the blocks, and the home that changes as the curriculum advances."""
+"""From `teacher.placement` to a teacher placed so, and the one whose placement changes as the curriculum advances."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Optional
 
 from torch import Tensor
 
-from leap_dist.allocator import return_freed_memory
 from leap_dist.config import TeacherConfig
-from leap_dist.distributed import World, build_pipeline, own_group
-from leap_dist.features import Features
-from leap_dist.flops import TeacherFlops, teacher_costs
-from leap_dist.planning import GIB, Choice, choose, pipeline_size
-from leap_dist.teacher.home import Home
-from leap_dist.teacher.lazy import LazyBackbone
+from leap_dist.models.features import Features
+from leap_dist.models.flops import TeacherFlops, teacher_costs
+from leap_dist.models.placement_plan import GIB, Choice, choose, pipeline_size
+from leap_dist.runtime.allocator import return_freed_memory
+from leap_dist.runtime.distributed import World, build_pipeline, own_group
+from leap_dist.teacher.base import PlacedTeacher
+from leap_dist.teacher.lazy_backbone import LazyBackbone
 from leap_dist.teacher.pipelined import PipelinedTeacher
 from leap_dist.teacher.replicated import ReplicatedTeacher
 from leap_dist.teacher.sharded import ShardedTeacher
@@ -23,14 +23,14 @@ from leap_dist.teacher.sharded import ShardedTeacher
 log = logging.getLogger(__name__)
 
 
-def build_home(
+def build_placed(
     config: TeacherConfig, image_size: int, lazy: LazyBackbone, world: World, flops: TeacherFlops
-) -> Home | AutoTeacher:
-    """The configured home, its target block 1. Collective over all ranks."""
+) -> PlacedTeacher | AutoTeacher:
+    """The teacher in its configured placement, its target block 1. Collective over all ranks."""
     return_freed_memory()
     costs = teacher_costs(config, image_size, flops, lazy.backbone.classes)
     stages = pipeline_size(config, world.local_size)
-    makers: dict[str, Callable[[], Home]] = {"replicated": lambda: ReplicatedTeacher(lazy)}
+    makers: dict[str, Callable[[], PlacedTeacher]] = {"replicated": lambda: ReplicatedTeacher(lazy)}
     if config.placement in ("sharded", "auto"):
         group = own_group(world)
         makers["sharded"] = lambda: ShardedTeacher(lazy, world, group)
@@ -53,7 +53,7 @@ class AutoTeacher:
     """Lives where `choose` says, decided anew at every target. All ranks decide alike, from the same numbers."""
 
     def __init__(
-        self, lazy: LazyBackbone, makers: Mapping[str, Callable[[], Home]], chosen: Callable[[int], Choice]
+        self, lazy: LazyBackbone, makers: Mapping[str, Callable[[], PlacedTeacher]], chosen: Callable[[int], Choice]
     ) -> None:
         self.spec = lazy.spec
         self.blocks = lazy.backbone.blocks
@@ -63,32 +63,32 @@ class AutoTeacher:
         self._chosen = chosen
         chosen(self.spec.depth)  # a budget too small for the last block is said now, not after days
         self.placement = self._placement_for(1)
-        self._home = makers[self.placement]()
+        self._placed = makers[self.placement]()
 
     @property
     def block(self) -> int:
         """Current target, 1-indexed."""
-        return self._home.block
+        return self._placed.block
 
     def features(self, images: Tensor) -> Features:
         """Images (B, 3, H, W) to the final-normed tokens of block `self.block`, in the teacher's dtype."""
-        return self._home.features(images)
+        return self._placed.features(images)
 
     def sweep(self, images: Tensor, until: Optional[int] = None) -> Iterator[Features]:
         """Features of the blocks 1..until (None: the last), in order, in one pass."""
-        return self._home.sweep(images, until)
+        return self._placed.sweep(images, until)
 
     def retarget(self, block: int) -> None:
         """Make 1-indexed `block` the target, wherever it fits. A move starts from empty memory."""
         placement = self._placement_for(block)
         if placement != self.placement:
             self._lazy.hold(())
-            self.placement, self._home = placement, self._makers[placement]()
-        self._home.retarget(block)
+            self.placement, self._placed = placement, self._makers[placement]()
+        self._placed.retarget(block)
 
     def resident_bytes(self) -> int:
         """Bytes of parameters on this rank's device, between two calls."""
-        return self._home.resident_bytes()
+        return self._placed.resident_bytes()
 
     def _placement_for(self, block: int) -> str:
         placement, reason = self._chosen(block)

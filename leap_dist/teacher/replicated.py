@@ -1,16 +1,16 @@
-"""The `replicated` home of a teacher: every rank holds the blocks up to the target and runs its own images."""
+"""The `replicated` placement: every rank holds the blocks up to the target and runs its own images."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from leap_dist.features import Features
-from leap_dist.teacher.home import Home
-from leap_dist.teacher.lazy import LazyBackbone
+from leap_dist.models.features import Features
+from leap_dist.teacher.base import PlacedTeacher
+from leap_dist.teacher.lazy_backbone import LazyBackbone
 
 
-class ReplicatedTeacher(Home):
+class ReplicatedTeacher(PlacedTeacher):
     """No communication."""
 
     def __init__(self, lazy: LazyBackbone) -> None:

@@ -1,4 +1,4 @@
-"""The `sharded` home of a teacher: every rank holds a share of every block up to the target, and runs its own images.
+"""The `sharded` placement: every rank holds a share of every block up to the target, and runs its own images.
 
 Blocks are split by DeepSpeed's ZeRO-3, each on its own: a block is gathered while the one before it runs and let go
 once it has run. There is no engine around them: its trace of an earlier, deeper pass makes it gather blocks that a
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leap_dist.distributed import World
-from leap_dist.features import Features
-from leap_dist.teacher.home import Home
-from leap_dist.teacher.lazy import LazyBackbone
+from leap_dist.models.features import Features
+from leap_dist.runtime.distributed import World
+from leap_dist.teacher.base import PlacedTeacher
+from leap_dist.teacher.lazy_backbone import LazyBackbone
 
 _ZERO = {
     "train_micro_batch_size_per_gpu": 1,  # DeepSpeed insists on it; nothing reads it here
@@ -26,7 +26,7 @@ _ZERO = {
 }
 
 
-class ShardedTeacher(Home):
+class ShardedTeacher(PlacedTeacher):
     """Collective: all ranks call `features`, `sweep` and `retarget` equally often, in the same order.
 
     The stem (embedding, final norm) is whole on every rank. group: of all ranks, for the blocks alone: in one that the

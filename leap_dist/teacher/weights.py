@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from leap_dist.backbone import build_model, family
 from leap_dist.config import DEMO_TEACHER, HUB, RANDOM, TeacherConfig
 from leap_dist.errors import UserError
+from leap_dist.models.backbone import build_model, family
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 # Where a checkpoint keeps its backbone, in the order in which they are looked for.

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from leap_dist.config import TeacherConfig
-from leap_dist.distributed import initialise, shutdown
-from leap_dist.flops import teacher_costs, teacher_flops
-from leap_dist.planning import Cluster, cost
+from leap_dist.models.flops import teacher_costs, teacher_flops
+from leap_dist.models.placement_plan import Cluster, cost
+from leap_dist.runtime.distributed import initialise, shutdown
 from leap_dist.teacher import Teacher, build_teacher
 
 SIZE, BATCH, PARTS = 64, 8, 4

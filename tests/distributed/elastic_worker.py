@@ -12,14 +12,14 @@ from typing import Any
 import deepspeed
 import torch
 
-from leap_dist.checkpoint import Checkpoints, newest
 from leap_dist.config import Config, load
-from leap_dist.distributed import World, initialise, shutdown
-from leap_dist.engine import build_engine
-from leap_dist.features import Features
-from leap_dist.objective import Objective
-from leap_dist.optim import build_optimizer
-from leap_dist.student import build_student
+from leap_dist.matching.objective import Objective
+from leap_dist.models.features import Features
+from leap_dist.models.student import build_student
+from leap_dist.runtime.checkpoint import Checkpoints, newest
+from leap_dist.runtime.distributed import World, initialise, shutdown
+from leap_dist.runtime.engine import build_engine
+from leap_dist.runtime.optim import build_optimizer
 
 SHAPE = ("patch_size=4", "embed_dim=12", "depth=1", "num_heads=2")
 BATCH, DECAY = 4, 0.5

@@ -11,14 +11,14 @@ import sys
 import torch
 
 from leap_dist.config import TeacherConfig
-from leap_dist.coordinator import Coordinator
-from leap_dist.curriculum import Curriculum
-from leap_dist.distributed import World, initialise, is_lost_peer
+from leap_dist.curriculum.coordinator import Coordinator
+from leap_dist.curriculum.policy import Curriculum
 from leap_dist.errors import UserError
-from leap_dist.heartbeat import Heartbeat
+from leap_dist.runtime.distributed import World, initialise, is_lost_peer
+from leap_dist.runtime.heartbeat import Heartbeat
+from leap_dist.runtime.reporting import complain, give_up
+from leap_dist.runtime.signals import Interrupt
 from leap_dist.teacher import Teacher, build_teacher
-from leap_dist.train import complain, give_up
-from leap_dist.trainer import Interrupt
 
 SHAPE = {"embed_dim": 32, "depth": 6, "num_heads": 2}
 IMAGES = 4

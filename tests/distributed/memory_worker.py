@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from leap_dist.config import TeacherConfig
-from leap_dist.distributed import World, initialise, shutdown
+from leap_dist.runtime.distributed import World, initialise, shutdown
 from leap_dist.teacher import build_teacher
 
 SIZE, BATCH, MIB = 32, 4, 2**20

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from leap_dist.config import TeacherConfig
-from leap_dist.distributed import World, gather_rows, initialise, shutdown
-from leap_dist.features import Features
+from leap_dist.models.features import Features
+from leap_dist.runtime.distributed import World, gather_rows, initialise, shutdown
 from leap_dist.teacher import Teacher, build_teacher
 
 SIZE, BATCH, DEPTH, CLASSES = 32, 4, 7, 5

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from leap_dist.validation import VALIDATION
+from leap_dist.evaluation.periodic import VALIDATION
 from runs import run_ok, scalars, write_config
 
 OPTIONS = {"epochs": 2, "data": {"val": "digits"}, "evaluation": {"probe_epochs": 1, "teacher": False}}

@@ -9,8 +9,8 @@ import pytest
 import timm
 from safetensors.torch import load_file
 
-from leap_dist.ledger import LEDGER
-from leap_dist.validation import VALIDATION
+from leap_dist.curriculum.ledger import LEDGER
+from leap_dist.evaluation.periodic import VALIDATION
 from runs import run_ok, scalars, write_config
 
 MODES = {

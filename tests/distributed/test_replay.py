@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from leap_dist.ledger import LEDGER
+from leap_dist.curriculum.ledger import LEDGER
 from runs import launch, run_ok, scalars, write_config
 
 

@@ -14,7 +14,7 @@ from leap_dist.config import DataConfig
 from leap_dist.data.crops import decode
 from leap_dist.data.digits import digit_samples
 from leap_dist.data.transforms import eval_transform
-from leap_dist.export import load_student
+from leap_dist.models.export import load_student
 from runs import TINY, run_ok, scalars, write_config
 
 SLOW = pytest.mark.slow

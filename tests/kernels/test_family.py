@@ -12,5 +12,5 @@ def test_every_op_has_all_its_parts() -> None:
     assert ops
     for op in ops:
         parts = [f"kernels/{op}/{part}.py" for part in ("reference", "triton_kernel")]
-        parts += [f"tests/kernels/test_{op}.py", f"tests/kernels/test_{op}_triton.py", f"tools/bench_{op}.py"]
+        parts += [f"tests/kernels/test_{op}.py", f"tests/kernels/test_{op}_triton.py", f"tools/bench/{op}.py"]
         assert not [part for part in parts if not (ROOT / part).exists()]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leap_dist.alignment import linear_cka, linear_cka_of_features
+from leap_dist.matching.cka import linear_cka, linear_cka_of_features
 from leap_kernels import Moments, feature_match
 from leap_kernels.feature_match import reference
 

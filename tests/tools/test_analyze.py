@@ -9,17 +9,15 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import analyze
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import analyze
-
 from leap_dist.config import StudentConfig
-from leap_dist.distributed import World
-from leap_dist.student import build_student
+from leap_dist.models.student import build_student
+from leap_dist.runtime.distributed import World
 
 TOOL = Path(analyze.__file__)
 TEACHER = "vit_tiny_patch16_224=random"

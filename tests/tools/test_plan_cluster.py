@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import plan_cluster
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import plan_cluster
-
-from leap_dist.flops import teacher_costs, teacher_flops
+from leap_dist.models.flops import teacher_costs, teacher_flops
 
 
 @pytest.mark.parametrize(("name", "billions"), [("vit-g14", 1.14), ("vit-7b", 6.7), ("vit-22b", 21.8)])

@@ -9,14 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import profile_skip
 import pytest
-from profile_skip import Memory, Sample
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from leap_dist.benchmarking import skipping
+from leap_dist.benchmarking.skipping import Memory, Sample
 from leap_dist.config import Config, load
 from leap_dist.errors import UserError
-from leap_dist.flops import teacher_flops
+from leap_dist.models.flops import teacher_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPTH = 3
@@ -33,10 +33,10 @@ def config(tmp_path: Path) -> tuple[Path, Config]:
     return path, load(path, [])
 
 
-def table(tmp_path: Path, times: dict[int, list[float]], batch: int = 4) -> list[profile_skip.Row]:
+def table(tmp_path: Path, times: dict[int, list[float]], batch: int = 4) -> list[skipping.Row]:
     samples = {block: [Sample(time, time / 2) for time in found] for block, found in times.items()}
     memory = {block: Memory(float(block), 1.0) for block in times}
-    return profile_skip.rows(config(tmp_path)[1], samples, memory, batch)
+    return skipping.rows(config(tmp_path)[1], samples, memory, batch)
 
 
 def test_time_that_follows_flops_has_efficiency_one_and_lies_on_the_ideal_line(tmp_path: Path) -> None:
@@ -66,11 +66,11 @@ def test_step_flops_are_the_teachers_up_to_the_block_and_the_students_of_every_b
 
 
 def test_blocks_are_checked_and_always_hold_the_last() -> None:
-    assert profile_skip.chosen_blocks("all", 3) == [1, 2, 3]
-    assert profile_skip.chosen_blocks("2,1", 5) == [1, 2, 5]
+    assert skipping.chosen_blocks("all", 3) == [1, 2, 3]
+    assert skipping.chosen_blocks("2,1", 5) == [1, 2, 5]
     for wrong in ("0", "1,6", "one"):
         with pytest.raises(UserError, match=f"--blocks {wrong}"):
-            profile_skip.chosen_blocks(wrong, 5)
+            skipping.chosen_blocks(wrong, 5)
 
 
 def test_a_sweep_writes_csv_picture_and_board(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import sweep
 import yaml
-from _sweep_plan import read_plan
-from fake_run import summary
 
+from fake_run import summary
+from leap_dist.sweeps import runner
+from leap_dist.sweeps.plan import read_plan
 from runs import write_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,13 +215,13 @@ def test_sigterm_lets_the_run_save_and_the_next_sweep_goes_on(between: str, tmp_
 
 def test_a_killed_sweep_leaves_no_run_to_be_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its run goes on by itself; the next sweep makes the others and waits for that one's end."""
-    monkeypatch.setattr(sweep, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(runner, "PATIENCE_S", 0.1)
     path = write_sweep(tmp_path, {"slow": ["optim.lr=77"], "quick": []}, seeds=[0])
     process = start(path)
     process.kill()
     process.communicate()
-    waiting_for = sweep.Sweep(read_plan(path, None, []), jobs=1)
-    end = sweep.Sweep._end
+    waiting_for = runner.Sweep(read_plan(path, None, []), jobs=1)
+    end = runner.Sweep._end
     orphan = int(subprocess.run(["pgrep", "-f", f"{FAKE}.*{tmp_path}"], capture_output=True, text=True).stdout)
 
     def then_kill_the_orphan(self: Any, job: Any, bar: Any) -> None:
@@ -229,7 +230,7 @@ def test_a_killed_sweep_leaves_no_run_to_be_made_twice(tmp_path: Path, monkeypat
             assert "slow-s0" in self._waiting
             os.kill(orphan, signal.SIGKILL)
 
-    monkeypatch.setattr(sweep.Sweep, "_end", then_kill_the_orphan)
+    monkeypatch.setattr(runner.Sweep, "_end", then_kill_the_orphan)
     waiting_for.make()
     assert not waiting_for.failures
     assert started(tmp_path) == ["slow-s0", "quick-s0", "slow-s0"]

@@ -12,23 +12,23 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from leap_dist.checkpoint import Checkpoints
 from leap_dist.config import Config, load
-from leap_dist.coordinator import Coordinator
-from leap_dist.curriculum import build_curriculum
+from leap_dist.curriculum.coordinator import Coordinator
+from leap_dist.curriculum.ledger import replayed_schedule
+from leap_dist.curriculum.policy import build_curriculum
 from leap_dist.data import BadSamples, Batch
-from leap_dist.distributed import World
-from leap_dist.features import Features
-from leap_dist.flops import StepFlops, StudentFlops, TeacherFlops
-from leap_dist.ledger import replayed_schedule
-from leap_dist.objective import Objective
-from leap_dist.optim import build_optimizer
-from leap_dist.progress import total_steps
-from leap_dist.student import build_student
+from leap_dist.evaluation.periodic import Validation
+from leap_dist.matching.objective import Objective
+from leap_dist.models.features import Features
+from leap_dist.models.flops import StepFlops, StudentFlops, TeacherFlops
+from leap_dist.models.student import build_student
+from leap_dist.runtime.checkpoint import Checkpoints
+from leap_dist.runtime.distributed import World
+from leap_dist.runtime.optim import build_optimizer
+from leap_dist.runtime.progress import total_steps
+from leap_dist.runtime.timing import PhaseTimer
 from leap_dist.teacher import TeacherSpec
-from leap_dist.timing import PhaseTimer
 from leap_dist.trainer import Parts, Trainer
-from leap_dist.validation import Validation
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 DEPTH, WIDTH, GRID = 4, 12, (2, 2)
@@ -163,3 +163,16 @@ def scalars(output: Path, tag: str) -> list[float]:
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
     return [event.value for event in events.Scalars(tag)]
+
+
+def dies_at(loader: StubLoader, epoch: int, index: int) -> Any:
+    """Its `epoch`, cut short as by a kill: it ends when micro-batch `index` of `epoch` is asked for."""
+    inner = loader.epoch
+
+    def stream(number: int, start: int = 0) -> Any:
+        for position, batch in enumerate(inner(number, start), start):
+            if (number, position) == (epoch, index):
+                raise KeyboardInterrupt
+            yield batch
+
+    return stream

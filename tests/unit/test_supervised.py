@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from stubs import DEPTH, StubTeacher, scalars, stub_config, stub_trainer
 from torch import Tensor
 
 from leap_dist.assembly import check_pair
 from leap_dist.config import ObjectiveConfig, StudentConfig, load
 from leap_dist.errors import UserError
-from leap_dist.features import Features
-from leap_dist.flops import step_flops, student_step_flops
-from leap_dist.heads import build_head
-from leap_dist.objective import Objective
-from leap_dist.student import build_student
+from leap_dist.matching.heads import build_head
+from leap_dist.matching.objective import Objective
+from leap_dist.models.features import Features
+from leap_dist.models.flops import step_flops, student_step_flops
+from leap_dist.models.student import build_student
 from leap_dist.teacher import describe_teacher
+from stubs import DEPTH, StubTeacher, scalars, stub_config, stub_trainer
 
 SMALL = {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
 CLASSES = 5
-LAUNCHED = Path(__file__).resolve().parents[2] / "launch_configs"
+LAUNCHED = Path(__file__).resolve().parents[2] / "launch_configs" / "cait"
 LABELS = ("student.num_classes=5", "objective.label_smoothing=0.1")
 
 

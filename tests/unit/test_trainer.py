@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from stubs import DEPTH, StubLoader, StubTeacher, scalars, stub_config, stub_trainer
 from torch.nn.functional import mse_loss
 
-from leap_dist.checkpoint import newest
 from leap_dist.errors import UserError
+from leap_dist.runtime.checkpoint import newest
 from leap_dist.trainer import Trainer
+from stubs import DEPTH, StubLoader, StubTeacher, dies_at, scalars, stub_config, stub_trainer
 
 
 def run(trainer: Trainer) -> Trainer:
@@ -179,18 +179,6 @@ def test_a_run_begun_at_anothers_checkpoint_never_starts_afresh(tmp_path: Path) 
         new.run()
     new.close()
     assert newest(tmp_path / "new" / "checkpoints").name == "step00000003"
-
-
-def dies_at(loader: StubLoader, epoch: int, index: int) -> Any:
-    inner = loader.epoch
-
-    def stream(number: int, start: int = 0) -> Any:
-        for position, batch in enumerate(inner(number, start), start):
-            if (number, position) == (epoch, index):
-                raise KeyboardInterrupt
-            yield batch
-
-    return stream
 
 
 def test_a_non_finite_loss_ends_the_run_before_anything_is_saved(tmp_path: Path) -> None:

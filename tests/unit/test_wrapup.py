@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stubs import DEPTH, ONE, StubTeacher, stub_config, stub_trainer
 
 from leap_dist import wrapup
 from leap_dist.data import build_eval_loader, resolve
-from leap_dist.distributed import device_name
-from leap_dist.export import export_student, load_student
+from leap_dist.models.export import export_student, load_student
+from leap_dist.runtime.distributed import device_name
+from stubs import DEPTH, ONE, StubTeacher, stub_config, stub_trainer
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,122 @@
+"""The curriculum's decisions, one JSON line each, in `curriculum.jsonl` of the run folder; and runs that follow one.
+
+Keys of a line: step, epoch, block (that the step had), score (null where there is none), ema (that was judged),
+threshold, decision (start, stay, advance), reason, next_block (of the steps after this one), teacher_flops and seconds
+(of the run so far). Reasons of start: start, calibrated, snap, replay; of stay: below_threshold, held, last_block,
+unscored; of advance: threshold, max_epochs, snap, replay. The first line, of the start, also has the teacher's depth. A
+step has a line if it was scored or changed the block, or ends an epoch or the run; a change by the end of an epoch has
+one of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from leap_dist.errors import UserError
+from leap_dist.runtime.distributed import World, gather_objects
+from leap_dist.runtime.files import write_text
+
+LEDGER = "curriculum.jsonl"
+
+
+class Ledger:
+    """Appends to the ledger of one run; on rank 0 only.
+
+    Args:
+        lines: that are kept, from the run this one continues: those that its checkpoint knew of.
+        source: folder of that run; None: `output` itself.
+    """
+
+    def __init__(self, output: Path, lines: int = 0, source: Optional[Path] = None) -> None:
+        path, old = output / LEDGER, (source or output) / LEDGER
+        kept: list[str] = []
+        if lines and old.is_file():
+            with old.open() as file:
+                kept = list(itertools.islice(file, lines))
+        write_text(path, "".join(kept))
+        self._file = path.open("a")
+        self.lines = len(kept)
+
+    def write(self, **line: Any) -> None:
+        """Add a line; it reaches the disk with the next `flush`."""
+        self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
+        self.lines += 1
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Target blocks by step: block `blocks[i]` from step `firsts[i]` on; `firsts` rise from 0."""
+
+    firsts: Sequence[int]
+    blocks: Sequence[int]
+
+    def at(self, step: int) -> int:
+        """The target block of a 0-based step."""
+        return self.blocks[bisect_right(self.firsts, step) - 1]
+
+
+def replayed_schedule(path: Optional[str], depth: int, total_steps: int, world: World) -> Optional[Schedule]:
+    """The schedule of `curriculum.replay`, read by rank 0 for all; None without one. Collective.
+
+    Raises:
+        UserError: what is wrong with the ledger, the same on every rank.
+    """
+    found: tuple[str, Optional[Schedule]] = ("", None)
+    if path is not None and world.is_main:
+        try:
+            found = ("", read_schedule(Path(path), depth, total_steps))
+        except UserError as error:
+            found = (str(error), None)
+    fault, schedule = gather_objects(found, world)[0]
+    if fault:
+        raise UserError(fault)
+    return schedule
+
+
+def read_schedule(path: Path, depth: int, total_steps: int) -> Schedule:
+    """The blocks that the run of ledger `path` took, for a teacher of `depth` blocks and a run of `total_steps`.
+
+    Raises:
+        UserError: no ledger, one of another depth, one whose steps do not rise, or one that ends before the run does.
+    """
+    firsts, blocks, last = [0], [], -1
+    for number, line in enumerate(_lines(path), 1):
+        where = f"curriculum.replay={path}: line {number}"
+        if line.get("depth", depth) != depth:
+            raise UserError(f"curriculum.replay={path}: of a teacher of {line['depth']} blocks, this run's has {depth}")
+        step, block, following = line["step"], line["block"], line["next_block"]
+        if not all(1 <= value <= depth for value in (block, following)):
+            raise UserError(f"{where} has block {block}, then {following}; this run's teacher has blocks 1 to {depth}")
+        if step < last or (last < 0 and step > 0):
+            raise UserError(f"{where} is of step {step}, after step {last}; steps must rise from 0")
+        blocks = blocks or [block]
+        if following != blocks[-1]:
+            firsts, blocks = [*firsts, step + 1], [*blocks, following]
+        last = step
+    if last + 1 < total_steps:
+        raise UserError(f"curriculum.replay={path}: ends after step {last}, this run's last step is {total_steps - 1}")
+    return Schedule(tuple(firsts), tuple(blocks))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = [json.loads(text) for text in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"curriculum.replay={path}: cannot be read as JSON lines ({error})") from None
+    for number, line in enumerate(lines, 1):
+        numbers = [line.get(key) for key in ("step", "block", "next_block")] if isinstance(line, dict) else [None]
+        if not all(isinstance(value, int) for value in numbers):
+            raise UserError(f"curriculum.replay={path}: line {number} lacks a whole step, block or next_block")
+    return lines

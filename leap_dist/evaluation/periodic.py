@@ -1,0 +1,55 @@
+"""`evaluation.every_epochs`: accuracy while the student trains, in TensorBoard and the run folder's `evaluation.jsonl`.
+
+Judged is the student as it would be exported, in a model of its own: that is the same at every ZeRO stage, and leaves
+mode and random numbers of the one that trains alone. Keys of a line: epoch and step (that are done), knn (accuracy, 0
+to 1), teacher_flops, flops (of all parts) and seconds (of the run so far, without what evaluating took),
+evaluation_seconds (that this one took).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+from leap_dist.config import Config
+from leap_dist.evaluation.held_out import HeldOut
+from leap_dist.evaluation.knn import knn_accuracy
+from leap_dist.models.export import export_student, load_student
+from leap_dist.runtime.distributed import World, gather_objects
+from leap_dist.runtime.files import write_text
+
+VALIDATION = "evaluation.jsonl"
+
+
+class Validation:
+    """The evaluations of one run between its epochs; every method is called by all ranks.
+
+    config: with data.train and data.val resolved to paths.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self._config = config
+        self._world = world
+        self._held_out: Optional[HeldOut] = None
+
+    def is_due(self, epochs: int) -> bool:
+        """Whether a run that has done so many epochs is to be evaluated."""
+        every = self._config.evaluation.every_epochs
+        return every > 0 and epochs > 0 and epochs % every == 0
+
+    def knn(self, engine: Any) -> float:
+        """kNN accuracy of the student as it stands, 0 to 1, the same on every rank. Collective."""
+        options, device = self._config.evaluation, self._world.device
+        if self._held_out is None:
+            self._held_out = HeldOut(self._config, self._world, options.quick_images, options.quick_images)
+        student = load_student(export_student(engine, self._config, self._world), device)
+        found = self._held_out.features(lambda images: student(images).patch.mean(1))
+        return gather_objects(knn_accuracy(*found, options.knn_k, device) if found else None, self._world)[0]
+
+    def write(self, lines: list[dict[str, float]]) -> None:
+        """Write, on rank 0, all of the run's evaluations so far: those of a checkpoint, and those since."""
+        if not self._world.is_main:
+            return
+        text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines)
+        write_text(Path(self._config.output) / VALIDATION, text)

@@ -1,0 +1,120 @@
+"""The trainable module: student and head(s), matched to teacher tokens (LEAP, section 3), and to labels.
+
+loss    = feature_weight * feature + (1 - kd_alpha) * CE + kd_alpha * KD          (arXiv 2511.15572)
+feature = error(head(student patch), teacher patch) + cls_weight * MSE(head(student CLS), teacher CLS)
+
+CE and KD are there where the student has a classifier. A teacher has logits at its last block only: until the
+curriculum is there, KD's share is CE's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leap_dist.config import ObjectiveConfig, matching_head
+from leap_dist.errors import UserError
+from leap_dist.matching.heads import build_head
+from leap_dist.matching.losses import soft_distillation
+from leap_dist.matching.score import Evidence
+from leap_dist.models.features import Features, on_grid
+from leap_dist.models.student import Student
+
+
+class Match(NamedTuple):
+    """Losses of one micro-batch (0-d, float32; the mean over targets) and, on request, evidence for each target.
+
+    terms: what `loss` is made of, before weights and without gradient: patch, cls and, with labels, ce and kd.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    evidence: list[Evidence]
+
+
+class Objective(nn.Module):
+    """Student and head(s) as one module, so that DeepSpeed shards, clips and checkpoints them together.
+
+    One head serves every target (LEAP keeps it through all blocks), or, with `every_layer`, head i matches student
+    layer i to target i.
+
+    Args:
+        teacher_width: Dt.
+        teacher_grid: (rows, columns) of the teacher's patch tokens; student tokens are resized to it.
+        num_targets: teacher depth in mode all_layers, else 1.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher_width: int,
+        teacher_grid: tuple[int, int],
+        config: ObjectiveConfig,
+        metric: Literal["cka", "cosine"] = "cka",
+        num_targets: int = 1,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher_grid = teacher_grid
+        self.config = config
+        self.patch_grid = teacher_grid if config.feature == "spectral" else None
+        self.every_layer = num_targets > 1
+        kind = matching_head(config, student.recipe.remedy)
+        self.heads = nn.ModuleList(
+            build_head(kind, student.width, teacher_width, config.impl, metric) for _ in range(num_targets)
+        )
+
+    def forward(
+        self, images: Tensor, targets: list[Features], with_evidence: bool = False, labels: Optional[Tensor] = None
+    ) -> Match:
+        """Match the student's view of `images` (B,3,H,W) to each of `targets`, and its logits to `labels` (B, classes).
+
+        Raises:
+            UserError: a target whose number of patch tokens is not that of the teacher's grid.
+        """
+        config = self.config
+        views = self.student.every_layer(images) if self.every_layer else [self.student(images)] * len(targets)
+        terms, evidence = self._feature_terms(views, targets, with_evidence)
+        loss = config.feature_weight * (terms["patch"] + config.cls_weight * terms["cls"])
+        if labels is not None:
+            logits = self.student.classify(views[-1])
+            supervised = self._supervised_terms(logits, labels, targets[-1].logits)
+            alpha = config.kd_alpha if "kd" in supervised else 0.0
+            loss = loss + (1 - alpha) * supervised["ce"] + alpha * supervised.get("kd", 0.0)
+            terms |= supervised
+        return Match(loss, {name: term.detach() for name, term in terms.items()}, evidence)
+
+    def _feature_terms(
+        self, views: list[Features], targets: list[Features], with_evidence: bool
+    ) -> tuple[dict[str, Tensor], list[Evidence]]:
+        patch_losses, cls_losses, evidence = [], [], []
+        for index, (view, target) in enumerate(zip(views, targets, strict=True)):
+            head = self.heads[index if self.every_layer else 0]
+            tokens = self._on_teacher_grid(view.patch, target)
+            loss, found = head(tokens, target.patch, with_evidence, self.patch_grid)
+            patch_losses.append(loss)
+            evidence += [found] if found is not None else []
+            if self.config.cls_weight:
+                cls_losses.append(head(view.cls, target.cls)[0])
+        patch = torch.stack(patch_losses).mean()
+        cls = torch.stack(cls_losses).mean() if cls_losses else torch.zeros_like(patch)
+        return {"patch": patch, "cls": cls}, evidence
+
+    def _supervised_terms(self, logits: Tensor, labels: Tensor, teacher_logits: Optional[Tensor]) -> dict[str, Tensor]:
+        terms = {"ce": F.cross_entropy(logits.float(), labels)}
+        if teacher_logits is not None:
+            terms["kd"] = soft_distillation(logits, teacher_logits, self.config.kd_tau)
+        return terms
+
+    def _on_teacher_grid(self, tokens: Tensor, target: Features) -> Tensor:
+        """(B, N, Ds) -> (B, Nt, Ds). Before the head: resizing and a linear map commute, and Ds < Dt."""
+        rows, columns = self.teacher_grid
+        if target.patch.shape[1] != rows * columns:
+            raise UserError(
+                f"the teacher gave {target.patch.shape[1]} patch tokens, its grid is {rows}x{columns}: "
+                "images are not of the size it was built for"
+            )
+        return on_grid(tokens, self.student.grid, self.teacher_grid)

@@ -1,0 +1,61 @@
+"""The trained student as a file that plain timm loads: safetensors plus a JSON with the arguments that rebuild it.
+
+docs/students.md has the lines that load it, without and with a remedy.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from leap_dist.config import Config
+from leap_dist.models.student import Student, StudentRecipe, assemble
+from leap_dist.runtime.distributed import World, barrier
+from leap_dist.runtime.files import write_json, write_whole
+
+STUDENT = "student.safetensors"
+
+
+def gathered_state(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
+    """The module's whole state dict on the host of rank 0 (empty elsewhere), at any ZeRO stage. Collective."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        if not world.is_main:
+            return {}
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def export_student(engine: Any, config: Config, world: World) -> Path:
+    """Write `student.safetensors` and `student.json` to the run folder. Collective."""
+    path = Path(config.output) / STUDENT
+    student: Student = engine.module.student
+    state = gathered_state(student.backbone, world)
+    if world.is_main:
+        write_whole(path, lambda partial: save_file(state, partial))
+        about = {
+            **asdict(replace(student.recipe, width=student.width)),
+            "image_size": config.data.image_size,
+            "mean": list(config.data.mean),
+            "std": list(config.data.std),
+            "crop_pct": config.data.crop_pct,
+        }
+        write_json(path.with_suffix(".json"), about)
+    barrier(world)
+    return path
+
+
+def load_student(path: Path, device: torch.device) -> Student:
+    """The exported student, or a teacher of `tools/train_teacher.py`, ready to extract features."""
+    about = json.loads(path.with_suffix(".json").read_text())
+    student = assemble(
+        StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})
+    )
+    student.backbone.load_state_dict(load_file(path))
+    return student.to(device).eval()

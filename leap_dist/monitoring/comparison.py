@@ -1,0 +1,204 @@
+"""Runs side by side: score, loss, target block and accuracy over steps, over the teacher's FLOPs and over seconds.
+
+Reads of each run folder what is there: curriculum.jsonl (the ledger of decisions), TensorBoard (curriculum/block,
+curriculum/cka or curriculum/cosine, loss/total), evaluation.jsonl (kNN between epochs, `evaluation.every_epochs`) and
+summary.json (accuracies of the student at the end). Without a ledger score and blocks are TensorBoard's, seconds are
+counted from its first point, and there are no FLOPs. Runs of one name have one colour.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from leap_dist.errors import UserError
+
+LEDGER, SUMMARY, BOARD, VALIDATION = "curriculum.jsonl", "summary.json", "tensorboard", "evaluation.jsonl"
+SCORES = ("curriculum/cka", "curriculum/cosine")
+AXES = {"step": "optimizer step", "flops": "teacher FLOPs spent", "seconds": "seconds"}
+ROWS = {"score": "score", "loss": "loss", "block": "target block", "accuracy": "accuracy of the student"}
+ACCURACIES = {"student_knn": ("o", "kNN"), "student_probe": ("^", "linear probe")}
+
+
+class Series(NamedTuple):
+    """Values by step."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one run folder tells.
+
+    series: by the names of ROWS, accuracy being kNN between epochs; clocks: cumulative FLOPs and seconds by step, as
+    far as they are known; accuracies: of the finished student; missing: inputs that are not there, for the user.
+    """
+
+    name: str
+    series: dict[str, Series]
+    clocks: dict[str, Series]
+    accuracies: dict[str, float] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+    def along(self, axis: str, steps: np.ndarray) -> np.ndarray | None:
+        """Where `steps` lie on an axis of AXES; None where the run does not tell."""
+        if axis == "step":
+            return steps
+        clock = self.clocks.get(axis)
+        return None if clock is None else np.interp(steps, clock.steps, clock.values)
+
+    @property
+    def last_step(self) -> int:
+        """Of all that is known."""
+        return int(max(series.steps[-1] for series in self.series.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(folder: Path, name: str) -> Run:
+    """The run in `folder`. UserError if there is none, or a file of it cannot be read."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    ledger, board, summary = _lines(folder / LEDGER), _board(folder / BOARD), _summary(folder / SUMMARY)
+    validations = [{**line, "step": line["step"] - 1} for line in _lines(folder / VALIDATION)]  # done -> the last one
+    series = {row: found for row, found in board.items() if row in ROWS}
+    clocks = {"seconds": board["seconds"]} if "seconds" in board else {}
+    if ledger:
+        series |= {"score": _column(ledger, "score"), "block": _column(ledger, "block")}
+        clocks = {"flops": _column(ledger, "teacher_flops"), "seconds": _column(ledger, "seconds")}
+    series["accuracy"] = _column(validations, "knn")
+    series = {row: found for row, found in series.items() if len(found.steps)}
+    if not series:
+        raise UserError(f"{folder}: no run folder; it holds neither {LEDGER} nor TensorBoard points of a run")
+    accuracies = {key: summary[key] for key in ACCURACIES if key in summary}
+    there = {LEDGER: ledger, BOARD: board, SUMMARY: summary, f"accuracies in {SUMMARY}": accuracies or not summary}
+    return Run(
+        name=name,
+        series=series,
+        clocks={axis: clock for axis, clock in clocks.items() if len(clock.steps)},
+        accuracies=accuracies,
+        missing=tuple(what for what, found in there.items() if not found),
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON lines ({error})") from None
+
+
+def _column(lines: Sequence[dict[str, Any]], key: str) -> Series:
+    """The numbers of a key by step, the last where a step has several."""
+    found = {line["step"]: line[key] for line in lines if line.get(key) is not None}
+    return Series(np.array(sorted(found)), np.array([float(found[step]) for step in sorted(found)]))
+
+
+def _board(folder: Path) -> dict[str, Series]:
+    """Loss, score, block, and seconds since the first point, of a TensorBoard folder; empty if there is none."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not folder.is_dir():
+        return {}
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    score = next((tag for tag in SCORES if tag in events.Tags()["scalars"]), None)
+    tags = {"loss": "loss/total", "block": "curriculum/block", "score": score}
+    found = {}
+    for name, tag in tags.items():
+        if tag in events.Tags()["scalars"]:
+            points = events.Scalars(tag)
+            steps = np.array([point.step for point in points])
+            found[name] = Series(steps, np.array([point.value for point in points]))
+            found["seconds"] = Series(steps, np.array([point.wall_time - points[0].wall_time for point in points]))
+    return found
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def draw(runs: Sequence[Run]) -> Any:
+    """Figure: a row for each of ROWS that a run has, a column for each of AXES."""
+    from matplotlib.figure import Figure
+
+    colors = _colors(runs)
+    rows = [row for row in ROWS if any(row in run.series or (row == "accuracy" and run.accuracies) for run in runs)]
+    figure = Figure(figsize=(13, 2.9 * len(rows) + 0.5), layout="constrained")
+    grid = figure.subplots(len(rows), len(AXES), squeeze=False, sharex="col", sharey="row")
+    for row, panels in zip(rows, grid, strict=True):
+        for axis, panel in zip(AXES, panels, strict=True):
+            for run in runs:
+                _draw_run(panel, run, row, axis, colors[run.name])
+            panel.grid(alpha=0.3)
+        panels[0].set_ylabel(ROWS[row])
+        if row == "loss":
+            panels[0].set_yscale("log")
+    for label, panel in zip(AXES.values(), grid[-1], strict=True):
+        panel.set_xlabel(label)
+    _legend(figure, runs, colors)
+    return figure
+
+
+def _colors(runs: Sequence[Run]) -> dict[str, str]:
+    """A color for each name: matplotlib's ten, or where they do not go round, twenty."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    names = list(dict.fromkeys(run.name for run in runs))
+    if len(names) <= 10:
+        return {name: f"C{index}" for index, name in enumerate(names)}
+    return {name: to_hex(colormaps["tab20"](index % 20)) for index, name in enumerate(names)}
+
+
+def _draw_run(panel: Any, run: Run, row: str, axis: str, color: str) -> None:
+    if row == "accuracy":
+        end = run.along(axis, np.array([run.last_step]))
+        for key, value in run.accuracies.items() if end is not None else ():
+            panel.plot(end, [value], ACCURACIES[key][0], color=color)
+    if row in run.series:
+        steps, values = run.series[row]
+        where = run.along(axis, steps)
+        if where is not None:
+            style = {"drawstyle": "steps-post", "linewidth": 2} if row == "block" else {"linewidth": 1}
+            panel.plot(where, values, color=color, **style)
+
+
+def _legend(figure: Any, runs: Sequence[Run], colors: dict[str, str]) -> None:
+    """Names of the runs by color, and of the accuracies by mark."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    for key, (mark, label) in ACCURACIES.items():
+        if any(key in run.accuracies for run in runs):
+            handles.append(Line2D([], [], color="grey", marker=mark, linestyle="", label=label))
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        short = ["/".join(part[-length:]) for part in parts]
+        if len(set(short)) == len(short):
+            return short
+    raise UserError(f"{folders[0]}: the same run twice")

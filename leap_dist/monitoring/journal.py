@@ -1,0 +1,137 @@
+"""What a run writes while it goes on: decisions to its ledger, numbers to TensorBoard, lines and a bar to the terminal.
+
+Rank 0 writes. On the other ranks the same calls do nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+from leap_dist.config import Config
+from leap_dist.curriculum.ledger import Ledger
+from leap_dist.curriculum.policy import Curriculum
+from leap_dist.monitoring.accounting import Costs
+from leap_dist.monitoring.telemetry import Telemetry
+from leap_dist.runtime.distributed import World
+from leap_dist.runtime.progress import Progress
+
+
+class Journal:
+    """Of one run, with a curriculum over a teacher of `depth` blocks. It writes from `open` to `close`."""
+
+    def __init__(self, config: Config, world: World, curriculum: Curriculum, depth: int) -> None:
+        self._config = config
+        self._world = world
+        self._curriculum = curriculum
+        self._depth = depth
+        self._telemetry: Optional[Telemetry] = None
+        self._ledger: Optional[Ledger] = None
+
+    def open(
+        self,
+        progress: Progress,
+        costs: Costs,
+        *,
+        steps_per_epoch: int,
+        total_steps: int,
+        lines: int = 0,
+        source: Optional[Path] = None,
+    ) -> None:
+        """Begin, or go on from a checkpoint. The run keeps `progress` and `costs` up to date for what is written.
+
+        lines, source: of the ledger that a resumed run continues, see `Ledger`.
+        """
+        self._progress, self._costs = progress, costs
+        self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
+        if self._world.is_main:
+            self._telemetry = Telemetry(self._config, total_steps, progress.step)
+            self._ledger = Ledger(Path(self._config.output), lines, source)
+
+    def close(self) -> None:
+        """Give the terminal back; safe at any time."""
+        if self._telemetry is not None:
+            self._telemetry.close()
+        if self._ledger is not None:
+            self._ledger.close()
+
+    # -- the ledger ---------------------------------------------------------------------------------------------------
+
+    def start(self, reason: str) -> None:
+        """The ledger's first line."""
+        self._write(0, self._curriculum.block, decision="start", reason=reason, depth=self._depth)
+
+    def decision(self, step: int, block: int, score: float, advanced: bool) -> None:
+        """The ledger's line of a decision: on the score of `step`, which had `block`, or (NaN) on an epoch's end."""
+        ema, reason = self._curriculum.last_check
+        changes = advanced or self._next_block() != block
+        ends = self._progress.step_in_epoch == self._steps_per_epoch or self._progress.step == self._total_steps
+        if math.isfinite(score) or changes or ends:
+            decision = "advance" if advanced else "stay"
+            self._write(step, block, score, ema=ema, decision=decision, reason=reason)
+
+    def lines(self) -> int:
+        """Of the ledger so far, all of them on disk."""
+        self.flush()
+        return 0 if self._ledger is None else self._ledger.lines
+
+    def _next_block(self) -> int:
+        """The block of the step after the one that is settled: the curriculum's, unless its work has begun."""
+        return self._progress.next_block or self._curriculum.block
+
+    def _write(self, step: int, block: int, score: float = math.nan, ema: float = 0.0, **more: Any) -> None:
+        if self._ledger is None:
+            return
+        self._ledger.write(
+            step=step,
+            epoch=self._progress.epoch,
+            block=block,
+            score=score if math.isfinite(score) else None,
+            ema=ema,
+            threshold=self._config.curriculum.threshold,
+            next_block=self._next_block(),
+            teacher_flops=self._costs.flops["teacher"],
+            seconds=round(self._costs.seconds, 3),
+            **more,
+        )
+
+    # -- TensorBoard and the terminal ---------------------------------------------------------------------------------
+
+    def target(self, step: int, block: int) -> None:
+        """A line: the student meets another target block."""
+        if self._telemetry is not None:
+            self._telemetry.say(f"step {step}: target block {block} of {self._depth}")
+
+    def step(self, block: int, loss: float, score: float) -> None:
+        """Move the bar by a step."""
+        if self._telemetry is None:
+            return
+        shown = {
+            "block": f"{block}/{self._depth}",
+            self._config.curriculum.metric: f"{score:.3f}" if math.isfinite(score) else "-",
+            "loss": f"{loss:.4f}",
+            "teacher FLOPs saved": f"{self._costs.teacher_saved:.0%}",
+        }
+        self._telemetry.step(shown)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the 0-based `step` gets TensorBoard points, from this rank."""
+        return self._telemetry is not None and self._telemetry.is_due(step)
+
+    def points(self, step: int, scalars: Mapping[str, float]) -> None:
+        """TensorBoard points, tag -> value, of the 0-based `step`; those that are not finite are left out."""
+        if self._telemetry is not None:
+            self._telemetry.points(step, {tag: value for tag, value in scalars.items() if math.isfinite(value)})
+
+    def flush(self) -> None:
+        """What has been decided so far is to be read on the disk from now on."""
+        if self._ledger is not None:
+            self._ledger.flush()
+
+    def finish(self, summary: dict[str, Any], table: str) -> None:
+        """The run's results: hyperparameters with them, the figure of the curriculum, the table on the terminal."""
+        if self._telemetry is not None:
+            self._telemetry.finish(summary, self._progress.trajectory, self._depth)
+            self._telemetry.say(table)

@@ -1,0 +1,110 @@
+"""What a run shows while it goes on: TensorBoard and the progress bar. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from tqdm import tqdm
+
+from leap_dist.config import Config, flat, to_yaml
+from leap_dist.monitoring.dashboard import CARDS, LAYOUT
+
+
+def bar_interval() -> float:
+    """Seconds between redraws of a progress bar: lively on a terminal, sparse in a log file."""
+    return 0.5 if sys.stderr.isatty() else 10.0
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes allocated on the device, or the peak resident set of this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Telemetry:
+    """TensorBoard and the terminal of one run; built on rank 0 only.
+
+    Args:
+        first_step: where a resumed run continues; later points of the interrupted one are hidden.
+    """
+
+    def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.config = config
+        self.writer = SummaryWriter(str(Path(config.output) / "tensorboard"), purge_step=first_step)
+        self.writer.add_text("config", f"```yaml\n{to_yaml(config)}```", first_step)
+        self.writer.add_custom_scalars(LAYOUT)
+        for name, text in CARDS.items():
+            self.writer.add_text(f"what the charts mean/{name}", text.strip(), first_step)
+        self.bar = tqdm(
+            total=total_steps * config.data.global_batch,
+            initial=first_step * config.data.global_batch,
+            unit=" images",
+            unit_scale=True,
+            disable=not config.telemetry.progress,
+            mininterval=bar_interval(),
+            dynamic_ncols=True,
+        )
+
+    def is_due(self, step: int) -> bool:
+        """Whether the 0-based `step` gets TensorBoard points."""
+        return step % self.config.telemetry.every == 0
+
+    def step(self, shown: dict[str, str]) -> None:
+        """Move the bar by a step. shown: short texts beside it."""
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(self.config.data.global_batch)
+
+    def points(self, step: int, scalars: dict[str, float]) -> None:
+        """Write TensorBoard points: tag -> value at the 0-based `step`."""
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def say(self, line: str) -> None:
+        """One line on the terminal, above the bar."""
+        self.bar.write(line, file=sys.stderr)
+
+    def finish(self, summary: dict[str, Any], trajectory: list[tuple[int, int]], depth: int) -> None:
+        """Write hparams with the run's results, and the figure of target block over steps."""
+        metrics = {f"result/{key}": value for key, value in summary.items() if isinstance(value, (int, float))}
+        options = {
+            key: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for key, value in flat(self.config).items()
+        }
+        self.writer.add_hparams(options, metrics, run_name=".")
+        figure = block_figure(trajectory, summary["steps"], depth)
+        figure.savefig(Path(self.config.output) / "curriculum.png", dpi=120)
+        self.writer.add_figure("curriculum/block_over_steps", figure, summary["steps"])
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()
+
+
+def block_figure(trajectory: list[tuple[int, int]], steps: int, depth: int) -> Any:
+    """Figure of the target block over optimizer steps. trajectory: (first step on the block, block), in order."""
+    from matplotlib.figure import Figure
+
+    firsts = [step for step, _ in trajectory]
+    blocks = [block for _, block in trajectory]
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.step([*firsts, steps], [*blocks, blocks[-1]], where="post", linewidth=2)
+    axes.axhline(depth, linestyle=":", color="grey", label="last teacher block")
+    axes.set(xlabel="optimizer step", ylabel="target block", ylim=(0, depth + 1), xlim=(0, max(1, steps)))
+    axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def table(rows: list[tuple[str, Optional[str]]]) -> str:
+    """Two aligned columns; rows without a value are left out."""
+    kept = [(name, value) for name, value in rows if value is not None]
+    width = max(len(name) for name, _ in kept)
+    rule = "-" * (width + 2 + max(len(value) for _, value in kept))
+    return "\n".join([rule, *(f"{name:<{width}}  {value}" for name, value in kept), rule])

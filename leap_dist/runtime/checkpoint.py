@@ -1,0 +1,280 @@
+"""Save, find and resume a run: model, optimizer, curriculum, progress and data position in one checkpoint.
+
+    output/config.yaml                  the run this folder belongs to
+    output/.lock                        held by the run that is at it, see `leap_dist.runtime.run_lock`
+    output/checkpoints/step00000120/    DeepSpeed's files, config.yaml, run.json (step, world size, ZeRO stage)
+    output/checkpoints/latest           name of the newest good checkpoint; written last, by renaming
+
+`latest` moves on only when the step after a checkpoint has shown a finite loss (or the run ends there; or, before an
+evaluation, the weights are finite): weights that the last update spoilt are never what a run is continued from.
+Learning rate and random numbers are functions of the step, so they need no state of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+from leap_dist.config import Config, abridged, differences, flat, load, to_yaml
+from leap_dist.errors import UserError
+from leap_dist.runtime.distributed import World, barrier, gather_objects, is_lost_peer
+from leap_dist.runtime.files import flush, write_json, write_text
+from leap_dist.runtime.run_lock import Claim, require_shared
+from leap_dist.runtime.universal import remove_leftovers, universal_copy
+
+log = logging.getLogger(__name__)
+
+LATEST, CONFIG, RUN = "latest", "config.yaml", "run.json"
+
+
+def find_resume(config: Config, world: World) -> Optional[Path]:
+    """The checkpoint this run starts from, or None for a fresh start: rank 0 looks, and all ranks do as it says.
+
+    Raises:
+        UserError: `output` holds a run and may not be touched, or another config, `resume` holds no checkpoint, or a
+            rank does not see the one that rank 0 found.
+    """
+    _require_one_config(config, world)
+    found: Optional[Path] = None
+    fault = ""
+    if world.is_main:
+        try:
+            found = _resume_from(config)
+        except UserError as error:
+            fault = str(error)
+    fault, found = gather_objects((fault, found), world)[0]
+    if fault:
+        raise UserError(fault)
+    if found is not None:
+        require_shared(found / RUN, Path(config.output), world)
+    return found
+
+
+def _require_one_config(config: Config, world: World) -> None:
+    """Ranks with different configs would wait for each other in different places."""
+    flats = gather_objects(flat(config), world)
+    for rank, other in enumerate(flats):
+        for key, value in other.items():
+            if value != flats[0][key]:
+                raise UserError(f"{key}: rank {rank} was started with {value}, rank 0 with {flats[0][key]}")
+
+
+def _resume_from(config: Config) -> Optional[Path]:
+    output = Path(config.output)
+    if (output / CONFIG).is_file():
+        changed = differences(load(output / CONFIG, [f"resume={config.resume}"], check=False), config)
+        if changed:
+            raise UserError(f"output={output}: holds a run of another config ({abridged(changed)})")
+        if config.resume == "none":
+            raise UserError(f"output={output}: holds a run; continue it with resume=auto, or choose another output")
+        own = newest(output / "checkpoints")
+        if config.resume == "auto" or (own is not None and not _is_inside(Path(config.resume), output)):
+            return own  # a queue that starts the same command again must not begin at the other run's checkpoint again
+    if config.resume in ("none", "auto"):
+        return None
+    return _named(Path(config.resume))
+
+
+def newest(folder: Path) -> Optional[Path]:
+    """The newest good checkpoint under a `checkpoints` folder, or None.
+
+    Raises:
+        UserError: the one that `latest` names is gone.
+    """
+    latest = folder / LATEST
+    if not latest.is_file():
+        return None
+    path = folder / latest.read_text().strip()
+    if not (path / RUN).is_file():
+        raise UserError(f"{latest} names {path.name}, which is not there; write an existing one's name into it")
+    return path
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _named(path: Path) -> Path:
+    """A checkpoint from what a user may point at: itself, its `checkpoints` folder, or a run's folder."""
+    found = path if (path / RUN).is_file() else newest(path) or newest(path / "checkpoints")
+    if found is None or not (found / RUN).is_file():
+        raise UserError(f"resume={path}: holds no checkpoint")
+    return found
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Give a finished checkpoint its name. One of that name, of a run that went back a few steps, stays until then."""
+    replaced = path.with_name(f".{path.name}.replaced")
+    if path.exists():
+        path.rename(replaced)
+    partial.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _own_settings(engine: Any) -> Iterator[None]:
+    """Load a checkpoint in this block: the optimizer's groups keep what the config says (weight decay, betas, ...).
+
+    Any load replaces that by what was saved. At stage 3 a universal one takes the first group's for all, so that
+    biases and norms would decay, and hands one step count to all of Adam's states, which then advances once per
+    sub-group; at stages 1-3 it leaves the count on the host, where fused kernels must not find it (DeepSpeed 0.19).
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # inside ZeRO's
+    mine = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    for group, settings in zip(optimizer.param_groups, mine, strict=True):
+        group.update(settings)
+    fused = any(group.get("fused") for group in mine)
+    for parameter, state in optimizer.state.items():
+        if "step" in state:
+            state["step"] = state["step"].to(parameter.device if fused else "cpu", copy=True)
+
+
+def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
+    """State of the fp16 loss scaler, which DeepSpeed leaves out of its checkpoints under autocast (0.19)."""
+    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return None if scaler is None else scaler.state_dict()
+
+
+class Checkpoints:
+    """The checkpoints of one run; every method is called by all ranks.
+
+    layout: of the training set, whose positions the checkpoints hold; `TrainLoader.layout`.
+    teacher: fingerprint of the weights that the student imitates.
+    claim: on the output folder, if it has been made already.
+    """
+
+    def __init__(self, config: Config, world: World, layout: str, teacher: str, claim: Optional[Claim] = None) -> None:
+        self.config = config
+        self.world = world
+        self.layout = layout
+        self.teacher = teacher
+        self._unconfirmed: Optional[Path] = None
+        self._claim = claim or Claim(Path(config.output), world)
+        self.folder = Path(config.output) / "checkpoints"
+
+    def claim_output(self) -> None:
+        """Mark the output folder as this run's, when all is built (the demo's data may lie there already). Collective.
+
+        Raises:
+            UserError: see `Claim.mark`.
+        """
+        self._claim.mark(CONFIG, to_yaml(self.config))
+
+    def release(self) -> None:
+        """Let another run have the output folder; safe at any time."""
+        self._claim.release()
+
+    def save(self, engine: Any, step: int, state: dict[str, Any]) -> Path:
+        """Write a checkpoint named after `step`; `confirm` makes it the latest.
+
+        Raises:
+            UserError: the disk refuses; the previous checkpoint stays the latest.
+        """
+        path = self.folder / f"step{step:08d}"
+        partial = path.with_name(f".{path.name}.partial")
+        if self.world.is_main:
+            for left in self.folder.glob(".step*"):  # by a save that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        barrier(self.world)
+        client = {"leap": state, "scaler": _scaler_state(engine)}
+        try:
+            engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
+            if self.world.is_main:
+                write_text(partial / CONFIG, to_yaml(self.config))
+                write_json(partial / RUN, self._identity() | {"step": step, "world_size": self.world.size})
+            flush(self.folder)
+            barrier(self.world)
+            if self.world.is_main:
+                _put(partial, path)
+        except (OSError, RuntimeError) as error:  # torch.save says a full disk in its own words
+            if is_lost_peer(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"checkpoint {path}: cannot be written ({reason}); the previous one is intact") from error
+        self._unconfirmed = path
+        return path
+
+    def confirm(self) -> None:
+        """Make the checkpoint saved last the one that a resumed run starts from; drop what is older than wanted."""
+        path, self._unconfirmed = self._unconfirmed, None
+        if path is not None and self.world.is_main:
+            write_text(self.folder / LATEST, path.name)
+            self._prune(path)
+
+    def needs_conversion(self, path: Path) -> bool:
+        """Whether `path` is in parts for another number of ranks: ZeRO stages 1-3 save one per rank, stage 0 does not.
+
+        Raises:
+            UserError: saved with another ZeRO stage, precision, batch, seed, set, optimizer, mode or teacher.
+        """
+        saved = json.loads((path / RUN).read_text())
+        for key, mine in self._identity().items():
+            if saved.get(key, mine) != mine:
+                raise UserError(
+                    f"checkpoint {path}: saved with {key}={saved[key]}, this run has {key}={mine}; resume with the same"
+                )
+        return self.config.engine.zero_stage > 0 and saved["world_size"] != self.world.size
+
+    def load(self, engine: Any, path: Path) -> dict[str, Any]:
+        """Restore the engine from `path` and return the run's state.
+
+        The engine must have been built with `load_universal` if the checkpoint `needs_conversion`.
+
+        Raises:
+            UserError: as `needs_conversion`, or it is damaged or cannot be converted.
+        """
+        if self.world.is_main:
+            remove_leftovers(self.folder)
+        if not self.needs_conversion(path):
+            return self._read(engine, path, path)
+        saved_ranks = json.loads((path / RUN).read_text())["world_size"]
+        if self.world.is_main:
+            log.info("converting %s from %d ranks to %d", path, saved_ranks, self.world.size)
+        with universal_copy(path, saved_ranks, self.folder, self.world) as copy:
+            return self._read(engine, path, copy)
+
+    def _read(self, engine: Any, path: Path, files: Path) -> dict[str, Any]:
+        """Restore the engine from `files`, which are the checkpoint `path` or its copy; return the run's state."""
+        try:
+            with _own_settings(engine):
+                loaded, client = engine.load_checkpoint(str(files.parent), tag=files.name)
+        except Exception as error:  # torch, pickle, zip and DeepSpeed each raise their own
+            if is_lost_peer(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"checkpoint {path}: cannot be read ({type(error).__name__}: {reason})") from error
+        if loaded is None:
+            raise UserError(f"checkpoint {path}: cannot be read (DeepSpeed found no model state in it)")
+        if client["scaler"] is not None:
+            engine.torch_autocast_z0_gradscaler.load_state_dict(client["scaler"])
+        return client["leap"]
+
+    def _identity(self) -> dict[str, int | str]:
+        """What a checkpoint's position, block and DeepSpeed's files mean anything for; not the number of ranks."""
+        return {
+            "zero_stage": self.config.engine.zero_stage,
+            "precision": self.config.engine.precision,
+            "global_batch": self.config.data.global_batch,
+            "seed": self.config.seed,
+            "canonical_nodes": self.config.data.canonical_nodes,
+            "data.train": self.layout,
+            "data.image_size": self.config.data.image_size,
+            "optim.name": self.config.optim.name,
+            "curriculum.mode": self.config.curriculum.mode,
+            "teacher": self.teacher,
+        }
+
+    def _prune(self, newest_path: Path) -> None:
+        # By age, not by step: a run that went back to an earlier step leaves later ones behind.
+        older = sorted(
+            (path for path in self.folder.glob("step*") if path.is_dir() and path != newest_path),
+            key=lambda path: path.stat().st_mtime_ns,
+        )
+        for path in older[: max(0, len(older) - (self.config.checkpoint.keep - 1))]:
+            shutil.rmtree(path, ignore_errors=True)

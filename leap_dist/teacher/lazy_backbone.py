@@ -1,0 +1,144 @@
+"""A backbone that is built without memory and filled block by block, so that a giant never exists whole on a rank."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from leap_dist.config import TeacherConfig
+from leap_dist.models.backbone import DTYPES, Backbone, split
+from leap_dist.runtime import allocator
+from leap_dist.teacher.weights import Weights, build_skeleton, fingerprint, open_weights
+
+
+class LazyBackbone:
+    """A `Backbone`, its stem on `device` and its blocks on the meta device until they are loaded.
+
+    classes: keep the classifier, which must have so many; 0 = do without.
+    backbone: the modules; blocks keep their identity (hooks, compiled code) over loading and dropping.
+    token_shape, dtype: (T, D) of the tokens of one image between two blocks, and their type.
+    fingerprint: of the stem's weights, which every rank holds.
+    """
+
+    def __init__(self, config: TeacherConfig, image_size: int, device: torch.device, classes: int = 0) -> None:
+        model = build_skeleton(config, image_size, classes)
+        self.device, self.dtype = device, DTYPES[config.dtype]
+        self._weights: Weights = open_weights(config, model)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self.backbone: Backbone = split(model)
+        self.spec = self.backbone.spec
+        images = torch.empty(1, 3, image_size, image_size, device="meta")
+        self.token_shape = tuple(self.backbone.embed(images).shape[1:])
+        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
+        self._reader = ThreadPoolExecutor(1, "teacher-weights")
+        if config.compile:
+            for block in self.backbone.blocks:
+                block.compile()
+        stem = self._read(self._stem_names())
+        self.fingerprint = fingerprint({name: stem[name] for name in stem if name not in self._weights.computed})
+        _fill(self.backbone.stem, stem, device)
+
+    def hold(self, wanted: Iterable[int]) -> None:
+        """Make the 0-indexed blocks `wanted` those that are loaded: drop the others, then load what is missing."""
+        wanted = set(wanted)
+        unwanted = [index for index in range(self.spec.depth) if index not in wanted and self.is_loaded(index)]
+        for index in unwanted:
+            self._drop(index)
+        if unwanted:
+            gc.collect()  # a parameter that ZeRO has split refers to itself
+            allocator.trim()
+        for index in sorted(wanted):
+            self.load(index)
+
+    def load(self, index: int) -> None:
+        """Fill a block, from the host where it was expected, else from its source; nothing if it is loaded."""
+        if self.is_loaded(index):
+            return
+        coming = self._coming.pop(index, None)
+        tensors = self._read(self._block_names(index)) if coming is None else coming.result()
+        _fill(self.backbone.blocks[index], tensors, self.device)
+        # Buffers that no checkpoint holds, EVA's and BEiT's bias of the keys. Rotary tables are the stem's, in float32.
+        self.backbone.blocks[index].to(self.dtype)
+
+    def expect(self, wanted: Iterable[int]) -> None:
+        """Read blocks into the host's memory, in the background, for a `load` to come; forget others read so."""
+        self._coming = {
+            index: self._coming.get(index) or self._reader.submit(self._read_ahead, index)
+            for index in wanted
+            if not self.is_loaded(index)
+        }
+
+    def is_loaded(self, index: int) -> bool:
+        """Whether a block, or this rank's share of it, is in memory."""
+        return not next(self.backbone.blocks[index].parameters()).is_meta
+
+    @contextmanager
+    def visiting(self, index: int) -> Iterator[None]:
+        """A block is loaded inside, and as before afterwards."""
+        was_loaded, coming = self.is_loaded(index), self._coming.get(index)
+        self.load(index)
+        yield
+        if not was_loaded:
+            self._drop(index)
+            if coming is not None:
+                self._coming[index] = coming
+
+    def to_teacher(self, images: Tensor) -> Tensor:
+        """Images as the stem takes them."""
+        return images.to(self.device, self.dtype)
+
+    def resident_bytes(self) -> int:
+        """Bytes of loaded parameters; of one that ZeRO has split, this rank's share."""
+        here = (p for p in self.backbone.parameters() if not p.is_meta)
+        return sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in here)
+
+    def _drop(self, index: int) -> None:
+        shapes = {_inside(name): self._shapes[name] for name in self._block_names(index)}
+        _empty(self.backbone.blocks[index], shapes)
+
+    def _block_names(self, index: int) -> list[str]:
+        return [name for name in self._shapes if name.startswith(f"blocks.{index}.")]
+
+    def _stem_names(self) -> list[str]:
+        return [name for name in self._shapes if not name.startswith("blocks.")]
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        """Tensors by their names inside the stem or the block, in the teacher's dtype."""
+        tensors = self._weights.read(names)
+        return {
+            _inside(name): tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def _read_ahead(self, index: int) -> dict[str, Tensor]:
+        """A copy in memory rather than pages of a file; pinned where a device will fetch it."""
+        tensors = {name: tensor.clone() for name, tensor in self._read(self._block_names(index)).items()}
+        if self.device.type == "cuda":
+            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
+
+
+def _inside(name: str) -> str:
+    return name.split(".", 2)[2] if name.startswith("blocks.") else name
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
+    module.to_empty(device="cpu")  # reserves addresses only; the pages are never touched
+    for part in module.modules():
+        if hasattr(part, "init_non_persistent_buffers"):
+            part.init_non_persistent_buffers()  # rotary tables and the like, which no checkpoint holds
+    module.load_state_dict(tensors, assign=True)
+    module.to(device, non_blocking=True)
+
+
+def _empty(module: nn.Module, shapes: dict[str, torch.Size]) -> None:
+    """Put new parameters without memory in the place of the old, which ZeRO may have changed for good."""
+    for path, _ in list(module.named_parameters()):
+        owner, _, name = path.rpartition(".")
+        empty = nn.Parameter(torch.empty(shapes[path], device="meta"), requires_grad=False)
+        setattr(module.get_submodule(owner), name, empty)

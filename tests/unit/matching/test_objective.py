@@ -1,0 +1,132 @@
+"""Student, head and loss as one module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from leap_dist.config import ObjectiveConfig, StudentConfig
+from leap_dist.errors import UserError
+from leap_dist.matching.heads import MatchingHead
+from leap_dist.matching.objective import Objective
+from leap_dist.matching.score import CkaEvidence, CosineEvidence
+from leap_dist.models.features import Features
+from leap_dist.models.student import build_student
+from leap_dist.runtime.distributed import World
+
+SMALL = {"patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 2}
+ONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def small_student(**kwargs: object) -> torch.nn.Module:
+    return build_student(StudentConfig(model="vit_tiny_patch16_224", kwargs={**SMALL, **kwargs}), 16)
+
+
+def random_features(grid: tuple[int, int], width: int = 20, batch: int = 2) -> Features:
+    return Features(torch.randn(batch, grid[0] * grid[1], width), torch.randn(batch, width))
+
+
+def test_student_tokens_are_timms_own() -> None:
+    student = small_student(reg_tokens=2, no_embed_class=True).eval()
+    images = torch.randn(2, 3, 16, 16)
+    tokens = student.backbone.forward_features(images)
+    assert torch.equal(student(images).patch, tokens[:, 3:])
+    assert torch.equal(student(images).cls, tokens[:, 0])
+    layers = student.every_layer(images)
+    assert len(layers) == 3
+    assert torch.equal(layers[-1].patch, tokens[:, 3:]) and torch.equal(layers[-1].cls, tokens[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "size", "words"),
+    [
+        ("vit_tinny_patch16_224", {}, 32, "did you mean vit_tiny_patch16_224"),
+        ("resnet18", {}, 32, "student.model=resnet18"),
+        ("vit_tiny_patch16_224", {"embed_dims": 3}, 32, "embed_dims"),
+        ("vit_tiny_patch16_224", {}, 40, "data.image_size=40"),
+    ],
+)
+def test_an_impossible_student_is_one_line(model: str, kwargs: dict, size: int, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_student(StudentConfig(model=model, kwargs=kwargs), size)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_head_is_initialised_as_published() -> None:
+    head = MatchingHead(384, 1536, "auto", "cka")
+    assert head.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert not head.bias.any()
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (6, 6), (3, 5)])
+def test_loss_is_mse_after_projection_with_tokens_on_the_teachers_grid(grid: tuple[int, int]) -> None:
+    """Against projecting first and resizing the map then: the two commute."""
+    torch.manual_seed(0)
+    objective = Objective(small_student(), 20, grid, ObjectiveConfig(cls_weight=0.3))
+    images, target = torch.randn(2, 3, 16, 16), random_features(grid)
+    match = objective(images, [target])
+    view, head = objective.student(images), objective.heads[0]
+    projected = F.linear(view.patch, head.weight, head.bias).unflatten(1, (4, 4)).movedim(-1, 1)
+    resized = F.interpolate(projected, grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    patch = F.mse_loss(resized, target.patch)
+    cls = F.mse_loss(F.linear(view.cls, head.weight, head.bias), target.cls)
+    torch.testing.assert_close(match.loss, patch + 0.3 * cls, rtol=1e-5, atol=1e-6)
+    mine = torch.autograd.grad(match.loss, list(objective.parameters()), retain_graph=True)
+    plain = torch.autograd.grad(patch + 0.3 * cls, list(objective.parameters()))
+    for got, wanted in zip(mine, plain, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_cls_shares_the_head_and_trains_it() -> None:
+    """Defect B5 of the published code: the separate CLS head crashed, and would not have been trained."""
+    objective = Objective(small_student(), 20, (4, 4), ObjectiveConfig(cls_weight=1.0))
+    match = objective(torch.randn(2, 3, 16, 16), [random_features((4, 4))])
+    (match.loss - match.loss.detach()).backward()
+    assert len(objective.heads) == 1
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in objective.parameters())
+
+
+def test_every_layer_has_its_own_head_and_target() -> None:
+    objective = Objective(small_student(), 20, (4, 4), ObjectiveConfig(cls_weight=0.0), num_targets=3)
+    images, targets = torch.randn(2, 3, 16, 16), [random_features((4, 4)) for _ in range(3)]
+    views = objective.student.every_layer(images)
+    losses = [
+        F.mse_loss(F.linear(view.patch, head.weight, head.bias), target.patch)
+        for view, head, target in zip(views, objective.heads, targets, strict=True)
+    ]
+    torch.testing.assert_close(objective(images, targets).loss, torch.stack(losses).mean())
+
+
+def test_one_head_serves_many_targets_for_calibration() -> None:
+    objective = Objective(small_student(), 20, (4, 4), ObjectiveConfig(cls_weight=0.0))
+    images, targets = torch.randn(2, 3, 16, 16), [random_features((4, 4)) for _ in range(5)]
+    evidence = objective(images, targets, True).evidence
+    alone = [objective(images, [target], True).evidence[0] for target in targets]
+    assert [e.score("exact", 1).item() for e in evidence] == pytest.approx([e.score("exact", 1).item() for e in alone])
+
+
+def test_a_target_off_the_grid_is_refused() -> None:
+    objective = Objective(small_student(), 20, (4, 4), ObjectiveConfig())
+    with pytest.raises(UserError, match="gave 15 patch tokens, its grid is 4x4"):
+        objective(torch.randn(2, 3, 16, 16), [random_features((3, 5))])
+
+
+def test_evidence_of_micro_batches_is_that_of_the_whole_batch() -> None:
+    torch.manual_seed(1)
+    head = {metric: MatchingHead(6, 9, "auto", metric) for metric in ("cka", "cosine")}
+    tokens, target = torch.randn(40, 6), torch.randn(40, 9) + 3
+    for metric, kind in (("cka", CkaEvidence), ("cosine", CosineEvidence)):
+        parts = [head[metric](tokens[s], target[s], True)[1] for s in (slice(0, 7), slice(7, 25), slice(25, 40))]
+        whole = head[metric](tokens, target, True)[1]
+        assert isinstance(whole, kind)
+        merged = parts[0].merged(parts[1]).merged(parts[2])
+        torch.testing.assert_close(merged.score("exact", 1), whole.score("exact", 1), rtol=1e-5, atol=1e-7)
+
+
+def test_cosine_is_the_mean_over_tokens() -> None:
+    head = MatchingHead(6, 9, "auto", "cosine")
+    tokens, target = torch.randn(2, 20, 6), torch.randn(2, 20, 9)
+    expected = F.cosine_similarity(F.linear(tokens, head.weight, head.bias).double(), target.double(), dim=-1).mean()
+    score = head(tokens, target, True)[1].score("mean", 1)
+    assert score.item() == pytest.approx(expected.item(), abs=1e-6)
