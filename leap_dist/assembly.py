@@ -40,15 +40,15 @@ BAD_SAMPLES = "bad_samples.jsonl"  # in the run folder
 log = logging.getLogger(__name__)
 
 
-def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
+def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, Trainer]:
     """Check, build and, if asked to, restore. Returns the config with its embedded parts resolved to paths.
+
+    claim: on the run's folder, held.
 
     Raises:
         UserError: the first thing that does not fit, in one line.
     """
     check_nodes(world)
-    claim = Claim(Path(config.output), world)
-    claim.hold()
     resume = find_resume(config, world)
     batch = micro_batch(config, world)
     if config.data.mixup:

@@ -60,16 +60,19 @@ def lock(path: Path, patience: float, mode: str = "w") -> IO[Any]:
 
     Raises:
         BlockingIOError: somebody else has it, and keeps it for `patience` seconds.
+        FileNotFoundError: its folder is not there, or not any more.
     """
-    file = path.open(mode)
     deadline = time.monotonic() + patience
     while True:
+        file = path.open(mode)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
+            if _is_at(file, path):
+                return file
+            file.close()  # its holder has removed it: a lock on what has no name holds nobody off
         except BlockingIOError:
+            file.close()
             if time.monotonic() > deadline:
-                file.close()
                 raise
             time.sleep(0.1)
         except OSError as error:
@@ -77,3 +80,10 @@ def lock(path: Path, patience: float, mode: str = "w") -> IO[Any]:
                 return file
             file.close()
             raise
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
