@@ -162,7 +162,7 @@ def test_shards_without_labels_are_refused(tmp_path: Path) -> None:
         (["objective.kd_alpha=1.5", "student.num_classes=2"], "objective.kd_alpha=1.5: must be between 0 and 1"),
         (["objective.kd_tau=0"], "objective.kd_tau=0.0: must be above 0"),
         (["objective.feature_weight=0", "student.num_classes=2"], "objective.feature_weight=0: nothing would train"),
-        (["objective.feature_weight=-1"], "objective.feature_weight=-1.0: must not be negative"),
+        (["objective.feature_weight=-1"], "objective.feature_weight=-1.0: must be at least 0"),
         (["objective.feature=fft"], "expected one of 'mse', 'spectral'"),
         (["data.mixup_alpha=0"], "data.mixup_alpha=0.0: must be above 0"),
         (["data.mixup=false", "data.cutmix_alpha=1"], "data.cutmix_alpha=1.0: only used with data.mixup=true"),
