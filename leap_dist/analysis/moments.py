@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leap_dist.matching.cka import constant
 from leap_dist.runtime.distributed import sum_over_ranks
 
 CHUNK = 4096  # columns of y at a time: for all blocks of two ViT-g the whole float32 product would be 15 GB
@@ -48,6 +49,10 @@ class CrossMoments:
         self.scatter.addr_(self.mean_y - mean_y, (self.mean_x - mean_x) * self.n)
         sum_over_ranks(self.scatter)
         self.n, self.mean_x, self.mean_y = total, mean_x, mean_y
+
+    def is_constant(self) -> Tensor:
+        """Whether all rows of one variable with itself were equal but for rounding: () bool."""
+        return constant(self.n, self.mean_x, self.scatter.diagonal(), torch.float32)
 
     def uncentred(self) -> Tensor:
         """Sum over rows of y x^T, (Dy, Dx)."""
@@ -99,5 +104,6 @@ class LayerCka:
             torch.stack([block.square().sum() for block in rows.split(widths_x, 1)])
             for rows in self._cross.scatter.split(widths_y, 0)
         ]
-        denominator = norm_x[:, None] * norm_y
-        return torch.where(denominator > 0, torch.stack(cross, 1) / denominator, 0.0)
+        flat_x, flat_y = (torch.stack([m.is_constant() for m in own]) for own in self._own)
+        nothing = flat_x[:, None] | flat_y
+        return torch.where(nothing, 0.0, torch.stack(cross, 1) / (norm_x[:, None] * norm_y))
