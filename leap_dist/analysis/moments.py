@@ -50,9 +50,10 @@ class CrossMoments:
         sum_over_ranks(self.scatter)
         self.n, self.mean_x, self.mean_y = total, mean_x, mean_y
 
-    def is_constant(self) -> Tensor:
-        """Whether all rows of one variable with itself were equal but for rounding: () bool."""
-        return constant(self.n, self.mean_x, self.scatter.diagonal(), torch.float32)
+    def spread(self) -> Tensor:
+        """`scatter` of one variable with itself; zeros where all rows were equal but for rounding."""
+        flat = constant(self.n, self.mean_x, self.scatter.diagonal(), torch.float32)
+        return self.scatter.masked_fill(flat, 0)
 
     def uncentred(self) -> Tensor:
         """Sum over rows of y x^T, (Dy, Dx)."""
@@ -98,12 +99,11 @@ class LayerCka:
 
     def matrix(self) -> Tensor:
         """(layers of x, layers of y) float64, 0 to 1; 0 where a layer is constant."""
-        norm_x, norm_y = (torch.stack([m.scatter.norm() for m in own]) for own in self._own)
+        norm_x, norm_y = (torch.stack([m.spread().norm() for m in own]) for own in self._own)
         widths_x, widths_y = self._widths
         cross = [
             torch.stack([block.square().sum() for block in rows.split(widths_x, 1)])
             for rows in self._cross.scatter.split(widths_y, 0)
         ]
-        flat_x, flat_y = (torch.stack([m.is_constant() for m in own]) for own in self._own)
-        nothing = flat_x[:, None] | flat_y
-        return torch.where(nothing, 0.0, torch.stack(cross, 1) / (norm_x[:, None] * norm_y))
+        denominator = norm_x[:, None] * norm_y
+        return torch.where(denominator > 0, torch.stack(cross, 1) / denominator, 0.0)

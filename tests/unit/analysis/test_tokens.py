@@ -253,6 +253,19 @@ def test_moments_of_uneven_batches_with_a_large_mean() -> None:
     assert moments.n.item() == 1000
 
 
+def test_rows_that_are_equal_but_for_rounding_have_no_spread() -> None:
+    row = torch.linspace(-700, 900, 8)
+    rows = torch.where(torch.arange(1000)[:, None] % 3 > 0, row, row.nextafter(torch.tensor(1e9)))
+    rows[:, 3] = 0.1  # not a sum of powers of two: its mean is rounded
+    moments = CrossMoments(8, 8, CPU)
+    for part in rows.split([1, 499, 400, 100]):
+        moments.update(part, part)
+    assert moments.scatter.any() and not moments.spread().any()
+    rows[7, 3] += 0.1  # one number of one channel
+    moments.update(rows, rows)
+    assert torch.equal(moments.spread(), moments.scatter)
+
+
 def test_principal_axes_diagonalise_strongest_first() -> None:
     x = tokens(200, 6)
     values, vectors = principal_axes(x.T @ x)

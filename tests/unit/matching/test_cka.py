@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from threading import Barrier
 
 import numpy as np
@@ -93,16 +94,20 @@ def even_rows(n: int, d: int, level: float, dtype: torch.dtype) -> Tensor:
     return torch.where(torch.arange(n)[:, None] % 3 > 0, row, row.nextafter(torch.full_like(row, math.inf)))
 
 
+def by(impl: str, x: Tensor, y: Tensor) -> Moments:
+    return feature_match(x, x.new_ones(y.shape[1], x.shape[1]), None, y, impl=impl, moments=True)[1]
+
+
+def parts(x: Tensor, y: Tensor, rows: int) -> list[Moments]:
+    return [alignment_moments(a, b) for a, b in zip(x.split(rows), y.split(rows), strict=True)]
+
+
 WAYS: dict[str, Callable[[Tensor, Tensor], Moments]] = {
-    "gram": lambda x, y: feature_match(x, torch.ones(len(y.T), len(x.T)).to(x), None, y, impl="gram", moments=True)[1],
-    "reference": lambda x, y: feature_match(
-        x, torch.ones(len(y.T), len(x.T)).to(x), None, y, impl="reference", moments=True
-    )[1],
+    "gram": lambda x, y: by("gram", x, y),
+    "reference": lambda x, y: by("reference", x, y),
     "alone": alignment_moments,
-    "micro-batches": lambda x, y: merge(alignment_moments(x[:7], y[:7]), alignment_moments(x[7:], y[7:])),
-    "ranks": lambda x, y: over_ranks(
-        [alignment_moments(a, b) for a, b in zip(x.split(len(x) // 2), y.split(len(y) // 2), strict=True)]
-    )[0],
+    "micro-batches": lambda x, y: reduce(merge, parts(x, y, len(x) // 3)),
+    "ranks": lambda x, y: over_ranks(parts(x, y, len(x) // 2))[0],
 }
 
 
@@ -251,3 +256,4 @@ def test_mean_cosine() -> None:
     y = torch.tensor([[3.0, 0.0], [0.0, -1.0], [1.0, 0.0]])
     assert mean_cosine(x, y).item() == pytest.approx((1 - 1 + 0.5**0.5) / 3)
     assert mean_cosine(x.half()[None], y[None]).dtype == torch.float32
+    assert mean_cosine(torch.zeros(3, 2), y) == mean_cosine(y, torch.zeros(3, 2)) == 0
