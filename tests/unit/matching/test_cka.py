@@ -121,7 +121,7 @@ def test_features_that_are_constant_but_for_rounding_score_zero(n: int, level: f
     for a, b in ((x, y), (y, x), (x, x)):
         assert linear_cka_of_features(a, b) == 0.0
         for way, moments in WAYS.items():
-            assert linear_cka(moments(a, b), weight if a is x else None) == 0.0, way
+            assert linear_cka(moments(a, b), weight if b is y else None) == 0.0, way
     x[0, 0], y[0, 0] = 0.0, float("nan")
     assert math.isnan(linear_cka_of_features(y, torch.ones_like(x)))
     assert math.isnan(linear_cka(alignment_moments(torch.ones_like(x), y), None))
