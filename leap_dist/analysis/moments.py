@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leap_dist.matching.cka import constant
 from leap_dist.runtime.distributed import sum_over_ranks
 
 CHUNK = 4096  # columns of y at a time: for all blocks of two ViT-g the whole float32 product would be 15 GB
@@ -48,6 +49,11 @@ class CrossMoments:
         self.scatter.addr_(self.mean_y - mean_y, (self.mean_x - mean_x) * self.n)
         sum_over_ranks(self.scatter)
         self.n, self.mean_x, self.mean_y = total, mean_x, mean_y
+
+    def spread(self) -> Tensor:
+        """`scatter` of one variable with itself; zeros where all rows were equal but for rounding."""
+        flat = constant(self.n, self.mean_x, self.scatter.diagonal(), torch.float32)
+        return self.scatter.masked_fill(flat, 0)
 
     def uncentred(self) -> Tensor:
         """Sum over rows of y x^T, (Dy, Dx)."""
@@ -93,7 +99,7 @@ class LayerCka:
 
     def matrix(self) -> Tensor:
         """(layers of x, layers of y) float64, 0 to 1; 0 where a layer is constant."""
-        norm_x, norm_y = (torch.stack([m.scatter.norm() for m in own]) for own in self._own)
+        norm_x, norm_y = (torch.stack([m.spread().norm() for m in own]) for own in self._own)
         widths_x, widths_y = self._widths
         cross = [
             torch.stack([block.square().sum() for block in rows.split(widths_x, 1)])

@@ -117,7 +117,7 @@ def build_block(totals: BlockTotals, axes: dict[str, tuple[torch.Tensor, torch.T
         centring: _view(images, axes[centring][0], [batch[centring] for batch in sample], null)
         for centring, images in totals.images.items()
     }
-    spectrum, _ = principal_axes(totals.moments["uncentred"].scatter)
+    spectrum, _ = principal_axes(totals.moments["uncentred"].spread())
     covariance_dims = spectra.dims_at(spectra.cumulative(spectrum)).cpu().numpy()
     return Block(totals.tokens, totals.width, covariance_dims, views)
 

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from leap_dist.matching.cka import constant
+
 LEVELS = (0.80, 0.90, 0.95, 0.99)
 # Shares of energy this close below a level count as reaching it: four of five equal singular values hold 80 %.
 TIE = 1e-6
@@ -22,8 +24,15 @@ CENTRINGS = ("uncentred", "centred")
 
 
 def views(tokens: Tensor) -> dict[str, Tensor]:
-    """tokens (B, N, D) as they are, and about each image's mean token; keys `CENTRINGS`."""
-    return {"uncentred": tokens, "centred": tokens - tokens.mean(1, keepdim=True)}
+    """tokens (B, N, D) as they are, and about each image's mean token; keys `CENTRINGS`.
+
+    Where all tokens of an image are the same, what rounding leaves of them about their mean is no spectrum: zeros.
+    """
+    mean = tokens.mean(1, keepdim=True)
+    centred = tokens - mean
+    n = mean.new_full((), tokens.shape[1], dtype=torch.float64)
+    flat = constant(n, mean.squeeze(1), centred.square().sum(1), tokens.dtype)
+    return {"uncentred": tokens, "centred": centred.masked_fill(flat[:, None, None], 0)}
 
 
 def energies(tokens: Tensor) -> Tensor:

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from leap_kernels import Moments
 
-# LEAP's guard: below this product of norms the score is 0 (constant features; also features of scale 1e-9).
+# LEAP's guard: below this product of norms the score is 0 (features of scale 1e-9, say).
 MIN_DENOMINATOR = 1e-12
+# The longest chain of additions behind a mean: `leap_kernels` lets BLAS sum so many rows, one after another where BLAS
+# does so. What sums more rows at once (torch's `mean`, any GPU) adds them up in trees, with less rounding.
+LONGEST_SUM = 1024
 
 
 @torch.no_grad()
@@ -30,8 +33,8 @@ def linear_cka(moments: Moments, weight: Optional[Tensor]) -> Tensor:
 
     Never wider than Ds: with A = W^T W, ||W Cst||_F^2 = <Cts A, Cts> and ||W Css W^T||_F^2 = tr(Css A Css A).
     In float64, which neither overflows (LEAP's product of squared norms does in float32), nor is touched by autocast
-    or TF32. 0-d float64 on the moments' device, no host synchronisation; 0 where the denominator is below 1e-12.
-    weight=None: S is matched as it is, A is the identity.
+    or TF32. 0-d float64 on the moments' device, no host synchronisation; 0 where the denominator is below 1e-12 or S or
+    T is `constant`. weight=None: S is matched as it is, A is the identity.
     """
     css, cts = moments.css.double(), moments.cts.double()
     css_a, cts_a = css, cts
@@ -41,16 +44,46 @@ def linear_cka(moments: Moments, weight: Optional[Tensor]) -> Tensor:
         css_a, cts_a = css @ a, cts @ a
     norm_p = (css_a * css_a.T).sum().clamp_min(0).sqrt()
     norm_t = torch.linalg.vector_norm(moments.ctt, dtype=torch.float64)
-    return _ratio((cts_a * cts).sum(), norm_p, norm_t)
+    sides = ((moments.mean_s, moments.css), (moments.mean_t, moments.ctt))
+    flat = [constant(moments.n, mean, scatter.diagonal(), scatter.dtype) for mean, scatter in sides]
+    return _ratio((cts_a * cts).sum(), norm_p, norm_t, flat[0] | flat[1])
 
 
 @torch.no_grad()
 def linear_cka_of_features(x: Tensor, y: Tensor) -> Tensor:
-    """Linear CKA of x (N, Dx) and y (N, Dy) by its definition, three products. 0-d float64."""
+    """Linear CKA of x (N, Dx) and y (N, Dy) by its definition, three products. 0-d float64; 0 as for `linear_cka`."""
+    flat = constant_rows(x) | constant_rows(y)
     x, y = x.double(), y.double()
     x, y = x - x.mean(0), y - y.mean(0)
     cross, norm_x, norm_y = (torch.linalg.matrix_norm(a.T @ b) for a, b in ((y, x), (x, x), (y, y)))
-    return _ratio(cross.square(), norm_x, norm_y)
+    return _ratio(cross.square(), norm_x, norm_y, flat)
+
+
+def constant(n: Tensor, mean: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether n () rows of mean (..., D) are equal but for rounding: (...,) bool.
+
+    squares (..., D): each channel's sum over rows of (x - mean)^2, by arithmetic in `dtype` (float32 for a narrower
+    one, which is never summed in itself). NaN is not constant.
+
+    How large the squares get although nothing varies: a sum of k equal numbers, in whatever order a BLAS takes them, is
+    off by at most k u of itself, u the unit roundoff (Higham 2002, section 4.2; MKL reaches a quarter of it). The
+    factor 1/k and the numbers themselves may be rounded too. So a channel of value c leaves |x - mean| <= (k + 2) u |c|
+    in every row, k the rows of one sum, and squares of n ((k + 2) u c)^2. Sets of rows that are merged have means that
+    differ by as much again, which adds at most the same between them: 2 n ((k + 2) u c)^2.
+    One channel above that is spread that was there before: real features keep every bit of their score.
+    """
+    unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
+    n = n.double()
+    rounding = (n.clamp_max(LONGEST_SUM) + 2) * unit * mean.double()
+    return (squares.double() <= 2 * n * rounding.square()).all(-1)
+
+
+def constant_rows(x: Tensor) -> Tensor:
+    """Whether the rows of each (N, D) of x (..., N, D) are `constant`: (...,) bool."""
+    exact = x.double()
+    mean = exact.mean(-2, keepdim=True)
+    n = mean.new_full((), x.shape[-2])
+    return constant(n, mean.squeeze(-2), (exact - mean).square().sum(-2), x.dtype)
 
 
 @torch.no_grad()
@@ -59,9 +92,10 @@ def mean_cosine(projected: Tensor, teacher: Tensor) -> Tensor:
     return F.cosine_similarity(projected.float(), teacher.float(), dim=-1).mean()
 
 
-def _ratio(numerator: Tensor, norm_x: Tensor, norm_y: Tensor) -> Tensor:
+def _ratio(numerator: Tensor, norm_x: Tensor, norm_y: Tensor, flat: Tensor) -> Tensor:
     denominator = norm_x * norm_y
-    return torch.where(denominator < MIN_DENOMINATOR, 0.0, numerator / denominator)
+    nothing = (denominator < MIN_DENOMINATOR) | (flat & ~denominator.isnan())  # NaN on the other side is reported
+    return torch.where(nothing, 0.0, numerator / denominator)
 
 
 @torch.no_grad()

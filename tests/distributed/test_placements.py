@@ -87,7 +87,8 @@ def test_the_teacher_is_evaluated_on_unequal_shares(placement: str, tmp_path: Pa
         run_ok(config, launcher="torchrun")
         summary = json.loads((folder / "run" / "summary.json").read_text())
         accuracies.append((summary["teacher_knn"], summary["teacher_probe"]))
-    assert accuracies[0] == accuracies[1]
+    # The blocks see other batches, which may round otherwise: one image that lies between two classes may change sides.
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=1.01 / 297)
 
 
 @SLOW

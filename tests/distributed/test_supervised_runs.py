@@ -53,7 +53,8 @@ def assert_whole(run: Path, printed: str) -> None:
     losses, blocks, kd = (scalars(run, tag) for tag in ("loss/total", "curriculum/block", "loss/kd"))
     assert kd.keys() == {step for step in blocks if blocks[step] == 6} and 0 < len(kd) < len(losses) == 23
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["student_top1"] == top1_of_export(run)
+    # One batch here, several on two ranks there, which may round otherwise: one image may lie between two classes.
+    assert summary["student_top1"] == pytest.approx(top1_of_export(run), abs=1.01 / 297)
     assert re.search(rf"^student top-1 +{summary['student_top1']:.1%}$", printed, re.MULTILINE)
 
 

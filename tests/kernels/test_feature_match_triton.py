@@ -79,7 +79,11 @@ FIT = case(40, 24, 40, torch.float32)
 FIT["inputs"]["teacher"] = F.linear(*(FIT["inputs"][name].double() for name in ("student", "weight", "bias"))).float()
 AUTOCAST = case(40, 24, 40, torch.float32) | {"autocast": torch.bfloat16}
 SHIFTED = case(700, 24, 40, torch.bfloat16, offset=30.0)
-OTHERS = {"nan": NAN, "fit": FIT, "autocast": AUTOCAST, "shifted": SHIFTED, "again": CASES["float32-mse"],
+EVEN = case(20, 24, 40, torch.float32)  # equal rows, and every third of them the next number
+for side, width in (("student", 24), ("teacher", 40)):
+    row = torch.linspace(0.7, -1.3, width) * 1e3
+    EVEN["inputs"][side] = torch.where(torch.arange(20)[:, None] % 3 > 0, row, row.nextafter(torch.tensor(1e9)))
+OTHERS = {"even": EVEN, "nan": NAN, "fit": FIT, "autocast": AUTOCAST, "shifted": SHIFTED, "again": CASES["float32-mse"],
           "float64": case(4, 3, 5, torch.float64), "wide": case(4, 1025, 5, torch.bfloat16),
           "wide in float32": case(4, 513, 5, torch.float32),
           "moments": case(300, 40, 50, torch.float32, offset=30.0) | {"alone": torch.bfloat16},
@@ -142,6 +146,10 @@ def test_auto_at_the_shapes_of_training(ds: int, dt: int) -> None:
 
 def test_runs_repeat_bit_for_bit(results: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(results["again"], results["float32-mse"], strict=True))
+
+
+def test_constant_tokens_score_zero_as_from_the_other_implementations(results: dict[str, Any]) -> None:
+    assert linear_cka(Moments(*results["even"][4:]), EVEN["inputs"]["weight"]) == 0.0
 
 
 def test_nan_in_nan_out(results: dict[str, Any]) -> None:

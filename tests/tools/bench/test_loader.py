@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import time
 from pathlib import Path
@@ -61,6 +62,14 @@ def test_ratios_are_medians_of_the_rounds() -> None:
     assert loader.median_ratio(ours, baseline, "wall") == 2.0  # of 2, 1, 3
     assert loader.median_ratio(ours, baseline, "cpu") == 1.5
     assert loader.core_rate(ours) == 50
+
+
+def test_a_pass_shorter_than_a_tick_of_the_cpu_clock_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "cpu_seconds", lambda: 5.0)
+    measured = loader.one_pass([("images", [0, 1, 2])])
+    assert measured.images == 3 and measured.cpu == 1 / os.sysconf("SC_CLK_TCK")
+    assert loader.core_rate([measured]) == pytest.approx(3 * os.sysconf("SC_CLK_TCK"))
+    assert loader.median_ratio([measured], [measured], "cpu") == 1
 
 
 def test_a_slow_loader_stalls_its_consumer_for_what_is_left_of_a_batch() -> None:

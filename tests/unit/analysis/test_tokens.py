@@ -101,6 +101,18 @@ def test_an_image_without_energy_counts_as_one_dimension() -> None:
     assert spectra.captured(torch.zeros(2, 4, 6), torch.eye(6)).tolist() == [[1] * 6] * 2
 
 
+def test_an_image_whose_tokens_are_equal_but_for_rounding_has_no_spectrum_about_its_mean() -> None:
+    x = tokens(3, 50, 6).float()
+    x[1] = torch.where(torch.arange(50)[:, None] % 3 > 0, 1e3, 1e3 + 2**-14)
+    found = spectra.views(x)
+    assert torch.equal(found["uncentred"], x)
+    centred = found["centred"]
+    assert torch.equal(centred[::2], (x - x.mean(1, keepdim=True))[::2]) and not centred[1].any()
+    energy = spectra.energies(centred)
+    assert spectra.dims_at(spectra.cumulative(energy))[1].tolist() == [1] * 4
+    assert spectra.effective_rank(energy)[1] == 1
+
+
 def test_spectra_know_nothing_of_rotation_and_scale_and_centred_ones_of_the_mean() -> None:
     x = tokens(3, 12, 20)
     same = 7.0 * rotation(12) @ x @ rotation(20, seed=2)
@@ -241,6 +253,19 @@ def test_moments_of_uneven_batches_with_a_large_mean() -> None:
     assert moments.n.item() == 1000
 
 
+def test_rows_that_are_equal_but_for_rounding_have_no_spread() -> None:
+    row = torch.linspace(-700, 900, 8)
+    rows = torch.where(torch.arange(1000)[:, None] % 3 > 0, row, row.nextafter(torch.tensor(1e9)))
+    rows[:, 3] = 0.1  # not a sum of powers of two: its mean is rounded
+    moments = CrossMoments(8, 8, CPU)
+    for part in rows.split([1, 499, 400, 100]):
+        moments.update(part, part)
+    assert moments.scatter.any() and not moments.spread().any()
+    rows[7, 3] += 0.1  # one number of one channel
+    moments.update(rows, rows)
+    assert torch.equal(moments.spread(), moments.scatter)
+
+
 def test_principal_axes_diagonalise_strongest_first() -> None:
     x = tokens(200, 6)
     values, vectors = principal_axes(x.T @ x)
@@ -252,8 +277,9 @@ def test_cka_of_every_pair_of_layers_and_its_invariances() -> None:
     base = tokens(400, 6).float()
     students = [base, base[:, :3] + 4, torch.randn(400, 5, generator=generator())]
     q = rotation(6).float()
-    teachers = [5 * base @ q - 2, base * torch.linspace(1, 5, 6), torch.ones(400, 2)]
-    cka = LayerCka([6, 3, 5], [6, 6, 2], CPU)
+    last_bit = torch.where(torch.arange(400)[:, None] % 3 > 0, 1e3, 1e3 + 2**-14).expand(400, 2)
+    teachers = [5 * base @ q - 2, base * torch.linspace(1, 5, 6), torch.full((400, 2), 0.1), last_bit]
+    cka = LayerCka([6, 3, 5], [6, 6, 2, 2], CPU)
     for rows in torch.arange(400).split(90):
         cka.update([s[rows] for s in students], [t[rows] for t in teachers])
     matrix = cka.matrix()
@@ -261,7 +287,7 @@ def test_cka_of_every_pair_of_layers_and_its_invariances() -> None:
     torch.testing.assert_close(matrix, expected, atol=1e-6, rtol=1e-6)
     assert matrix[0, 0].item() == pytest.approx(1, abs=1e-6)  # rotation, scale, shift: no difference
     assert matrix[0, 1].item() < 0.999  # another map: one
-    assert matrix[:, 2].tolist() == [0, 0, 0]
+    assert matrix[:, 2:].tolist() == [[0, 0]] * 3
     assert matrix[2, 0].item() < 6 / 400 * 3  # independent: the bias of few rows
 
 

@@ -36,6 +36,12 @@ def resized(data: bytes, box: Box, size: int) -> torch.Tensor:
     return v2.functional.resized_crop(decode(data), *box, [size, size])
 
 
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal where torchvision resizes bytes, as we do. Without AVX2 it resizes floats: within one level."""
+    bytewise = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    assert ours.shape == theirs.shape and (ours.int() - theirs.int()).abs().max() <= (0 if bytewise else 1)
+
+
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (64, 64), (100, 700), (700, 100)])
 def test_boxes_are_distributed_as_torchvisions(height: int, width: int) -> None:
     """Kolmogorov-Smirnov on area, ratio and position, at 1 % over all twenty; long images often get the fallback."""
@@ -69,7 +75,7 @@ def test_small_crops_are_exactly_torchvisions(size: int) -> None:
     data, random = encoded(picture(90, 130)), np.random.default_rng(1)
     for _ in range(5):
         box = draw_box(random, 90, 130, SCALE)
-        assert torch.equal(read_box(Image.open(io.BytesIO(data)), box, size), resized(data, box, size))
+        assert_same(read_box(Image.open(io.BytesIO(data)), box, size), resized(data, box, size))
 
 
 @pytest.mark.parametrize(("size", "reduction"), [(150, 2), (70, 4), (50, 8), (20, 8)])
@@ -111,7 +117,7 @@ def test_other_formats_and_modes_are_read_as_ever() -> None:
         encoded(colours, exif=rotated),
     ):
         small = read_box(Image.open(io.BytesIO(data)), box, 40)
-        assert torch.equal(small, resized(data, box, 40))
+        assert_same(small, resized(data, box, 40))
     for mode in ("L", "CMYK"):  # reduced
         data = encoded(colours.resize((384, 256)).convert(mode), quality=95)
         difference = read_box(Image.open(io.BytesIO(data)), Box(32, 64, 192, 256), 40).float()
