@@ -11,7 +11,7 @@ import pytest
 import yaml
 from streaming.base.util import bytes_to_int
 
-from leap_dist.config import Config, describe, differences, flat, load, option_fields, tables, to_yaml
+from leap_dist.config import Config, describe, differences, flat, load, option_fields, to_yaml
 from leap_dist.config.checks import RANGES
 from leap_dist.errors import UserError
 
