@@ -86,6 +86,11 @@ SMALLER = {
 FOREIGN = re.compile(r"/data/|://|\b[A-Z]{2,}\b|launch_configs/(?!demo\.yaml|sweeps/demo)|mine\.yaml|_dinov2|--help")
 
 
+def _folder(path: str) -> str:
+    """The run's folder that `path` lies in: runs/leap of runs/leap/student.safetensors."""
+    return "/".join(path.split("/")[:2])
+
+
 def _of_the_demo(shown: list[Command]) -> list[Command]:
     """Those of `shown` that a reader can type with nothing but the demo: what they read is there or was made before."""
     made, found = {"runs/demo", "runs/demo-teacher"}, []
@@ -93,13 +98,12 @@ def _of_the_demo(shown: list[Command]) -> list[Command]:
         text = " ".join(command.words)
         if not command.in_block or FOREIGN.search(text) or command.words in (before.words for before in found):
             continue
-        inputs = {"/".join(word.split("/")[:2]) for word in command.words if word.startswith("runs/")}
-        inputs -= {"/".join((command.value("--out") or "").split("/")[:2])}
-        signs = text == "make demo" or command.script == "leap_dist/train.py" or "demo" in text or "digits" in text
-        if (signs or inputs) and inputs <= made and command.script != "tests/distributed/test_demo.py":
+        output = _folder(command.value("--out") or command.value("output") or "runs/demo")
+        inputs = {_folder(word) for word in command.words if word.startswith("runs/")} - {output}
+        sign = re.search(r"demo|digits|leap_dist/train\.py", text)
+        if (sign or inputs) and inputs <= made and not (command.script or "").startswith("tests/"):
             found.append(command)
-            made.add(command.value("output") or "runs/demo")
-            made.add("/".join((command.value("--out") or "").split("/")[:2]))
+            made.add(output)
     return found
 
 
