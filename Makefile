@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The demo runs two processes, on CPU or on two GPUs; a machine with a single GPU gets one.
 DEMO_PROCESSES ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || echo 2)
 
-.PHONY: demo test test-slow lint bench tensorboard setup clean
+.PHONY: demo test test-slow lint bench docs tensorboard setup clean
 
 setup: $(VENV)/.installed
 
@@ -36,8 +36,16 @@ bench: setup  ## speed and memory, as ratios measured in one run
 	$(BIN)/python tools/bench/step.py
 	$(BIN)/python tools/bench/step.py --pair small
 
+docs: $(VENV)/.docs  ## the documentation as a site, in site/; warnings and dead links are errors
+	$(BIN)/sphinx-build -q -E -n -W --keep-going -d build/docs -c docs/site . site
+	@echo written to site/index.html
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 tensorboard: setup
 	$(BIN)/tensorboard --logdir runs
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -17,7 +17,9 @@ HEADING = "# All options\n"
 
 def rewritten(page: str) -> str:
     """`page` with the tables of now below its heading. ValueError: it has no such heading, or several."""
-    written_by_hand, _ = page.split(f"\n{HEADING}")
+    if page.count(f"\n{HEADING}") != 1:
+        raise ValueError(f"needs one heading '{HEADING.strip()}'")
+    written_by_hand = page.partition(f"\n{HEADING}")[0]
     return (
         f"{written_by_hand}\n{HEADING}\n"
         f"Made by `python tools/{Path(__file__).name} --write docs/configuration.md`. Do not edit below this line.\n"

@@ -3,8 +3,8 @@
 python tools/plan_cluster.py --cluster 4x8-h100 --teacher vit-7b --batch 32
 python tools/plan_cluster.py --cluster 8x-l40s --config launch_configs/vit7b/leap_vit7b_vitb16_imagenet1k_pipelined.yaml
 
-Bandwidths and peaks are the vendors'; the share of the peak that a ViT reaches (--mfu) is yours to measure. Bytes
-are tested against small runs; no table has been compared with a run on such a cluster.
+Bandwidths and peaks are the vendors'. The share of the peak that a ViT reaches (--mfu) is yours to measure. Bytes are
+tested against small runs. No table has been compared with a run on such a cluster.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     teacher = parser.add_mutually_exclusive_group()
     teacher.add_argument("--teacher", choices=TEACHERS, default="vit-7b")
     teacher.add_argument("--config", type=Path, help="take the teacher, its stages and micro-batches from a run's YAML")
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--image-size", type=int, default=224, help="pixels")
     parser.add_argument("--batch", type=int, default=32, help="images per GPU and pass")
     parser.add_argument("--mfu", type=float, help="share of the peak that the teacher reaches")
     parser.add_argument("--budget", type=float, help="GiB of teacher weights per GPU; default: half its memory")

@@ -4,9 +4,9 @@ python tools/profile_skip.py --config launch_configs/demo.yaml --out runs/skip
 python tools/profile_skip.py --config launch_configs/vitg14/leap_vitg14_vits14_imagenet1k.yaml --batch 64 --steps 10 \\
     --out runs/skip-vitg engine.precision=bf16 optim.name=adamw
 
-Takes the trainer's own steps (teacher, student, loss, score, optimizer, telemetry) on random images, with random
-teacher weights unless teacher.weights is given. Rounds over the blocks, so that a busy moment of the machine hits all
-alike; medians. The last block is always among them: it is what the others save on.
+It takes the trainer's own steps on random images: teacher, student, loss, score, optimizer, telemetry. The teacher's
+weights are random unless teacher.weights is given. It goes in rounds over the blocks, so that a busy moment of the
+machine hits all alike, and gives medians. The last block is always among them: it is what the others save on.
 
     FLOPs saved      1 - F(k) / F(L)     F(k): of a step at block k, teacher up to k plus student (three forwards)
     time saved       1 - t(k) / t(L)
@@ -36,8 +36,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="a run's YAML")
     parser.add_argument("--blocks", default="all", help="all, or a list such as 1,4,8")
     parser.add_argument("--batch", type=int, default=32, help="images per step")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=1, help="in a row at each turn; on a GPU 10, so that they overlap")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each block; medians over them")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="steps in a row at each turn; on a GPU take 10: they overlap"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/skip"), help="folder for CSV, PNG and TensorBoard")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over the YAML")
     return parser.parse_intermixed_args(argv)

@@ -64,6 +64,7 @@ RANGES = {
     ),
     "in (0, 1]": ("curriculum.ema_alpha", "data.crop_pct"),
     "in [0, 1)": ("optim.betas",),
+    "below 2**32": ("seed",),
 }  # fmt: skip
 _HOLDS = {
     "at least 1": lambda value: value >= 1,
@@ -72,6 +73,7 @@ _HOLDS = {
     "between 0 and 1": lambda value: 0 <= value <= 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
     "in [0, 1)": lambda value: 0 <= value < 1,
+    "below 2**32": lambda value: value < 2**32,
 }
 _UNBOUNDED = ("at least 0", "above 0")
 
@@ -103,7 +105,7 @@ def _range_problems(config: Config) -> list[str]:
                 found.append(f"{key}={list(value) if isinstance(value, tuple) else value}: must be {words}")
             elif words in _UNBOUNDED and math.inf in numbers:
                 found.append(f"{key}=inf: must be finite")
-    return found if config.seed < 2**32 else [*found, f"seed={config.seed}: must be below 2**32"]
+    return found
 
 
 def _pixel_problems(data: DataConfig) -> list[str]:
@@ -199,8 +201,9 @@ def _telemetry_problems(telemetry: TelemetryConfig) -> list[str]:
 
 
 def _evaluation_problems(config: Config) -> list[str]:
-    every_epochs = config.evaluation.every_epochs
-    return [f"evaluation.every_epochs={every_epochs}: needs data.val"] if every_epochs and not config.data.val else []
+    if config.evaluation.every_epochs and config.data.val is None:
+        return [f"evaluation.every_epochs={config.evaluation.every_epochs}: needs data.val"]
+    return []
 
 
 def _placement_problems(config: Config) -> list[str]:

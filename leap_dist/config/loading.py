@@ -248,8 +248,9 @@ def tables(schema: type = Config) -> str:
                 "|---|---|---|---|",
             ]
         text, null = _kind(option)
-        words = [text, *(words for words, keys in RANGES.items() if key in keys), *([null] if null else [])]
-        cells = (f"`{key}`", f"`{_shown_default(option)}`", ", ".join(words), option.metadata["doc"])
+        ranges = [words for words, keys in RANGES.items() if key in keys]
+        allowed = ", ".join(filter(None, [text, *ranges, null]))
+        cells = (f"`{key}`", f"`{_shown_default(option)}`", allowed, option.metadata["doc"])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -34,11 +34,11 @@ class InitialWeights:
     """
 
     init_std: Optional[float] = option(0.1, "standard deviation of the blocks' linear weights; null = timm's weights")
-    attention_scale: float = option(0.14, "times this in the output of the first block's attention, and times")
-    attention_growth: float = option(1.44, "this for every further block")
-    mlp_scale: float = option(0.7, "the same in the output of the MLPs")
-    mlp_growth: float = option(1.25, "the same in the output of the MLPs")
-    embed_std: float = option(0.5, "of position embedding and class token")
+    attention_scale: float = option(0.14, "factor on the weights of attention's output in the first block")
+    attention_growth: float = option(1.44, "and a further factor for each block after it")
+    mlp_scale: float = option(0.7, "as attention_scale, for the output of the MLPs")
+    mlp_growth: float = option(1.25, "as attention_growth, for the output of the MLPs")
+    embed_std: float = option(0.5, "standard deviation of position embedding and class token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ class TeacherRecipe(InitialWeights):
 
     init_std: Optional[float] = option(
         None,
-        "standard deviation of the blocks' linear weights, from which the options below make them grow with depth: for "
-        "12 blocks 0.1 at a width of 96, 0.07 at 192; null = timm's weights",
+        "standard deviation of the blocks' linear weights; the options below make them grow with depth. For 12 blocks: "
+        "0.1 at a width of 96, 0.07 at 192. null = timm's weights",
     )
     output: str = option("runs/teacher", "folder of the weights, their record and the checkpoint")
     seed: int = option(0, "initial weights, sample order, augmentation, mixing")
@@ -56,13 +56,13 @@ class TeacherRecipe(InitialWeights):
     model: str = option("vit_tiny_patch16_224", "timm VisionTransformer with a class token")
     kwargs: dict[str, Any] = field(default_factory=dict, metadata={"doc": "further arguments of timm.create_model"})
     classes: int = option(10, "labels are 0 to classes - 1")
-    label_smoothing: float = option(0.1, "of the cross-entropy's targets")
-    mix_prob: float = option(0.5, "data.mixup: share of the batches that are mixed")
-    ema_decay: float = option(0.999, "of the average of the weights over steps, which becomes the teacher")
+    label_smoothing: float = option(0.1, "smoothing of the cross-entropy's targets")
+    mix_prob: float = option(0.5, "share of the batches that are mixed, with data.mixup")
+    ema_decay: float = option(0.999, "decay of the moving average of the weights; that average is the teacher")
     clip: float = option(1.0, "gradient-norm clip")
     precision: Literal["fp32", "bf16"] = option("fp32", "autocast dtype; weights stay fp32")
-    evaluate_every: int = option(5, "epochs between accuracies; each leaves a teacher that can be used")
-    save_minutes: float = option(10.0, "between checkpoints; SIGTERM, Ctrl-C and the end save too")
+    evaluate_every: int = option(5, "epochs between two evaluations; each leaves a teacher that can be used")
+    save_minutes: float = option(10.0, "minutes between two checkpoints; SIGTERM, Ctrl-C and the end save too")
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 

@@ -4,10 +4,12 @@ python tools/bench/analysis.py                                      ViT-S/16, 1,
 python tools/bench/analysis.py --teacher vit_base_patch16_224       with the CKA of all pairs of blocks
 python tools/bench/analysis.py --images 64 --model vit_tiny_patch16_224 --image-size 64
 
-The same images through the bare models and through `survey`, in one process, without a loader. Prints both times (wall
-and CPU) and the resident memory after a quarter of the images and after all. Exits with 1 if the analysis takes more
-than 1.3 times the bare passes plus 60 s, or if the memory grows by more than 64 MiB between a quarter and the end,
-besides the pixels of the sample, which are kept as they come and do not depend on the number of images.
+The same images go through the bare models and through `survey`, in one process, without a loader. It prints both times,
+wall and CPU, and the resident memory after a quarter of the images and after all.
+
+It exits with 1 if the analysis takes more than 1.3 times the bare passes plus 60 s. It also does if the memory grows by
+more than 64 MiB between a quarter and the end. The pixels of the sample do not count: they are kept as they come, and
+their number does not depend on that of the images.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--teacher", help="a timm model")
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--image-size", type=int, default=224, help="pixels")
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16, help="images at a time")
     return parser.parse_args(argv)
 
 

@@ -76,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", type=Path, metavar="SRC", help="folder or tar of JPEGs, in class folders or not")
     parser.add_argument("--image-size", type=int, help="pixels (that of --config, or 224)")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32, help="images per batch")
     parser.add_argument("--rounds", type=int, default=7, help="epochs of each pipeline, after one that warms up")
     parser.add_argument("--copies", type=int, default=5, help="times that each image stands in an epoch")
     parser.add_argument("--limit", type=int, help="use that many images of SRC")

@@ -1,5 +1,6 @@
-"""What matching costs the student's step (forward, backward, optimizer): with loss, CKA and their backward, against the
-same step with nothing but the projector's matrix products, in one run.
+"""What matching costs the student's step (forward, backward, optimizer), in one run.
+
+A step with loss, CKA and their backward against the same step with nothing but the projector's matrix products.
 
     python tools/bench/matching.py                             # the demo's shapes
     python tools/bench/matching.py --config launch_configs/vitg14/leap_vitg14_vits14_imagenet1k.yaml --batch 8
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "launch_configs" / "demo.yaml")
     parser.add_argument("--batch", type=int, default=32, help="images per micro-batch")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=30, help="turns of each variant; medians over them")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     calls = steps(options.config, options.batch, device)

@@ -328,8 +328,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     models.add_argument("--pair", choices=PAIRS, default="wide", help="models for a CPU")
     models.add_argument("--config", type=Path, help="a run's YAML instead")
     parser.add_argument("--batch", type=int, help="images per step; default: the pair's, or 64")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=1, help="in a row at each turn; on a GPU 10, so that they overlap")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each block; medians over them")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="steps in a row at each turn; on a GPU take 10: they overlap"
+    )
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over the YAML")
     return parser.parse_intermixed_args(argv)

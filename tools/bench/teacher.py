@@ -3,8 +3,8 @@
 python tools/bench/teacher.py                                          a small ViT, on whatever device there is
 python tools/bench/teacher.py --model vit_giant_patch14_dinov2 --dtype bf16 --batch 64 --tolerance 0.08
 
-Rounds are interleaved, so that a busy moment of the machine hits all depths alike. Exits with 1 if, from L/4 on, a
-share of time is further from the share of FLOPs than the tolerance.
+Rounds are interleaved, so that a busy moment of the machine hits all depths alike. It exits with 1 if a share of time
+is further from the share of FLOPs than the tolerance. Blocks before L/4 do not count.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--image-size", type=int, default=224, help="pixels")
+    parser.add_argument("--batch", type=int, default=8, help="images per pass")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--tolerance", type=float, help="largest relative difference of the two shares")
