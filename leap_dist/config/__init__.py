@@ -4,6 +4,7 @@ Imports no torch, so a mistyped key is reported in well under a second.
 """
 
 from leap_dist.config.checks import problems
+from leap_dist.config.demo import load_demo
 from leap_dist.config.loading import (
     abridged,
     describe,
@@ -58,6 +59,7 @@ __all__ = [
     "flat",
     "is_remote",
     "load",
+    "load_demo",
     "load_without_files",
     "matching_head",
     "merge",
