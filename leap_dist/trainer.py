@@ -394,6 +394,7 @@ class Trainer:
             "curriculum/block": pending.block,
             f"curriculum/{self.config.curriculum.metric}": score,
             "curriculum/ema": self.curriculum.ema,
+            "curriculum/threshold": math.nan if self.curriculum.finished else self.curriculum.threshold,
             "lr": pending.lr,
             "data/bad_samples": len(self.bad_samples),
             "memory/peak_gib": memory_bytes(self.world.device) / 2**30,
