@@ -265,8 +265,8 @@ def _remarks(summary: dict[str, Any], config: Config) -> list[str]:
     if curriculum.mode == "leap" and curriculum.replay is None:
         if final < end:
             remarks.append(
-                f"The run ended in mid-climb, at block {final} of {end}: give it more than epochs={config.epochs:g}, or "
-                "set curriculum.last_block_after to the epoch from which it shall train on the last block."
+                f"The run ended in mid-climb, at block {final} of {end}: it needs more than epochs={config.epochs:g}, "
+                "or set curriculum.last_block_after to the epoch from which it shall train on the last block."
             )
         elif first == end:
             remarks.append(

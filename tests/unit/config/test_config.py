@@ -277,5 +277,11 @@ def test_another_set_or_teacher_without_a_yaml_is_refused_with_a_yaml_to_write(o
 
 
 def test_overrides_that_leave_the_demo_the_demo_are_taken() -> None:
-    same = ["data.train=digits", "data.val=null", "teacher.model=vit_tiny_patch16_224", "student.kwargs.depth=2"]
+    same = [
+        "data.train=digits",
+        "data.val=null",
+        "evaluation.every_epochs=0",
+        "teacher.model=vit_tiny_patch16_224",
+        "student.kwargs.depth=2",
+    ]
     assert load_demo(ROOT / "launch_configs/demo.yaml", same).data.val is None
