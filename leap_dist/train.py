@@ -62,7 +62,7 @@ def train(config: Config) -> None:
                 leave_from_now_on()
                 wrap_up(config, world, trainer)
             elif world.is_main:
-                print(f"leap_dist: stopped at step {trainer.progress.step}; continue with resume=auto", file=sys.stderr)
+                print(stopped(trainer.progress.step, world.size > 1), file=sys.stderr)
         except Exception as error:
             heartbeat.explain(error)
             if " step " not in str(error):
@@ -71,6 +71,12 @@ def train(config: Config) -> None:
         finally:
             trainer.close()
     shutdown()
+
+
+def stopped(step: int, launched: bool) -> str:
+    """The last line of a run that was told to stop: launchers end with a traceback of their own at Ctrl-C."""
+    after = "; a KeyboardInterrupt or SignalException after this line is the launcher's own" if launched else ""
+    return f"leap_dist: stopped at step {step}, all is saved; continue with resume=auto{after}"
 
 
 def main(argv: list[str] | None = None) -> int:
