@@ -105,8 +105,8 @@ class Journal:
         if self._telemetry is None:
             return
         self._telemetry.say(f"step {step}: target block {block} of {self._depth}")
-        earlier = [old for _, old in self._progress.trajectory if old < block]
-        for at, value in [(step - 1, old) for old in earlier[-1:]] + [(step, block)]:
+        before = [(step - 1, old) for _, old in self._progress.trajectory[-2:-1]]
+        for at, value in [*before, (step, block)]:
             if not self.is_due(at):
                 self.points(at, {"curriculum/block": value})
 
