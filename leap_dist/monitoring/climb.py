@@ -16,14 +16,14 @@ BLOCK, SAVED, SCORE = "#0072b2", "#009e73", "#d55e00"  # Okabe and Ito: told apa
 class Climb:
     """What a ledger tells of a run over a teacher of `depth` blocks.
 
-    blocks, scores: by step. threshold: that the scores had to reach. saved: share of the teacher's FLOPs, None
-    before the run has ended.
+    blocks, scores: by step. threshold: that the scores had to reach, if it is known. saved: share of the teacher's
+    FLOPs, None before the run has ended.
     """
 
     depth: int
     blocks: Series
     scores: Series
-    threshold: float
+    threshold: Optional[float]
     saved: Optional[float]
 
     @property
@@ -38,12 +38,17 @@ class Climb:
 
 
 def read(folder: Path) -> Climb:
-    """Of the run in `folder`. UserError where it has no ledger."""
-    ledger = json_lines(folder / LEDGER)
-    if not ledger or "depth" not in ledger[0]:
-        raise UserError(f"{folder}: no run folder; it holds no {LEDGER} of a whole run")
-    saved = read_summary(folder / SUMMARY).get("teacher_flops_saved")
-    return Climb(ledger[0]["depth"], stairs(ledger), column(ledger, "score"), ledger[-1]["threshold"], saved)
+    """Of the run in `folder`. UserError where it has no ledger.
+
+    The ledger of a run that went on without its first half's begins in the middle; then the summary tells the depth.
+    """
+    ledger, summary = json_lines(folder / LEDGER), read_summary(folder / SUMMARY)
+    if not ledger:
+        raise UserError(f"{folder}: no run folder, or nothing is decided yet; it holds no line of {LEDGER}")
+    blocks = stairs(ledger)
+    depth = ledger[0].get("depth") or summary.get("teacher_depth") or int(blocks.values.max())
+    threshold, saved = ledger[-1].get("threshold"), summary.get("teacher_flops_saved")
+    return Climb(depth, blocks, column(ledger, "score"), threshold, saved)
 
 
 def draw(climb: Climb) -> Any:
@@ -79,7 +84,7 @@ def _draw_scores(axes: Any, climb: Climb) -> None:
     axes.plot(*climb.scores, color=SCORE, linewidth=1, label="score")
     arrived = climb.blocks.values[-1] == climb.depth  # where the threshold decides nothing any more
     until = max(climb.advances, default=0) if arrived else climb.end
-    if until:
+    if until and climb.threshold is not None:
         label = f"threshold {climb.threshold:g}"
         axes.hlines(climb.threshold, 0, until, linestyles="--", color="0.25", linewidth=1, label=label)
     for step in climb.advances:

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from leap_dist.config import Config, hyperparameters, to_yaml
+from leap_dist.errors import UserError
 from leap_dist.monitoring.climb import draw, read
 from leap_dist.monitoring.dashboard import CARDS, layout
 from leap_dist.runtime.files import write_whole
@@ -88,7 +89,11 @@ class Telemetry:
         self.writer.add_hparams(options, metrics, run_name=".")
         self.writer.add_text("result", f"```text\n{results}\n```", summary["steps"])
         output = Path(self.config.output)
-        figure = draw(read(output))
+        try:
+            figure = draw(read(output))
+        except UserError as error:  # somebody removed the ledger: no reason to end without the results
+            self.say(f"no {FIGURE}: {error}")
+            return
         write_whole(output / FIGURE, lambda partial: figure.savefig(partial, dpi=120, format="png"))
         self.writer.add_figure("curriculum/climb", figure, summary["steps"])
 

@@ -47,5 +47,15 @@ def test_the_saved_share_is_the_summarys(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_ledger_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no curriculum\.jsonl"):
+    with pytest.raises(UserError, match=r"holds no line of curriculum\.jsonl"):
         climb.read(tmp_path)
+
+
+def test_a_ledger_that_begins_in_the_middle_is_drawn_to_the_summarys_depth(tmp_path: Path) -> None:
+    row = {"step": 7, "block": 2, "score": None, "next_block": 2}
+    (tmp_path / "curriculum.jsonl").write_text(json.dumps(row) + "\n")
+    assert climb.read(tmp_path).depth == 2
+    (tmp_path / "summary.json").write_text(json.dumps({"teacher_depth": 12}))
+    found = climb.read(tmp_path)
+    assert (found.depth, found.threshold) == (12, None)
+    assert not climb.draw(found).axes[1].collections

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -93,6 +94,14 @@ def test_the_end_of_a_run_leaves_results_hparams_and_figure(tmp_path: Path) -> N
     assert "curriculum/climb" in found.Tags()["images"]
     assert found.Scalars("result/student_knn")[0].value == 0.5
     assert (tmp_path / "curriculum.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_lost_ledger_costs_the_figure_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    telemetry = Telemetry(stub_config(tmp_path), total_steps=4, first_step=0)
+    telemetry.finish({"steps": 4, "student_knn": 0.5}, "student kNN  50.0%")
+    telemetry.close()
+    assert events(tmp_path).Scalars("result/student_knn")[0].value == 0.5
+    assert "no curriculum.png: " in capsys.readouterr().err
 
 
 def test_hyperparameters_are_what_the_numbers_follow_from(tmp_path: Path) -> None:
