@@ -16,7 +16,7 @@ $(VENV)/.installed: setup.py pyproject.toml
 
 demo: setup  ## distil a student on handwritten digits: minutes on two CPU cores
 	rm -rf runs/demo
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(DEMO_PROCESSES) leap_dist/train.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed -q --num_gpus $(DEMO_PROCESSES) leap_dist/train.py
 
 test: setup  ## everything but the slow tests: those of one process two at a time, then those of several
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --ignore tests/distributed

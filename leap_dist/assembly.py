@@ -92,6 +92,7 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     trainer = Trainer(config, world, parts)
     if resume is not None:
         trainer.restore(resume)
+        log.info("continues at step %d of %d (%s)", trainer.progress.step, trainer.total_steps, resume)
     return replace(config, data=data), trainer
 
 
@@ -144,8 +145,16 @@ def warn_of_normalisation(config: Config, spec: TeacherSpec) -> None:
     seen = (tuple(config.data.mean), tuple(config.data.std))
     if config.teacher.weights != DEMO_TEACHER and seen != (tuple(spec.mean), tuple(spec.std)):
         log.warning(
-            "%s expects mean %s, std %s; data.mean and data.std differ", config.teacher.model, spec.mean, spec.std
+            "%s expects images of another normalisation; set data.mean=%s data.std=%s",
+            config.teacher.model,
+            _typed(spec.mean),
+            _typed(spec.std),
         )
+
+
+def _typed(numbers: tuple[float, ...]) -> str:
+    """As on a command line, without blanks."""
+    return f"[{','.join(map(str, numbers))}]"
 
 
 def with_demo_teacher(config: Config, world: World) -> Config:

@@ -273,6 +273,7 @@ class Learner:
             "curriculum/block": pending.block,
             f"curriculum/{self.config.curriculum.metric}": score,
             "curriculum/ema": self.curriculum.ema,
+            "curriculum/threshold": math.nan if self.curriculum.finished else self.curriculum.threshold,
             "lr": pending.lr,
             "memory/peak_gib": memory_bytes(self.world.device) / 2**30,
             **others,

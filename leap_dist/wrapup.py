@@ -39,6 +39,7 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
     What needs the whole teacher comes last: a run that ended early never had all of it in memory, and if it does not
     fit, student and figures are there. A run that is only judged anew keeps its summary until the new one is whole.
     """
+    trainer.learner.journal.end_bar()
     exported = export_student(trainer.learner.engine, config, world)
     summary, times = _progress_summary(config, trainer), _earlier_times(config, world, trainer)
     if times is None:
@@ -53,7 +54,7 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
     if judge is not None:
         summary |= judge.teacher(trainer.teacher)
     _write(summary, config, world)
-    trainer.learner.journal.finish(summary, _final_table(summary, config))
+    trainer.learner.journal.finish(summary, "\n".join([_final_table(summary, config), *_remarks(summary, config)]))
     return summary
 
 
@@ -168,12 +169,14 @@ class Judge:
         """Its kNN and linear probe on average-pooled patch tokens; top-1 of its own classifier, if it has one.
 
         known_images, judged_images: of `data.train` and `data.val`; fewer than asked for where some cannot be read.
+        judged_classes: that the latter are of.
         """
         found = self._held_out.features(lambda images: student(images).patch.mean(1))
         self._ours = found and found[1]
         results = self._accuracies("student", found)
         if found:
             results |= {"known_images": len(found[0].ids), "judged_images": len(found[1].ids)}
+            results["judged_classes"] = len(found[1].labels.unique())
         if self._config.student.num_classes:
             results |= _top1(self._held_out.validation(lambda images: student.classify(student(images))))
         return results
@@ -219,14 +222,21 @@ def _decimals(value: Optional[float]) -> Optional[str]:
     return None if value is None else f"{value:.2f}"
 
 
+def _saved(share: float) -> str:
+    return f"{share:.1%} of a run with the whole teacher at every step" if share > 0 else "nothing"
+
+
 def _time_in_words(summary: dict[str, Any]) -> str:
     if summary["time_saved"] is None:
         return "not measured: ranks, devices or the teacher's options changed during the run"
-    at_least = _percent(summary["time_saved_at_least"])
+    if summary["time_saved"] <= 0:
+        return "nothing"
+    at_least = _percent(max(0.0, summary["time_saved_at_least"]))
     return f"{_percent(summary['time_saved'])} ({summary['time_saved_seconds']:.1f} s), at least {at_least}"
 
 
 def _final_table(summary: dict[str, Any], config: Config) -> str:
+    gained = summary["flops_saved"] > 0 and (summary["time_saved"] or 0) > 0
     return table(
         [
             ("student top-1", _percent(summary.get("student_top1"))),
@@ -238,10 +248,31 @@ def _final_table(summary: dict[str, Any], config: Config) -> str:
             ("target block at the end", f"{summary['final_block']} of {summary['teacher_depth']}"),
             ("optimizer steps", f"{summary['steps']} in {summary['train_seconds']:.1f} s"),
             ("images/s", f"{summary['images_per_s']:.0f}"),
-            ("teacher FLOPs saved", _percent(summary["teacher_flops_saved"])),
-            ("all FLOPs saved", _percent(summary["flops_saved"])),
+            ("teacher FLOPs saved", _saved(summary["teacher_flops_saved"])),
+            ("all FLOPs saved", _saved(summary["flops_saved"])),
             ("time saved", _time_in_words(summary)),
-            ("skip efficiency", _decimals(summary.get("skip_efficiency"))),
+            ("skip efficiency", _decimals(summary.get("skip_efficiency")) if gained else None),
             ("run folder", config.output),
         ]
     )
+
+
+def _remarks(summary: dict[str, Any], config: Config) -> list[str]:
+    """What the table does not say by itself, a line each."""
+    curriculum, remarks = config.curriculum, []
+    final, first = summary["final_block"], summary["trajectory"][0][1]
+    end = summary["teacher_depth"] if curriculum.last_block_after else curriculum.block or summary["teacher_depth"]
+    if curriculum.mode == "leap" and curriculum.replay is None:
+        if final < end:
+            remarks.append(
+                f"The run ended in mid-climb, at block {final} of {end}: it needs more than epochs={config.epochs:g}, "
+                "or set curriculum.last_block_after to the epoch from which it shall train on the last block."
+            )
+        elif first == end:
+            remarks.append(
+                f"The run started at block {first} of {end}, so there was nothing to climb; curriculum.start=1 starts "
+                "at the shallowest."
+            )
+    if summary.get("judged_classes") == 1:
+        remarks.append("All images of data.val are of one class, so the accuracies say nothing.")
+    return remarks

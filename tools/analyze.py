@@ -1,6 +1,6 @@
 """Look at the tokens of vision transformers: dimensions, subspace rotation, spectral energy, CKA between layers.
 
-    python tools/analyze.py run runs/leap/student.safetensors --teacher runs/leap/config.yaml \\
+    python tools/analyze.py run runs/leap --teacher runs/leap/config.yaml \\
         --data /data/imagenet-mds/val --out runs/leap/analysis
     python tools/analyze.py run vit_small_patch14_dinov2 --data /data/imagenet-mds/val --out runs/dinov2-small
     python tools/analyze.py compare A.safetensors B.safetensors --teacher T --data ... --out runs/a-and-b
@@ -9,8 +9,8 @@
 
 MODEL is one of
 
-    PATH/student.safetensors          a student that a run exported, with its .json beside it; or a teacher of
-                                      tools/train_teacher.py
+    RUN                               a run's folder: the student that it exported
+    PATH/student.safetensors          the same, with its .json beside it; or a teacher of tools/train_teacher.py
     PATH/config.yaml                  the teacher of a run, as its config names it
     NAME, NAME=random, NAME=FILE      a timm model with its pretrained, with random or with a file's weights
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from leap_dist.analysis import Analysis, Subject
     from leap_dist.runtime.distributed import World
 
-EXPORTED, RECORD = ".safetensors", (".yaml", ".yml")
+EXPORTED, RECORD, STUDENT = ".safetensors", (".yaml", ".yml"), "student.safetensors"
 
 
 def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
@@ -97,6 +97,8 @@ class Request:
 def request(text: str) -> Request:
     """Understand a MODEL without loading it. UserError where it is none of the three kinds."""
     path = Path(text)
+    if (path / STUDENT).is_file() or (path.is_dir() and os.sep in text):  # else it may be the name of a model
+        text, path = f"{path / STUDENT}", path / STUDENT
     if text.endswith(RECORD):
         run = load(path, [], check=False)
         return Request(run.teacher.model, teacher=replace(run.teacher, placement="replicated"), run=run)
@@ -179,7 +181,7 @@ def open_data(args: argparse.Namespace, subject: Subject, world: World) -> DataC
 
 def analyse(args: argparse.Namespace) -> None:
     """From the command line to the folder of results."""
-    requests = _named_apart(check(args))
+    requests = _named_apart(check(args), teacher=getattr(args, "teacher", None) is not None)
     from leap_dist.runtime.distributed import initialise, shutdown
 
     world = initialise()
@@ -229,8 +231,10 @@ def look_at_tokens(args: argparse.Namespace, subjects: list[Subject], world: Wor
         write(found, args)
 
 
-def _named_apart(requests: list[Request]) -> list[Request]:
-    """Requests of one name get numbers: names are keys of the results."""
+def _named_apart(requests: list[Request], teacher: bool) -> list[Request]:
+    """Requests of one name get numbers: names are keys of the results. teacher: the last one is, and is called that."""
+    if teacher and requests[-1].name in [r.name for r in requests[:-1]]:
+        requests = [*requests[:-1], replace(requests[-1], name=f"{requests[-1].name} (teacher)")]
     names = [r.name for r in requests]
     return [
         replace(r, name=f"{r.name} #{names[: i + 1].count(r.name)}") if names.count(r.name) > 1 else r

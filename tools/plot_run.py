@@ -1,18 +1,33 @@
-"""Runs side by side: score, loss, target block and accuracy over steps, over the teacher's FLOPs and over seconds.
+"""One run's climb, or runs side by side over steps, over the teacher's FLOPs and over seconds.
 
-python tools/plot_run.py runs/leap runs/baseline --out runs.png
+    python tools/plot_run.py runs/leap --out climb.png
+    python tools/plot_run.py runs/leap runs/baseline --out runs.png
 
-What it reads of a run folder, and what it does where a part is missing: leap_dist/monitoring/comparison.py.
+One run is drawn as in its own curriculum.png: target block, what was not run above it, and score. Several are drawn by
+score, loss, target block and accuracy; leap_dist/monitoring/comparison.py says what is read of a run folder, and what
+happens where a part is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from leap_dist.errors import UserError
+from leap_dist.monitoring import climb
 from leap_dist.monitoring.comparison import draw, names, read
+
+
+def side_by_side(folders: Sequence[Path]) -> Any:
+    """Figure of several runs; what they lack is said on stderr."""
+    runs = [read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
+    for run in runs:
+        if run.missing:
+            print(f"plot_run: {run.name}: without {', '.join(run.missing)}", file=sys.stderr)
+    return draw(runs)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,12 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs.png"), help="the picture to write")
     args = parser.parse_args(argv)
     try:
-        runs = [read(folder, name) for folder, name in zip(args.runs, names(args.runs), strict=True)]
-        for run in runs:
-            if run.missing:
-                print(f"plot_run: {run.name}: without {', '.join(run.missing)}", file=sys.stderr)
+        figure = climb.draw(climb.read(args.runs[0])) if len(args.runs) == 1 else side_by_side(args.runs)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        draw(runs).savefig(args.out, dpi=120)
+        figure.savefig(args.out, dpi=120)
     except UserError as error:
         print(f"plot_run: error: {error}", file=sys.stderr)
         return 2

@@ -89,7 +89,9 @@ def _check(subjects: list[Subject], loader: EvalLoader, world: World, options: S
     for subject in subjects:
         least = min(min(tokens.shape[1] - 1, tokens.shape[2]) for tokens in subject.layers(images))
         if not 1 <= options.k <= least:
-            raise UserError(f"subspaces of {options.k} dimensions: {subject.name} has room for 1 to {least}")
+            raise UserError(
+                f"subspaces of {options.k} dimensions: {subject.name} has room for 1 to {least}; set --subspace"
+            )
 
 
 def progress(items: Iterable[Any], what: str, world: World) -> Iterable[Any]:

@@ -4,11 +4,13 @@ Imports no torch, so a mistyped key is reported in well under a second.
 """
 
 from leap_dist.config.checks import problems
+from leap_dist.config.demo import load_demo
 from leap_dist.config.loading import (
     abridged,
     describe,
     differences,
     flat,
+    hyperparameters,
     load,
     load_without_files,
     merge,
@@ -57,8 +59,10 @@ __all__ = [
     "describe",
     "differences",
     "flat",
+    "hyperparameters",
     "is_remote",
     "load",
+    "load_demo",
     "load_without_files",
     "matching_head",
     "merge",

@@ -204,6 +204,11 @@ def flat(config: Any) -> dict[str, Any]:
     return values
 
 
+def hyperparameters(config: Config) -> dict[str, Any]:
+    """Dotted key -> value of what the numbers of a run follow from, without where things are and how it is watched."""
+    return {key: value for key, value in flat(config).items() if not key.startswith(OPERATIONAL)}
+
+
 def differences(old: Any, new: Any, also: tuple[str, ...] = ()) -> list[str]:
     """Keys whose change would make the continued run another run, as ``key: old -> new``.
 

@@ -59,7 +59,9 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
     try:
         shards = json.loads(path.read_text())["shards"]
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: a folder of MDS shards is expected (tools/make_shards.py)") from None
+        below = sorted(found.parent for found in folder.glob(f"*/{INDEX}"))
+        hint = f"did you mean {' or '.join(map(str, below[:3]))}?" if below else "tools/make_shards.py makes one"
+        raise UserError(f"{path} does not exist: a folder of MDS shards is expected; {hint}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a readable MDS index ({type(error).__name__}: {error})") from None
     if not sum(shard["samples"] for shard in shards):

@@ -7,6 +7,7 @@ Legend: B images, P prefix tokens (CLS, distillation, registers), N patch tokens
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
@@ -32,6 +33,10 @@ _MANAGED = {
     "num_classes",
     "pretrained",
 }
+
+# As torch.hub and Hugging Face have them: dinov2_vitg14_reg, facebook/dinov3-vits16plus-pretrain-lvd1689m.
+_META_NAME = re.compile(r"(?:facebook/)?(dinov[23])_vit(7b|[sblgh])(\d+)(plus)?(_reg)?")
+_META_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant", "h": "huge", "7b": "7b"}
 
 
 @dataclass(frozen=True)
@@ -242,8 +247,8 @@ def outline(name: str, kwargs: Mapping[str, Any], image_size: int, *, side: str)
     if taken := _MANAGED & kwargs.keys():
         raise UserError(f"{side}.kwargs must not set {sorted(taken)}; they follow from the rest of the config")
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = nearest_model(name)
+        hint = f"; did you mean {near}?" if near else ""
         raise UserError(f"{side}.model={name}: unknown to timm {timm.__version__}{hint}")
     try:
         model = timm.create_model(name, num_classes=0, img_size=image_size, device="meta", **kwargs)
@@ -260,6 +265,19 @@ def outline(name: str, kwargs: Mapping[str, Any], image_size: int, *, side: str)
             f"data.image_size={image_size}: not a multiple of {patch}, the patch size of {side}.model={name}"
         )
     return model
+
+
+def nearest_model(name: str) -> Optional[str]:
+    """timm's name of the model that `name` may mean: a typing error, or Meta's own name (dinov2_vitg14)."""
+    meta = _META_NAME.match(name.lower().replace("-", "_"))
+    if meta:
+        family_name, size, patch, plus, registers = meta.groups()
+        parts = [_META_SIZES[size], plus and "plus", f"patch{patch}", registers and "reg4", family_name]
+        theirs = "_".join(["vit", *filter(None, parts)])
+        if timm.is_model(theirs):
+            return theirs
+    near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
+    return near[0] if near else None
 
 
 def _supported() -> str:

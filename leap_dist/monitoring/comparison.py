@@ -67,14 +67,15 @@ def read(folder: Path, name: str) -> Run:
     """The run in `folder`. UserError if there is none, or a file of it cannot be read."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    ledger, board, summary = _lines(folder / LEDGER), _board(folder / BOARD), _summary(folder / SUMMARY)
-    validations = [{**line, "step": line["step"] - 1} for line in _lines(folder / VALIDATION)]  # done -> the last one
+    ledger, board, summary = json_lines(folder / LEDGER), _board(folder / BOARD), read_summary(folder / SUMMARY)
+    evaluated = json_lines(folder / VALIDATION)
+    validations = [{**line, "step": line["step"] - 1} for line in evaluated]  # steps that are done -> the last of them
     series = {row: found for row, found in board.items() if row in ROWS}
     clocks = {"seconds": board["seconds"]} if "seconds" in board else {}
     if ledger:
-        series |= {"score": _column(ledger, "score"), "block": _column(ledger, "block")}
-        clocks = {"flops": _column(ledger, "teacher_flops"), "seconds": _column(ledger, "seconds")}
-    series["accuracy"] = _column(validations, "knn")
+        series |= {"score": column(ledger, "score"), "block": stairs(ledger)}
+        clocks = {"flops": column(ledger, "teacher_flops"), "seconds": column(ledger, "seconds")}
+    series["accuracy"] = column(validations, "knn")
     series = {row: found for row, found in series.items() if len(found.steps)}
     if not series:
         raise UserError(f"{folder}: no run folder; it holds neither {LEDGER} nor TensorBoard points of a run")
@@ -89,7 +90,8 @@ def read(folder: Path, name: str) -> Run:
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Of a file in the run folder; none where it is not there. UserError for what is not JSON."""
     if not path.is_file():
         return []
     try:
@@ -98,9 +100,21 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not JSON lines ({error})") from None
 
 
-def _column(lines: Sequence[dict[str, Any]], key: str) -> Series:
+def column(lines: Sequence[dict[str, Any]], key: str) -> Series:
     """The numbers of a key by step, the last where a step has several."""
     found = {line["step"]: line[key] for line in lines if line.get(key) is not None}
+    return Series(np.array(sorted(found)), np.array([float(found[step]) for step in sorted(found)]))
+
+
+def stairs(ledger: Sequence[dict[str, Any]]) -> Series:
+    """The target block by step: every line's own, and of an advance the next step's, which need not have a line."""
+    last = ledger[-1]["step"]
+    found = {}
+    for line in ledger:
+        following = line.get("next_block", line["block"])
+        found[line["step"]] = line["block"]
+        if following != line["block"] and line["step"] < last:
+            found[line["step"] + 1] = following
     return Series(np.array(sorted(found)), np.array([float(found[step]) for step in sorted(found)]))
 
 
@@ -124,7 +138,8 @@ def _board(folder: Path) -> dict[str, Series]:
     return found
 
 
-def _summary(path: Path) -> dict[str, Any]:
+def read_summary(path: Path) -> dict[str, Any]:
+    """Of a run folder; empty where it is not there. UserError for what is not JSON."""
     if not path.is_file():
         return {}
     try:

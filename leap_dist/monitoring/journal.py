@@ -29,6 +29,7 @@ class Journal:
         self._depth = depth
         self._telemetry: Optional[Telemetry] = None
         self._ledger: Optional[Ledger] = None
+        self._score, self._scored = math.nan, 0  # the last that was taken, and the steps that were done then
 
     def open(
         self,
@@ -100,17 +101,25 @@ class Journal:
     # -- TensorBoard and the terminal ---------------------------------------------------------------------------------
 
     def target(self, step: int, block: int) -> None:
-        """A line: the student meets another target block."""
-        if self._telemetry is not None:
-            self._telemetry.say(f"step {step}: target block {block} of {self._depth}")
-
-    def step(self, block: int, loss: float, score: float) -> None:
-        """Move the bar by a step."""
+        """The student meets another target block at the 0-based `step`: a line, and points on both sides of it."""
         if self._telemetry is None:
             return
+        self._telemetry.say(f"step {step}: target block {block} of {self._depth}")
+        before = [(step - 1, old) for _, old in self._progress.trajectory[-2:-1]]
+        for at, value in [*before, (step, block)]:
+            if not self.is_due(at):
+                self.points(at, {"curriculum/block": value})
+
+    def step(self, block: int, loss: float, score: float) -> None:
+        """Move the bar by a step. A score that was not taken is shown as it last was, with its step."""
+        if self._telemetry is None:
+            return
+        if math.isfinite(score):
+            self._score, self._scored = score, self._progress.step
+        known = "" if self._scored == self._progress.step else f" (step {self._scored - 1})"
         shown = {
             "block": f"{block}/{self._depth}",
-            self._config.curriculum.metric: f"{score:.3f}" if math.isfinite(score) else "-",
+            self._config.curriculum.metric: f"{self._score:.3f}{known}" if self._scored else "-",
             "loss": f"{loss:.4f}",
             "teacher FLOPs saved": f"{self._costs.teacher_saved:.0%}",
         }
@@ -130,8 +139,13 @@ class Journal:
         if self._ledger is not None:
             self._ledger.flush()
 
+    def end_bar(self) -> None:
+        """The last step is done."""
+        if self._telemetry is not None:
+            self._telemetry.end_bar()
+
     def finish(self, summary: dict[str, Any], table: str) -> None:
         """The run's results: hyperparameters with them, the figure of the curriculum, the table on the terminal."""
         if self._telemetry is not None:
-            self._telemetry.finish(summary, self._progress.trajectory, self._depth)
+            self._telemetry.finish(summary, table)  # reads the ledger, which the run's last save has flushed
             self._telemetry.say(table)

@@ -10,8 +10,13 @@ from typing import Any, Optional
 import torch
 from tqdm import tqdm
 
-from leap_dist.config import Config, flat, to_yaml
-from leap_dist.monitoring.dashboard import CARDS, LAYOUT
+from leap_dist.config import Config, hyperparameters, to_yaml
+from leap_dist.errors import UserError
+from leap_dist.monitoring.climb import draw, read
+from leap_dist.monitoring.dashboard import CARDS, layout
+from leap_dist.runtime.files import write_whole
+
+FIGURE = "curriculum.png"  # in the run folder
 
 
 def bar_interval() -> float:
@@ -39,7 +44,7 @@ class Telemetry:
         self.config = config
         self.writer = SummaryWriter(str(Path(config.output) / "tensorboard"), purge_step=first_step)
         self.writer.add_text("config", f"```yaml\n{to_yaml(config)}```", first_step)
-        self.writer.add_custom_scalars(LAYOUT)
+        self.writer.add_custom_scalars(layout(config))
         for name, text in CARDS.items():
             self.writer.add_text(f"what the charts mean/{name}", text.strip(), first_step)
         self.bar = tqdm(
@@ -67,39 +72,34 @@ class Telemetry:
             self.writer.add_scalar(tag, value, step)
 
     def say(self, line: str) -> None:
-        """One line on the terminal, above the bar."""
+        """One line on the terminal, above the bar while there is one."""
         self.bar.write(line, file=sys.stderr)
 
-    def finish(self, summary: dict[str, Any], trajectory: list[tuple[int, int]], depth: int) -> None:
-        """Write hparams with the run's results, and the figure of target block over steps."""
+    def end_bar(self) -> None:
+        """Leave the bar as it is: what comes after the last step is not its time."""
+        self.bar.close()
+
+    def finish(self, summary: dict[str, Any], results: str) -> None:
+        """Write hparams with the run's results, the table of `results`, and the figure of the climb by the ledger."""
         metrics = {f"result/{key}": value for key, value in summary.items() if isinstance(value, (int, float))}
         options = {
             key: value if isinstance(value, (int, float, str, bool)) else str(value)
-            for key, value in flat(self.config).items()
+            for key, value in hyperparameters(self.config).items()
         }
         self.writer.add_hparams(options, metrics, run_name=".")
-        figure = block_figure(trajectory, summary["steps"], depth)
-        figure.savefig(Path(self.config.output) / "curriculum.png", dpi=120)
-        self.writer.add_figure("curriculum/block_over_steps", figure, summary["steps"])
+        self.writer.add_text("result", f"```text\n{results}\n```", summary["steps"])
+        output = Path(self.config.output)
+        try:
+            figure = draw(read(output))
+        except UserError as error:  # somebody removed the ledger: no reason to end without the results
+            self.say(f"no {FIGURE}: {error}")
+            return
+        write_whole(output / FIGURE, lambda partial: figure.savefig(partial, dpi=120, format="png"))
+        self.writer.add_figure("curriculum/climb", figure, summary["steps"])
 
     def close(self) -> None:
         self.bar.close()
         self.writer.close()
-
-
-def block_figure(trajectory: list[tuple[int, int]], steps: int, depth: int) -> Any:
-    """Figure of the target block over optimizer steps. trajectory: (first step on the block, block), in order."""
-    from matplotlib.figure import Figure
-
-    firsts = [step for step, _ in trajectory]
-    blocks = [block for _, block in trajectory]
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.step([*firsts, steps], [*blocks, blocks[-1]], where="post", linewidth=2)
-    axes.axhline(depth, linestyle=":", color="grey", label="last teacher block")
-    axes.set(xlabel="optimizer step", ylabel="target block", ylim=(0, depth + 1), xlim=(0, max(1, steps)))
-    axes.legend(loc="lower right", frameon=False)
-    return figure
 
 
 def table(rows: list[tuple[str, Optional[str]]]) -> str:

@@ -69,7 +69,10 @@ def _resume_from(config: Config) -> Optional[Path]:
     if (output / CONFIG).is_file():
         changed = differences(load(output / CONFIG, [f"resume={config.resume}"], check=False), config)
         if changed:
-            raise UserError(f"output={output}: holds a run of another config ({abridged(changed)})")
+            raise UserError(
+                f"output={output}: holds a run of another config ({abridged(changed)}); choose another output, or "
+                f"go on from it in a new one with output=NEW resume={output}"
+            )
         if config.resume == "none":
             raise UserError(f"output={output}: holds a run; continue it with resume=auto, or choose another output")
         own = newest(output / "checkpoints")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 
 from leap_dist.errors import UserError
+
+WORD_OF_RANK_0_S = 5.0
 
 
 def report_to_stderr(level: int) -> None:
@@ -25,6 +28,14 @@ def complain(message: str, error: BaseException | None = None) -> None:
     # One write: what ranks print in pieces can end up in one line.
     sys.stderr.write(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {message}{notes}\n")
     sys.stderr.flush()
+
+
+def leave_the_word_to_rank_0() -> None:
+    """Wait, on another rank: what is wrong with the config is so on all of them, and once rank 0 has said it and left,
+    the launcher ends the others. A rank that is still there after that has a mistake of its own to tell.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(WORD_OF_RANK_0_S)
 
 
 def give_up(fault: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -79,7 +80,8 @@ def launcher_of(process: subprocess.Popen[str]) -> psutil.Process:
 
 
 def assert_continues(config: Path, uncut: Path, *overrides: str) -> None:
-    run_ok(config, *overrides, "resume=auto")
+    output = run_ok(config, *overrides, "resume=auto")
+    assert re.search(rf"continues at step \d+ of {2 * STEPS_PER_EPOCH} \(.*/checkpoints/step\d+\)$", output, re.M)
     for tag in ("loss/total", "curriculum/block", "curriculum/cka"):
         assert scalars(config.parent / "run", tag) == scalars(uncut, tag), tag
     assert decisions(config.parent / "run") == decisions(uncut)

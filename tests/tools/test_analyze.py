@@ -108,6 +108,18 @@ def test_two_ranks_report_the_blocks_as_one_does(student: Path, tmp_path: Path) 
         np.testing.assert_allclose(two, one, atol=1e-4)
 
 
+def test_a_run_folder_stands_for_its_student(student: Path) -> None:
+    assert analyze.request(str(student.parent)) == analyze.request(str(student))
+    assert analyze.request("vit_tiny_patch16_224").student is None
+
+
+def test_a_teacher_of_a_students_name_is_told_apart() -> None:
+    requests = [analyze.request(TEACHER)] * 2
+    plain = requests[0].name
+    assert [r.name for r in analyze._named_apart(requests, teacher=True)] == [plain, f"{plain} (teacher)"]
+    assert [r.name for r in analyze._named_apart(requests, teacher=False)] == [f"{plain} #1", f"{plain} #2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -121,9 +133,10 @@ def test_two_ranks_report_the_blocks_as_one_does(student: Path, tmp_path: Path) 
         (["run", "vit_tinny_patch16_224=random"], "error: vit_tinny_patch16_224: unknown to timm"),
         (["run", "vit_tiny_patch16_224=nowhere.pth"], "vit_tiny_patch16_224=nowhere.pth: no such file"),
         (["run", "{student}", "--image-size", "64"], "takes images of 32 pixels, not 64"),
+        (["run", "{empty}"], "empty/student.safetensors: no such file"),
         (["run", "{plain}"], "are no exported student"),
         (["run", "{cait}"], "cait_xxs24_224 cannot give the tokens of every block"),
-        (["run", "{student}", "--subspace", "16"], "has room for 1 to 15"),
+        (["run", "{student}", "--subspace", "16"], "has room for 1 to 15; set --subspace"),
         (["run", TEACHER, "--data", "nowhere"], "nowhere/index.json does not exist"),
     ],
 )
@@ -136,7 +149,13 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     plain = tmp_path / "weights.safetensors"
     save_file({"a": torch.zeros(1)}, plain)
-    places = {"student": student, "plain": plain, "used": tmp_path / "used", "link": tmp_path / "link"}
+    places = {
+        "student": student,
+        "plain": plain,
+        "used": tmp_path / "used",
+        "empty": tmp_path / "empty",
+        "link": tmp_path / "link",
+    }
     if "{cait}" in arguments:
         places["cait"] = exported("cait_xxs24_224", tmp_path)
     arguments = [text.format(**places) for text in arguments]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import plot_run
@@ -44,6 +45,24 @@ def test_a_ledger_gives_score_and_block_over_steps_flops_and_seconds(tmp_path: P
     assert run.along("flops", steps).tolist() == [10, 20, 40, 60, 100]
     assert run.along("seconds", steps).tolist() == [0, 2, 4, 6, 10]
     assert run.missing == ("tensorboard", "summary.json")
+
+
+def test_an_advance_is_drawn_at_the_next_step_also_where_that_has_no_line(tmp_path: Path) -> None:
+    """At the last block only every tenth step is scored: the ledger's next line is steps later."""
+    lines = [
+        {"step": step, "block": block, "next_block": following, "score": 0.5, "teacher_flops": 1.0, "seconds": 1.0}
+        for step, block, following in ((240, 11, 11), (241, 11, 12), (250, 12, 12))
+    ]
+    (tmp_path / "curriculum.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps, blocks = plot_run.read(tmp_path, "leap").series["block"]
+    assert (steps.tolist(), blocks.tolist()) == ([240, 241, 242, 250], [11, 11, 12, 12])
+
+
+def test_a_block_that_no_step_had_is_not_drawn(tmp_path: Path) -> None:
+    """The end of the last epoch may advance once more."""
+    lines = [{"step": 5, "block": 2, "next_block": following, "score": 0.5} for following in (2, 3)]
+    (tmp_path / "curriculum.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plot_run.read(tmp_path, "leap").series["block"].steps.tolist() == [5]
 
 
 def test_without_a_ledger_the_board_serves_and_there_are_no_flops(tmp_path: Path) -> None:
@@ -98,10 +117,23 @@ def test_accuracy_between_epochs_is_a_curve_over_all_three_axes(tmp_path: Path) 
 
 
 def test_the_picture_is_written_and_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_ledger(tmp_path / "leap")
-    assert plot_run.main([str(tmp_path / "leap"), "--out", str(tmp_path / "out" / "runs.png")]) == 0
+    runs = [tmp_path / name for name in ("leap", "base")]
+    for run in runs:
+        write_ledger(run)
+    assert plot_run.main([*map(str, runs), "--out", str(tmp_path / "out" / "runs.png")]) == 0
     assert (tmp_path / "out" / "runs.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().err == "plot_run: leap: without tensorboard, summary.json\n"
+    assert capsys.readouterr().err == "".join(
+        f"plot_run: {run.name}: without tensorboard, summary.json\n" for run in runs
+    )
+
+
+def test_one_run_is_drawn_as_its_climb(tmp_path: Path) -> None:
+    lines = [{"step": 0, "block": 1, "next_block": 1, "score": 0.5, "threshold": 0.7, "depth": 2}]
+    (tmp_path / "curriculum.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with patch.object(plot_run.climb, "draw", wraps=plot_run.climb.draw) as drawn:
+        assert plot_run.main([str(tmp_path), "--out", str(tmp_path / "climb.png")]) == 0
+    assert drawn.call_args.args[0].depth == 2
+    assert (tmp_path / "climb.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])

@@ -7,6 +7,7 @@ import os
 import stat
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: P
     found |= judge.teacher(trainer.teacher)
     trainer.close()
     accuracies = {f"{who}_{kind}" for who in judged for kind in ("knn", "probe")}
-    assert set(found) == accuracies | {"student_teacher_cka", "known_images", "judged_images"}
+    assert set(found) == accuracies | {"student_teacher_cka", "known_images", "judged_images", "judged_classes"}
     assert (found["known_images"], found["judged_images"]) == (99, 297)
     (batch,) = build_eval_loader(config.data.val, config.data, batch=999, world=ONE)
     with torch.no_grad():
@@ -162,3 +163,45 @@ def test_the_umask_decides_who_reads_a_run(umask: int, file: int, folder: int, t
     assert {"student.safetensors", "checkpoints", "curriculum.jsonl"} <= {path.name for path in modes}
     odd = {path: oct(mode) for path, mode in modes.items() if mode != (folder if (tmp_path / path).is_dir() else file)}
     assert not odd
+
+
+def finished(**changes: Any) -> dict[str, Any]:
+    """The summary of a run that climbed to the last of four blocks and saved."""
+    summary = {
+        "final_block": 4, "teacher_depth": 4, "trajectory": [(0, 1), (3, 4)], "steps": 6, "train_seconds": 1.0,
+        "images_per_s": 24.0, "teacher_flops_saved": 0.4, "flops_saved": 0.3, "time_saved": 0.2,
+        "time_saved_seconds": 0.25, "time_saved_at_least": -0.1, "skip_efficiency": 0.66,
+    }  # fmt: skip
+    return summary | changes
+
+
+def test_savings_say_against_what_and_never_fall_below_nothing(tmp_path: Path) -> None:
+    config = stub_config(tmp_path)
+    table = wrapup._final_table(finished(), config)
+    assert "teacher FLOPs saved      40.0% of a run with the whole teacher at every step" in table
+    assert "20.0% (0.2 s), at least 0.0%" in table and "skip efficiency          0.66" in table
+    nothing = finished(teacher_flops_saved=-0.04, flops_saved=-0.02, time_saved=-0.298, skip_efficiency=-2.08)
+    table = wrapup._final_table(nothing, config)
+    assert table.count("saved  ") == table.count("  nothing") == 3
+    assert "skip efficiency" not in table and "29.8" not in table
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "words"),
+    [
+        ([], {}, []),
+        ([], {"final_block": 2, "trajectory": [(0, 1), (3, 2)]},
+         ["mid-climb, at block 2 of 4", "epochs=2", "curriculum.last_block_after"]),
+        (["curriculum.block=2"], {"final_block": 2, "trajectory": [(0, 1), (3, 2)]}, []),
+        (["curriculum.start=null"], {"trajectory": [(0, 4)]}, ["started at block 4 of 4"]),
+        (["curriculum.mode=fixed", "curriculum.start=null"], {"trajectory": [(0, 4)]}, []),
+        ([], {"judged_classes": 1}, ["data.val are of one class"]),
+        ([], {"judged_classes": 2}, []),
+    ],
+)  # fmt: skip
+def test_what_the_table_does_not_say_has_a_line(
+    tmp_path: Path, overrides: list[str], changes: dict[str, Any], words: list[str]
+) -> None:
+    remarks = wrapup._remarks(finished(**changes), stub_config(tmp_path, *overrides))
+    assert len(remarks) == bool(words)
+    assert all(word in remarks[0] for word in words)

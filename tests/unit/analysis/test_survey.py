@@ -205,7 +205,7 @@ def broken(batch: Tensor) -> list[Tensor]:
     ("students", "options", "message"),
     [
         ([STUDENT, replace(STUDENT, image_size=16)], OPTIONS, "different sizes (s 8, s 16"),
-        ([STUDENT], replace(OPTIONS, k=7), "subspaces of 7 dimensions: s has room for 1 to 6"),
+        ([STUDENT], replace(OPTIONS, k=7), "subspaces of 7 dimensions: s has room for 1 to 6; set --subspace"),
         ([replace(STUDENT, layers=broken)], OPTIONS, "s: tokens of block 2 are not finite"),
     ],
 )

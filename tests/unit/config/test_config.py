@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from streaming.base.util import bytes_to_int
 
-from leap_dist.config import Config, describe, differences, flat, load, option_fields, to_yaml
+from leap_dist.config import Config, describe, differences, flat, load, load_demo, option_fields, to_yaml
 from leap_dist.config.checks import RANGES
 from leap_dist.errors import UserError
 
@@ -253,3 +254,51 @@ def test_a_mistyped_key_costs_no_torch_import() -> None:
     assert done.stderr.strip() == (
         "leap_dist [rank 0]: error: data.trian (command line): unknown key; did you mean data.train?"
     )
+
+
+def main_elsewhere(argv: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """`main` in a process of its own, in which no rank waits long for rank 0's word and nothing is trained."""
+    code = (
+        "import sys; from leap_dist import train; from leap_dist.runtime import reporting; "
+        "reporting.WORD_OF_RANK_0_S = 0.01; train.train = lambda config: None; "
+        f"sys.exit(train.main({argv!r}))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_rank_that_no_word_of_rank_0_ends_says_its_own_mistake() -> None:
+    done = main_elsewhere(["data.trian=x"], RANK="1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("leap_dist [rank 1]: error: data.trian (command line): unknown key")
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_without_a_yaml_it_says_that_the_settings_are_the_demos(rank: str, lines: int) -> None:
+    done = main_elsewhere(["epochs=3", "curriculum.threshold=0.5", "output=x"], RANK=rank)
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == lines == done.stderr.count("no --config, so the settings are the demo's")
+
+
+@pytest.mark.parametrize("override", ["data.train={}", "data.val={}", "teacher.model=vit_small_patch14_dinov2"])
+def test_another_set_or_teacher_without_a_yaml_is_refused_with_a_yaml_to_write(override: str, tmp_path: Path) -> None:
+    asked = override.format(tmp_path)
+    with pytest.raises(UserError) as told:
+        load_demo(ROOT / "launch_configs/demo.yaml", [asked])
+    message = str(told.value)
+    assert message.startswith(f"{asked} without --config") and "32 pixels" in message
+    (shown,) = re.findall(r"\{teacher.*\}\}", message)
+    (tmp_path / "mine.yaml").write_text(shown.replace("NAME", "vit_tiny_patch16_224").replace("SHARDS", str(tmp_path)))
+    assert load(tmp_path / "mine.yaml", []).data.train == str(tmp_path)
+
+
+def test_overrides_that_leave_the_demo_the_demo_are_taken() -> None:
+    same = [
+        "data.train=digits",
+        "data.val=null",
+        "evaluation.every_epochs=0",
+        "teacher.model=vit_tiny_patch16_224",
+        "student.kwargs.depth=2",
+    ]
+    assert load_demo(ROOT / "launch_configs/demo.yaml", same).data.val is None

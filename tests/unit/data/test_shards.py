@@ -98,6 +98,12 @@ def test_an_unknown_hash_is_said(tmp_path: Path) -> None:
         check_shards(write(tmp_path / "set"), "sha1")
 
 
+def test_the_parent_of_a_split_names_the_split(tmp_path: Path) -> None:
+    train = write(tmp_path / "set/train")
+    with pytest.raises(UserError, match=rf"set/index.json does not exist: .*; did you mean {train}\?$"):
+        check_shards(tmp_path / "set")
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [

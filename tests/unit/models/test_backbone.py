@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from families import FAMILIES, SMALL
 from leap_dist.config import TeacherConfig
 from leap_dist.errors import UserError
+from leap_dist.models.backbone import nearest_model
 from leap_dist.teacher import build_teacher, describe_teacher
 
 
@@ -138,6 +139,7 @@ def test_registry_names_are_described_without_memory(name, depth, dim, grid, has
         ("resnet50", {}, 224, "resnet50.*VisionTransformer, Eva, Cait, Beit"),
         ("swin_tiny_patch4_window7_224", {}, 224, "SwinTransformer.*VisionTransformer, Eva, Cait, Beit"),
         ("vit_gigant_patch14_dinov2", {}, 224, "vit_gigant_patch14_dinov2.*did you mean vit_giant_patch14_dinov2"),
+        ("dinov2_vitg14", {}, 224, "did you mean vit_giant_patch14_dinov2"),
         ("vit_small_patch14_dinov2.nope", {}, 224, "nope"),
         ("vit_small_patch14_dinov2", {}, 225, "data.image_size=225: not a multiple of 14"),
         ("cait_s24_224", {}, 200, "data.image_size=200: not a multiple of 16"),
@@ -150,3 +152,19 @@ def test_impossible_teacher_is_one_line(model, kwargs, image_size, said):
     with pytest.raises(UserError, match=said) as caught:
         describe_teacher(TeacherConfig(model=model, kwargs=kwargs), image_size)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "timms"),
+    [
+        ("dinov2_vits14_reg", "vit_small_patch14_reg4_dinov2"),
+        ("dinov2_vitb14", "vit_base_patch14_dinov2"),
+        ("dinov3_vit7b16", "vit_7b_patch16_dinov3"),
+        ("facebook/dinov3-vits16plus-pretrain-lvd1689m", "vit_small_plus_patch16_dinov3"),
+        ("dinov3_vith16plus", "vit_huge_plus_patch16_dinov3"),
+        ("vit_smal_patch16_224", "vit_small_patch16_224"),
+        ("zzz", None),
+    ],
+)
+def test_a_name_of_metas_or_a_typing_error_leads_to_timms(theirs, timms):
+    assert nearest_model(theirs) == timms

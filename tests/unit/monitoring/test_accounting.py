@@ -11,7 +11,7 @@ import torch
 from leap_dist.analysis import token_summary
 from leap_dist.models.flops import StepFlops, StudentFlops, TeacherFlops
 from leap_dist.monitoring.accounting import PARTS, Accountant, Costs, configured_peaks, peak_tflops
-from leap_dist.monitoring.dashboard import LAYOUT
+from leap_dist.monitoring.dashboard import layout
 from leap_dist.runtime.timing import PHASES
 from stubs import stub_config
 
@@ -126,12 +126,14 @@ def test_every_chart_of_the_layout_shows_a_tag_that_is_written(tmp_path: Path) -
     costs.seconds, costs.phases = 1.0, dict.fromkeys(PHASES, 0.1)
     written = accountant.scalars(0, 1, costs).keys()
     trainers = {"loss/total", "loss/patch", "loss/cls", "loss/ce", "loss/kd", "lr", "memory/peak_gib"}
-    trainers |= {"curriculum/block", "curriculum/cka", "curriculum/cosine", "curriculum/ema", "evaluation/knn"}
+    trainers |= {"curriculum/block", "curriculum/cka", "curriculum/ema", "curriculum/threshold", "evaluation/knn"}
     trainers |= {"update/grad_norm"}
     trainers |= {
         f"spectra/{side}/{name}" for side in ("student", "target") for name in token_summary(torch.eye(4)[None])
     }
-    patterns = [tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags]
+    everything = ["telemetry.spectra_every=1", "telemetry.peak_tflops=1", "student.num_classes=2"]
+    config = stub_config(tmp_path, *everything, "evaluation.every_epochs=1", "data.val=digits")
+    patterns = [tag for charts in layout(config).values() for _, tags in charts.values() for tag in tags]
     for pattern in patterns:
         assert any(re.match(pattern, tag) for tag in written | trainers), pattern
     for tag in written:

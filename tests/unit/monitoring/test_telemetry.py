@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from leap_dist.monitoring.dashboard import CARDS, LAYOUT
-from leap_dist.monitoring.telemetry import Telemetry, block_figure, memory_bytes, table
+from leap_dist.config import Config, hyperparameters
+from leap_dist.monitoring.dashboard import CARDS, layout
+from leap_dist.monitoring.telemetry import Telemetry, memory_bytes, table
 from stubs import stub_config
 
 
@@ -29,15 +32,36 @@ def test_points_are_written_at_their_step_and_bar_moves_by_images(tmp_path: Path
     assert [(event.step, event.value) for event in events(tmp_path).Scalars("loss/total")] == [(0, 0.0), (2, 2.0)]
 
 
+def charts(config: Config) -> dict[str, list[str]]:
+    return {category: list(found) for category, found in layout(config).items()}
+
+
 def test_charts_are_grouped_and_explained(tmp_path: Path) -> None:
-    Telemetry(stub_config(tmp_path), total_steps=4, first_step=0).close()
+    config = stub_config(tmp_path, "telemetry.spectra_every=5")
+    Telemetry(config, total_steps=4, first_step=0).close()
     found = events(tmp_path)
-    layout = Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == list(LAYOUT)
-    assert sum(len(category.chart) for category in layout.category) == sum(map(len, LAYOUT.values()))
+    written = Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert {category.title: [chart.title for chart in category.chart] for category in written.category} == (
+        charts(config)
+    )
+    assert list(charts(config)) == list(CARDS) == ["curriculum", "savings", "progress", "speed", "spectra"]
     for name, text in CARDS.items():
         (card,) = found.Tensors(f"what the charts mean/{name}/text_summary")
         assert card.tensor_proto.string_val[0].decode() == text.strip()
+
+
+def test_what_is_switched_off_has_no_chart(tmp_path: Path) -> None:
+    plain = stub_config(tmp_path, "engine.clip=0")
+    full = stub_config(
+        tmp_path, "evaluation.every_epochs=1", "data.val=digits", "telemetry.spectra_every=5",
+        "telemetry.peak_tflops=1", "curriculum.metric=cosine",
+    )  # fmt: skip
+    lacking = {name for found in charts(full).values() for name in found}
+    lacking -= {name for found in charts(plain).values() for name in found}
+    assert {"accuracy of the student", "norm of the gradients", "effective rank of an image's tokens"} < lacking
+    for config, metric in ((plain, "cka"), (full, "cosine")):
+        tags = layout(config)["curriculum"]["score, its average and the threshold"][1]
+        assert tags == [f"curriculum/{metric}$", "curriculum/ema", "curriculum/threshold"]
 
 
 def test_a_resumed_run_hides_the_points_it_repeats(tmp_path: Path) -> None:
@@ -53,21 +77,37 @@ def test_a_resumed_run_hides_the_points_it_repeats(tmp_path: Path) -> None:
     assert [event.value for event in events(tmp_path).Scalars("loss/total")] == [-1, -1, 1, 1]
 
 
-def test_the_end_of_a_run_leaves_config_hparams_and_figure(tmp_path: Path) -> None:
+def test_the_end_of_a_run_leaves_results_hparams_and_figure(tmp_path: Path) -> None:
+    ledger = [
+        {"step": 0, "block": 1, "score": 0.5, "threshold": 0.6, "next_block": 1, "depth": 4},
+        {"step": 2, "block": 1, "score": 0.7, "threshold": 0.6, "next_block": 2},
+        {"step": 3, "block": 2, "score": 0.4, "threshold": 0.6, "next_block": 2},
+    ]
+    (tmp_path / "curriculum.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))
     telemetry = Telemetry(stub_config(tmp_path), total_steps=4, first_step=0)
-    telemetry.finish({"steps": 4, "student_knn": 0.5, "trajectory": [(0, 1)]}, [(0, 1), (3, 2)], depth=4)
+    telemetry.finish({"steps": 4, "student_knn": 0.5, "trajectory": [(0, 1)]}, "student kNN  50.0%")
     telemetry.close()
     found = events(tmp_path)
     assert {"config/text_summary"} <= set(found.Tags()["tensors"])
-    assert "curriculum/block_over_steps" in found.Tags()["images"]
+    (card,) = found.Tensors("result/text_summary")
+    assert "student kNN  50.0%" in card.tensor_proto.string_val[0].decode()
+    assert "curriculum/climb" in found.Tags()["images"]
     assert found.Scalars("result/student_knn")[0].value == 0.5
     assert (tmp_path / "curriculum.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_figure_draws_the_trajectory() -> None:
-    axes = block_figure([(0, 1), (10, 2), (30, 5)], steps=50, depth=12).axes[0]
-    assert axes.lines[0].get_xdata().tolist() == [0, 10, 30, 50]
-    assert axes.lines[0].get_ydata().tolist() == [1, 2, 5, 5]
+def test_a_lost_ledger_costs_the_figure_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    telemetry = Telemetry(stub_config(tmp_path), total_steps=4, first_step=0)
+    telemetry.finish({"steps": 4, "student_knn": 0.5}, "student kNN  50.0%")
+    telemetry.close()
+    assert events(tmp_path).Scalars("result/student_knn")[0].value == 0.5
+    assert "no curriculum.png: " in capsys.readouterr().err
+
+
+def test_hyperparameters_are_what_the_numbers_follow_from(tmp_path: Path) -> None:
+    shown = hyperparameters(stub_config(tmp_path))
+    assert {"optim.lr", "curriculum.threshold", "student.model", "epochs"} < shown.keys()
+    assert not [key for key in shown if key.startswith(("checkpoint.", "telemetry.", "evaluation.", "output"))]
 
 
 def test_the_table_aligns_and_leaves_out_what_is_unknown() -> None:

@@ -172,8 +172,11 @@ def test_a_fresh_run_does_not_pick_up_what_lies_in_the_folder(tmp_path: Path) ->
 @pytest.mark.parametrize("resume", ["none", "auto"])
 def test_a_folder_of_another_config_is_refused(resume: str, tmp_path: Path) -> None:
     claimed(tmp_path, steps=(5,))
-    with pytest.raises(UserError, match=r"holds a run of another config \(optim.lr: 0.001 -> 0.5\)"):
+    with pytest.raises(UserError, match=r"holds a run of another config \(optim.lr: 0.001 -> 0.5\)") as told:
         find_resume(config(tmp_path, "optim.lr=0.5", f"resume={resume}"), ONE)
+    assert f"output=NEW resume={tmp_path}" in str(told.value)
+    continued = config(tmp_path / "new", "optim.lr=0.5", f"resume={tmp_path}")
+    assert find_resume(continued, ONE) == newest(tmp_path / "checkpoints"), "what the message says works"
 
 
 def test_auto_starts_fresh_where_nothing_was_saved(tmp_path: Path) -> None:
