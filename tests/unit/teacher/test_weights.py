@@ -181,8 +181,8 @@ def test_file_without_a_state_dict_is_refused(tmp_path):
     ("weights", "said"),
     [
         ("absent.pth", "no such file"),
-        ("weights.npz", "hub, random, or a file ending in .safetensors .pth .pt"),
-        ("pretrained", "hub, random, or a file ending in"),
+        ("pretrained", "no such file; expected hub, random, or the path of a file"),
+        (".", "a folder; give the one file"),
         ("demo", "teacher.weights=demo"),
     ],
 )
