@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from leap_dist.config import Config, describe, load
-from leap_dist.runtime.reporting import failed, give_up, report_to_stderr
-from leap_dist.runtime.signals import leave_from_now_on
+from leap_dist.runtime.reporting import STDERR, failed, forget_lost_output, give_up, report_to_stderr
+from leap_dist.runtime.signals import ignore_from_now_on, leave_from_now_on
 
 DEMO = Path(__file__).resolve().parents[1] / "launch_configs" / "demo.yaml"
 
@@ -56,8 +56,10 @@ def train(config: Config) -> None:
             if trainer.run():
                 leave_from_now_on()
                 wrap_up(config, world, trainer)
-            elif world.is_main:
-                print(f"leap_dist: stopped at step {trainer.progress.step}; continue with resume=auto", file=sys.stderr)
+            else:
+                ignore_from_now_on()
+                if world.is_main:
+                    STDERR.write(f"leap_dist: stopped at step {trainer.progress.step}; continue with resume=auto\n")
         except Exception as error:
             heartbeat.explain(error)
             if " step " not in str(error):
@@ -74,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         train(parse(sys.argv[1:] if argv is None else argv))
     except Exception as error:
         return failed(error)
+    finally:
+        forget_lost_output()
     return 0
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from leap_dist.analysis.live import Spectroscope
 from leap_dist.config import Config
-from leap_dist.curriculum.coordinator import Coordinator
+from leap_dist.curriculum.coordinator import Coordinator, NonFiniteLoss
 from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, draw_mix, soft_labels
+from leap_dist.errors import UserError
 from leap_dist.evaluation.periodic import Validation
 from leap_dist.matching.objective import Match
 from leap_dist.matching.reset import reset_heads
@@ -42,6 +43,7 @@ from leap_dist.runtime.progress import Progress, total_steps
 from leap_dist.runtime.signals import Interrupt
 from leap_dist.runtime.timing import CALIBRATION, PhaseTimer
 from leap_dist.teacher import Teacher
+from leap_dist.teacher.blame import teacher_fault
 from leap_dist.teacher.lookahead import Lookahead, MicroBatch, Work
 
 MIXUP, DROPOUT, HEAD = range(3)  # streams of random numbers
@@ -52,6 +54,7 @@ class Pending(NamedTuple):
     """A step whose numbers have not been read yet.
 
     values: own loss; loss and its terms (means over ranks); score; the update before it, as `update_numbers`.
+    batches: its images, should the loss be non-finite.
     """
 
     step: int
@@ -59,6 +62,7 @@ class Pending(NamedTuple):
     lr: float
     terms: list[str]
     values: HostCopy
+    batches: list[Batch]
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ class Trainer:
                 evidence = self._gathered(evidence, match)
             if index + 1 == self.accumulation:
                 means = self._sent(torch.stack(losses).mean(0), evidence)
-                self.pending = Pending(self.progress.step, work.block, lr, list(match.terms), means)
+                self.pending = Pending(self.progress.step, work.block, lr, list(match.terms), means, work.batches)
             with self.timer.phase("student.backward"):
                 self.engine.backward(match.loss)
             with self.timer.phase("optimizer"):
@@ -334,10 +338,13 @@ class Trainer:
         # Work that began before an advance says nothing about the new block.
         judged = score if pending.block == target else math.nan
         with self.timer.phase("decide", host=True):
-            decision = self.coordinator.decide(
-                step=pending.step, loss=own_loss, score=judged, stop=interrupt.requested,
-                bad=len(self.bad_samples.fresh),
-            )  # fmt: skip
+            try:
+                decision = self.coordinator.decide(
+                    step=pending.step, loss=own_loss, score=judged, stop=interrupt.requested,
+                    bad=len(self.bad_samples.fresh),
+                )  # fmt: skip
+            except NonFiniteLoss as error:
+                raise self._explained(error, pending) from error
         self.checkpoints.confirm()  # the loss that the saved weights gave is finite
         if decision.bad:
             self.bad_samples.share()
@@ -346,6 +353,13 @@ class Trainer:
         self.journal.decision(pending.step, pending.block, judged, advanced=self.curriculum.block != target)
         self._report(pending, loss, terms, score, {"update/grad_norm": norm, "update/loss_scale": scale})
         self.stopping = decision.stop
+
+    def _explained(self, error: NonFiniteLoss, pending: Pending) -> UserError:
+        """The error, or the teacher's fault if its features of the step's images are not finite. Collective."""
+        images = (self._view(batch, pending.step)[0] for batch in pending.batches)
+        until = self.teacher.spec.depth if self.config.curriculum.mode == "all_layers" else pending.block
+        fault = teacher_fault(self.teacher, images, until, self.config.teacher, self.world)
+        return error if fault is None else UserError(f"{fault}: {error}")
 
     @torch.no_grad()
     def _choose_start(self, batches: list[Batch]) -> None:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from leap_dist.config import Config, flat, to_yaml
 from leap_dist.monitoring.dashboard import CARDS, LAYOUT
+from leap_dist.runtime.reporting import STDERR
 
 
 def bar_interval() -> float:
@@ -50,6 +51,7 @@ class Telemetry:
             disable=not config.telemetry.progress,
             mininterval=bar_interval(),
             dynamic_ncols=True,
+            file=STDERR,
         )
 
     def is_due(self, step: int) -> bool:
@@ -68,7 +70,7 @@ class Telemetry:
 
     def say(self, line: str) -> None:
         """One line on the terminal, above the bar."""
-        self.bar.write(line, file=sys.stderr)
+        self.bar.write(line, file=STDERR)
 
     def finish(self, summary: dict[str, Any], trajectory: list[tuple[int, int]], depth: int) -> None:
         """Write hparams with the run's results, and the figure of target block over steps."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 PROBE_BYTES = 1 << 20
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that has none
 
 
@@ -52,22 +53,21 @@ def disk_full(error: BaseException, folder: Path) -> str:
     Libraries say it in words of their own: torch's writer notices only that its file is not as long as it should be. So
     where the error does not tell, a few bytes are written.
     """
-    no_room = (errno.ENOSPC, errno.EDQUOT)
-    told = getattr(error, "errno", None) in no_room or "No space left" in str(error)
-    if not told and not _refuses_bytes(folder, no_room):
+    told = getattr(error, "errno", None) in NO_ROOM or "No space left" in str(error)
+    if not told and not _refuses_bytes(folder):
         return ""
     free = shutil.disk_usage(folder).free / 2**20
     return f"No space left: the disk of {folder} is full, {free:.1f} MiB are free, or a quota is; make room and resume"
 
 
-def _refuses_bytes(folder: Path, reasons: tuple[int, ...]) -> bool:
+def _refuses_bytes(folder: Path) -> bool:
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(PROBE_BYTES))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return error.errno in reasons
+        return error.errno in NO_ROOM
     return False
 
 

@@ -31,6 +31,7 @@ class Teacher(Protocol):
 
     spec: TeacherSpec
     block: int  # current target, 1-indexed
+    stem: nn.Module  # embedding and final norm, on every rank
     blocks: nn.ModuleList  # all of them, whether loaded or not
     fingerprint: str  # differs where the stem's weights do: embedding and final norm
     marks: Marks  # differ where any weights do

@@ -59,6 +59,7 @@ class AutoTeacher:
         self.blocks = lazy.backbone.blocks
         self.fingerprint = lazy.fingerprint
         self.marks = lazy.marks
+        self.stem = lazy.backbone.stem
         self._lazy = lazy
         self._makers = makers
         self._chosen = chosen
