@@ -53,10 +53,10 @@ def _live_as_long_as(rank_pid: int, _worker: int) -> None:
     """Tie a loader worker to its rank, no shorter and no longer.
 
     The deepspeed launcher, Ctrl-C and a closed terminal signal workers too, whose rank still has to save; `close` ends
-    them. And torch's watch over the parent takes whoever is the parent when the worker begins for the rank: one that was
-    killed before that would leave the worker for ever (seen after kills in the first second). Nor does it look while a
-    worker waits for a download, so the kernel is told: it ends the worker with the thread that forked it, the rank's
-    main one.
+    them. And torch's watch over the parent takes whoever is the parent when the worker begins for the rank: one that
+    was killed before that would leave the worker for ever (seen after kills in the first second). Nor does it look
+    while a worker waits for a download, so the kernel is told: it ends the worker with the thread that forked it, the
+    rank's main one.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in STOPPING:

@@ -109,6 +109,9 @@ def _load_zip(path: Path) -> Any:
 def _load_pickle(path: Path, mmap: bool = False) -> Any:
     """A torch checkpoint; one of before 2020, not a zip file, cannot be mapped and is read whole."""
     with torch.serialization.safe_globals(_HARMLESS):
+        if path.suffix == ".safetensors":  # torch would go by the name
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 

@@ -43,7 +43,9 @@ class StubTeacher:
     block: int = 1
     asked: list[int] = field(default_factory=list)
     spec: TeacherSpec = SPEC
-    blocks: torch.nn.ModuleList = field(default_factory=torch.nn.ModuleList)
+    blocks: torch.nn.ModuleList = field(
+        default_factory=lambda: torch.nn.ModuleList(torch.nn.Identity() for _ in range(DEPTH))
+    )
     stem: torch.nn.Module = field(default_factory=torch.nn.Identity)
     fingerprint: str = "stub"
     marks: Marks = field(default_factory=lambda: Marks("stub"))
