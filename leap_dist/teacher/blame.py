@@ -25,12 +25,11 @@ def teacher_fault(
         for block, features in enumerate(teacher.sweep(batch, until), 1):
             if not all(bool(part.isfinite().all()) for part in features if part is not None):
                 first = min(first, block)  # no break: a sweep may be collective
-    own = (first, _unsound(teacher, first) if first <= until else [])
-    everyones = gather_objects(own, world)
-    first = min(block for block, _ in everyones)
+    first = min(gather_objects(first, world))
     if first > until:
         return None
-    names = sorted({name for block, found in everyones if block == first for name in found})
+    teacher.retarget(first)  # a sweep may have let it go; the run ends here anyway
+    names = sorted({name for found in gather_objects(_unsound(teacher, first), world) for name in found})
     if names:
         why = f"its weights are not finite: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
     else:
