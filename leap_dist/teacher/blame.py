@@ -31,7 +31,7 @@ def teacher_fault(
     teacher.retarget(first)  # a sweep may have let it go; the run ends here anyway
     names = sorted({name for found in gather_objects(_unsound(teacher, first), world) for name in found})
     if names:
-        why = f"its weights are not finite: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        why = f"its weights are not finite in {config.dtype}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
     else:
         why = f"its weights are finite, so they overflow in teacher.dtype={config.dtype}"
     return f"block {first} of teacher.weights={config.weights} gives non-finite features ({why})"

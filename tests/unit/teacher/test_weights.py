@@ -345,8 +345,8 @@ def test_a_block_of_another_teacher_is_refused_when_it_is_read(state, tmp_path):
 @pytest.mark.parametrize(
     ("name", "dtype", "said"),
     [
-        ("blocks.1.mlp.fc2.bias", "fp32", r"block 2 .*weights are not finite: mlp.fc2.bias"),
-        ("patch_embed.proj.bias", "fp32", r"block 1 .*weights are not finite: patch_embed.proj.bias"),
+        ("blocks.1.mlp.fc2.bias", "fp32", r"block 2 .*weights are not finite in fp32: mlp.fc2.bias"),
+        ("patch_embed.proj.bias", "fp32", r"block 1 .*weights are not finite in fp32: patch_embed.proj.bias"),
         (None, "fp16", r"block 2 .*weights are finite, so they overflow in teacher.dtype=fp16"),
         (None, "fp32", None),
     ],
@@ -355,7 +355,8 @@ def test_the_teacher_is_blamed_for_what_it_gives(name, dtype, said, state, tmp_p
     state = {key: value * 0.1 for key, value in state.items()}
     if name:
         state[name][0] = torch.nan
-    state["blocks.1.mlp.fc2.bias"][1] += 1e5  # beyond float16's largest
+    for block in (0, 1):  # finite in float16, their sum is not
+        state[f"blocks.{block}.mlp.fc2.bias"][1], state[f"blocks.{block}.ls2.gamma"][1] = 6e4, 1.0
     save_file(state, tmp_path / "weights.safetensors")
     config = TeacherConfig(model=MODEL, kwargs=KWARGS, weights=str(tmp_path / "weights.safetensors"), dtype=dtype)
     cpu = torch.device("cpu")
