@@ -40,15 +40,15 @@ BAD_SAMPLES = "bad_samples.jsonl"  # in the run folder
 log = logging.getLogger(__name__)
 
 
-def build_trainer(config: Config, world: World) -> tuple[Config, Trainer]:
+def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, Trainer]:
     """Check, build and, if asked to, restore. Returns the config with its embedded parts resolved to paths.
+
+    claim: on the run's folder, held.
 
     Raises:
         UserError: the first thing that does not fit, in one line.
     """
     check_nodes(world)
-    claim = Claim(Path(config.output), world)
-    claim.hold()
     resume = find_resume(config, world)
     batch = micro_batch(config, world)
     if config.data.mixup:
@@ -152,9 +152,9 @@ def with_demo_teacher(config: Config, world: World) -> Config:
     """Resolve teacher.weights=demo to the cached file, trained by the first rank of this node if it is missing."""
     if config.teacher.weights != DEMO_TEACHER:
         return config
-    from leap_dist.pretraining.demo import ensure_demo_teacher
+    from leap_dist.pretraining.demo import demo_cache, ensure_demo_teacher
 
-    cache = Path(config.output).parent / "demo-teacher"
+    cache = demo_cache(Path(config.output))
     if world.local_rank == 0:
         ensure_demo_teacher(cache)
     barrier(world)

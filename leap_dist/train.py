@@ -45,12 +45,14 @@ def train(config: Config) -> None:
     from leap_dist.assembly import build_trainer  # torch and DeepSpeed: seconds, only for a config that holds
     from leap_dist.runtime.distributed import initialise, shutdown
     from leap_dist.runtime.heartbeat import Heartbeat
+    from leap_dist.runtime.run_lock import Claim
     from leap_dist.wrapup import wrap_up
 
     world = initialise()
     report_to_stderr(logging.INFO if world.is_main else logging.WARNING)
-    with Heartbeat(world, config.engine.silence_s, give_up) as heartbeat:
-        config, trainer = build_trainer(config, world)
+    claim = Claim(Path(config.output), world)
+    with Heartbeat(world, config.engine.silence_s, give_up) as heartbeat, claim:
+        config, trainer = build_trainer(config, world, claim)
         heartbeat.step = lambda: trainer.progress.step
         try:
             if trainer.run():

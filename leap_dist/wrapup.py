@@ -39,7 +39,7 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
     What needs the whole teacher comes last: a run that ended early never had all of it in memory, and if it does not
     fit, student and figures are there. A run that is only judged anew keeps its summary until the new one is whole.
     """
-    exported = export_student(trainer.engine, config, world)
+    exported = export_student(trainer.learner.engine, config, world)
     summary, times = _progress_summary(config, trainer), _earlier_times(config, world, trainer)
     if times is None:
         _write(summary, config, world)
@@ -53,7 +53,7 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
     if judge is not None:
         summary |= judge.teacher(trainer.teacher)
     _write(summary, config, world)
-    trainer.journal.finish(summary, _final_table(summary, config))
+    trainer.learner.journal.finish(summary, _final_table(summary, config))
     return summary
 
 
@@ -71,7 +71,7 @@ def _earlier_times(config: Config, world: World, trainer: Trainer) -> Optional[d
 
 
 def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
-    progress, costs = trainer.progress, trainer.costs
+    progress, costs = trainer.progress, trainer.learner.costs
     return {
         "steps": progress.step,
         "epochs": progress.step / trainer.steps_per_epoch,
@@ -100,10 +100,10 @@ def _time_saved(config: Config, world: World, trainer: Trainer) -> dict[str, Any
     the run spent on it: what the run itself took on a busy machine could not be compared with a full pass timed at
     another moment.
     """
-    progress, costs, depth = trainer.progress, trainer.costs, trainer.teacher.spec.depth
+    progress, costs, depth = trainer.progress, trainer.learner.costs, trainer.teacher.spec.depth
     if config.curriculum.mode == "all_layers":
         return {"time_saved_seconds": 0.0, "time_saved": 0.0, "time_saved_at_least": 0.0}
-    if not gather_objects(costs.settings == [trainer.accountant.setting], world)[0]:
+    if not gather_objects(costs.settings == [trainer.learner.accountant.setting], world)[0]:
         return {"time_saved_seconds": None, "time_saved": None, "time_saved_at_least": None}
     size = config.data.image_size
     images = torch.randn(micro_batch(config, world), 3, size, size, device=world.device)
@@ -134,7 +134,7 @@ def _hiding_places(config: Config, trainer: Trainer) -> float:
     """
     alone = not (config.teacher.prefetch and trainer.timer.on_cuda)
     phases = ["data"] if alone else [phase for phase in PHASES if phase != "teacher"]
-    return sum(trainer.costs.phases.get(phase, 0.0) for phase in phases)
+    return sum(trainer.learner.costs.phases.get(phase, 0.0) for phase in phases)
 
 
 def _seconds_by_depth(teacher: Teacher, images: Tensor, blocks: set[int]) -> dict[int, float]:

@@ -24,6 +24,7 @@ FLOORS = [
     {"assembly"},
     {"pretraining", "wrapup"},
     {"trainer"},
+    {"learner"},
     {"analysis"},
     {"evaluation", "matching", "monitoring", "teacher"},
     {"curriculum", "data", "models"},

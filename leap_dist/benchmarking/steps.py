@@ -153,7 +153,7 @@ def conduct(trainer: Trainer, script: Iterator[None]) -> None:
 def aim(trainer: Trainer, teacher: ReplicatedTeacher, block: int) -> None:
     """Make 1-indexed `block` of `teacher` the target of the next steps."""
     trainer.teacher.current = teacher
-    trainer.curriculum.restart_at(block)
+    trainer.learner.curriculum.restart_at(block)
 
 
 def held_teacher(config: Config, device: torch.device) -> tuple[LazyBackbone, HeldTeacher]:

@@ -13,6 +13,7 @@ from leap_dist.config.loading import (
     load_without_files,
     merge,
     option_fields,
+    tables,
     to_yaml,
 )
 from leap_dist.config.options import (
@@ -64,5 +65,6 @@ __all__ = [
     "option",
     "option_fields",
     "problems",
+    "tables",
     "to_yaml",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Optional, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, Optional, TypeVar
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from leap_dist.config.checks import problems
+from leap_dist.config.checks import RANGES, problems
 from leap_dist.config.options import Config
 from leap_dist.errors import UserError
 
@@ -169,9 +170,14 @@ def _nearest(key: str, known: list[str]) -> str:
 
 def _expected(option: dataclasses.Field) -> str:
     """What a value of this option must be, in words, from its annotation."""
+    return " ".join(filter(None, _kind(option)))
+
+
+def _kind(option: dataclasses.Field) -> tuple[str, str]:
+    """The words of `_expected`, its "or null" apart; "" where null is not allowed."""
     words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
     words |= {"tuple[int, int]": "two whole numbers", "tuple[float, float]": "two numbers"}
-    words["tuple[float, float, float]"] = "three numbers"
+    words |= {"tuple[float, float, float]": "three numbers", "dict[str, Any]": "a mapping"}
     annotation = str(option.type)
     optional = annotation.startswith("Optional[")
     annotation = annotation.removeprefix("Optional[").removesuffix("]") if optional else annotation
@@ -179,7 +185,7 @@ def _expected(option: dataclasses.Field) -> str:
         text = "one of " + annotation.removeprefix("Literal[").removesuffix("]").replace('"', "")
     else:
         text = words.get(annotation, annotation)
-    return f"{text} or null" if optional else text
+    return text, "or null" if optional else ""
 
 
 def to_yaml(config: Any) -> str:
@@ -229,8 +235,27 @@ def describe(schema: type = Config) -> str:
     return "\n".join(lines)
 
 
+def tables(schema: type = Config) -> str:
+    """All options as Markdown, a table a section: what `describe` says, and what a value must be."""
+    lines, section = [], None
+    for key, option in option_fields(schema).items():
+        owner = key.rpartition(".")[0]
+        if owner != section:
+            section = owner
+            lines += [
+                f"\n## {section or 'The run'}\n",
+                "| option | default | must be | what it does |",
+                "|---|---|---|---|",
+            ]
+        text, null = _kind(option)
+        words = [text, *(words for words, keys in RANGES.items() if key in keys), *([null] if null else [])]
+        cells = (f"`{key}`", f"`{_shown_default(option)}`", ", ".join(words), option.metadata["doc"])
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _shown_default(option: dataclasses.Field) -> str:
     default = option.default_factory() if option.default is dataclasses.MISSING else option.default
     if default == MISSING:
         return "(required)"
-    return "null" if default is None else str(default)
+    return default if isinstance(default, str) else json.dumps(default)  # as a YAML has it

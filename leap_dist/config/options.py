@@ -67,11 +67,11 @@ class ObjectiveConfig:
     feature_weight: float = option(1.0, "weight of feature matching beside the labels' terms")
     kd_alpha: float = option(
         0.0,
-        "share of soft distillation from the teacher's logits, the labels' cross-entropy has the rest; all of it until "
-        "the target is the last block, which alone has logits",
+        "share of soft distillation from the teacher's logits; the labels' cross-entropy has the rest. Only the last "
+        "block has logits: until it is the target the cross-entropy has all",
     )
     kd_tau: float = option(1.0, "temperature of soft distillation")
-    label_smoothing: float = option(0.0, "of the labels in the cross-entropy; DeiT: 0.1")
+    label_smoothing: float = option(0.0, "smoothing of the labels in the cross-entropy; DeiT: 0.1")
     head: Optional[Literal["linear", "none", "pooled"]] = option(
         None,
         "how tokens meet the teacher's. linear: a learned projection, dropped after training; none: as they are; "
@@ -97,7 +97,7 @@ class CurriculumConfig:
     max_epochs_per_block: int = option(5, "advance after this many epochs whatever the score")
     snap_to_last_at: Optional[int] = option(None, "from this block on, jump to `block`, or the last; null = off")
     last_block_after: Optional[int] = option(
-        None, "epochs of the run after which the last block is the target, wherever it waits till then; null = off"
+        None, "after this many epochs of the run the last block is the target, wherever the run is by then; null = off"
     )
     metric: Literal["cka", "cosine"] = option("cka", "linear CKA, or the mean cosine per token")
     reduction: Literal["exact", "mean"] = option(
@@ -127,14 +127,18 @@ class DataConfig:
     crop_scale: tuple[float, float] = option((0.14, 1.0), "area range of the random resized crop")
     crop_pct: float = option(0.875, "share of a side that evaluation's centre crop sees (timm's name); 0.875 = 224/256")
     mixup: bool = option(True, "blend each image with another of its group, one lambda per optimizer step")
-    mixup_alpha: float = option(1.0, "lambda ~ Beta(this, this); 1 = U(0,1), as LEAP; DeiT: 0.8")
-    cutmix_alpha: float = option(0.0, "in half of the steps cut rather than blend, the same way; 0 = off; DeiT: 1")
+    mixup_alpha: float = option(1.0, "mixup's lambda is drawn from Beta(this, this); 1 = uniform, as LEAP; DeiT: 0.8")
+    cutmix_alpha: float = option(
+        0.0, "above 0: half of the steps are CutMix, with lambda from Beta(this, this); 0 = off; DeiT: 1"
+    )
     mixup_group: int = option(8, "images that are mixed among themselves; must divide the micro-batch of a rank")
     mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "normalisation mean, RGB in [0,1]")
     std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "normalisation standard deviation")
     canonical_nodes: int = option(8, "streaming's num_canonical_nodes: part of the sample order, keep it for a run")
     validate_hash: Optional[str] = option(None, "check shards against this hash of the index, e.g. xxh64")
-    max_bad_fraction: float = option(0.001, "of the training samples that may be unreadable before the run stops")
+    max_bad_fraction: float = option(
+        0.001, "share of the training samples that may be unreadable; beyond it the run stops"
+    )
     timeout_s: int = option(900, "a loader worker silent for this long ends the run")
 
 
@@ -146,9 +150,11 @@ class OptimConfig:
     lr: float = option(1e-3, "base learning rate")
     batch_reference: Optional[int] = option(1536, "lr is scaled by sqrt(global_batch / this); null = no scaling")
     weight_decay: float = option(0.05, "not applied to biases, norms, position embeddings and prefix tokens")
-    betas: tuple[float, float] = option((0.9, 0.999), "adamw")
-    momentum: float = option(0.9, "lars")
-    trust_coefficient: float = option(0.001, "lars")
+    betas: tuple[float, float] = option(
+        (0.9, 0.999), "adamw: decay of the running means of gradient and squared gradient"
+    )
+    momentum: float = option(0.9, "lars: momentum")
+    trust_coefficient: float = option(0.001, "lars: factor of each layer's trust ratio")
     warmup_epochs: float = option(10.0, "linear warm-up; never more than a tenth of the epochs")
     final_lr_fraction: float = option(0.001, "the cosine ends at this fraction of the peak")
     on_advance: Literal["keep", "restart", "envelope", "warmup", "constant"] = option(
@@ -176,8 +182,10 @@ class EngineConfig:
 class CheckpointConfig:
     """When to save."""
 
-    every_epochs: int = option(1, "0 = never")
-    every_steps: int = option(0, "0 = never; the end of the run, SIGTERM and Ctrl-C always save")
+    every_epochs: int = option(1, "epochs between two saves; 0 = never")
+    every_steps: int = option(
+        0, "steps between two saves; 0 = never. The end of the run, SIGTERM and Ctrl-C always save"
+    )
     keep: int = option(2, "newest checkpoints kept")
 
 
@@ -198,13 +206,15 @@ class TelemetryConfig:
 class EvaluationConfig:
     """What is measured at the end of the run, and between its epochs (needs data.val)."""
 
-    knn_k: int = option(20, "neighbours")
+    knn_k: int = option(20, "neighbours that kNN asks")
     probe_epochs: int = option(100, "epochs of the linear probe on frozen features")
     probe_lr: float = option(0.1, "SGD learning rate of the probe")
     max_train_images: Optional[int] = option(50_000, "training images used for kNN and probe; null = all")
-    teacher: bool = option(True, "kNN and probe of the teacher's last block too; its CKA with the student in any case")
+    teacher: bool = option(
+        True, "kNN and probe of the teacher's last block too. Its CKA with the student is always measured"
+    )
     every_epochs: int = option(0, "epochs between evaluations by kNN while training; 0 = only at the end")
-    quick_images: int = option(5_000, "images of data.train and of data.val used for those, at most")
+    quick_images: int = option(5_000, "images of data.train, and of data.val, that these evaluations use at most")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from leap_dist.evaluation.knn import knn_accuracy
 from leap_dist.models.export import export_student, load_student
 from leap_dist.runtime.distributed import World, gather_objects
 from leap_dist.runtime.files import write_text
+from leap_dist.runtime.progress import Progress
 
 VALIDATION = "evaluation.jsonl"
 
@@ -33,10 +34,13 @@ class Validation:
         self._world = world
         self._held_out: Optional[HeldOut] = None
 
-    def is_due(self, epochs: int) -> bool:
-        """Whether a run that has done so many epochs is to be evaluated."""
-        every = self._config.evaluation.every_epochs
-        return every > 0 and epochs > 0 and epochs % every == 0
+    def is_due(self, progress: Progress) -> bool:
+        """Whether a run is to be evaluated where it stands: between two epochs, and not done yet."""
+        every, epochs = self._config.evaluation.every_epochs, progress.epoch
+        between = progress.step_in_epoch == 0 < epochs
+        return (
+            between and every > 0 and epochs % every == 0 and epochs not in {x["epoch"] for x in progress.validations}
+        )
 
     def knn(self, engine: Any) -> float:
         """kNN accuracy of the student as it stands, 0 to 1, the same on every rank. Collective."""

@@ -20,11 +20,17 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that 
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old file or the new one."""
+    """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old file or the new one.
+
+    The umask decides who may read it, whatever `write` would have: safetensors' own files are their owner's alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        partial.chmod(mode)
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
@@ -88,16 +94,19 @@ def lock(path: Path, patience: float, mode: str = "w") -> IO[Any]:
 
     Raises:
         BlockingIOError: somebody else has it, and keeps it for `patience` seconds.
+        FileNotFoundError: its folder is not there, or not any more.
     """
-    file = path.open(mode)
     deadline = time.monotonic() + patience
     while True:
+        file = path.open(mode)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
+            if _is_at(file, path):
+                return file
+            file.close()  # its holder has removed it: a lock on what has no name holds nobody off
         except BlockingIOError:
+            file.close()
             if time.monotonic() > deadline:
-                file.close()
                 raise
             time.sleep(0.1)
         except OSError as error:
@@ -105,3 +114,10 @@ def lock(path: Path, patience: float, mode: str = "w") -> IO[Any]:
                 return file
             file.close()
             raise
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

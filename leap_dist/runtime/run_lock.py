@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Optional
 
@@ -18,45 +19,58 @@ class Claim:
     """A run's right to its folder: a lock, held by rank 0 until `release`. Every method is called by all ranks.
 
     Without it, a second start would delete the checkpoint that the first is writing for one left half-written, and a
-    start that waits for the first to leave would go on from an older checkpoint than that leaves.
+    start that waits for the first to leave would go on from an older checkpoint than that leaves. So a new folder is
+    made to be locked, before anybody decides on what is in it; one that stays empty goes again.
     """
 
     def __init__(self, output: Path, world: World) -> None:
         self._output = output
         self._world = world
         self._held: Optional[IO[Any]] = None
+        self._made: list[Path] = []  # folders, the outermost first
+
+    def __enter__(self) -> Claim:
+        self.hold()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def hold(self) -> None:
-        """Lock the folder if it is there, before anybody looks at what is in it. Collective.
+        """Make the folder if there is none, and lock it, before anybody looks at what is in it. Collective.
 
         Raises:
             UserError: another run is at it and does not leave, or it cannot be written.
         """
-        self._on_main(lambda: self._lock() if self._output.is_dir() else None)
+        self._on_main(self._lock)
 
     def mark(self, name: str, text: str) -> None:
-        """Write the file `name`, into a new and locked folder if there was none. Collective.
+        """Write the file `name` into the folder, which is held from here on. Collective.
 
         Raises:
             UserError: as `hold`, or a rank does not see the file.
         """
-        self._on_main(lambda: self._write(name, text))
+        self._on_main(lambda: (self._lock(), write_text(self._output / name, text)))
         require_shared(self._output / name, self._output, self._world)
 
     def release(self) -> None:
-        """Let others have the folder; safe at any time."""
-        if self._held is not None:
-            self._held.close()
-            self._held = None
-
-    def _write(self, name: str, text: str) -> None:
-        self._output.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        write_text(self._output / name, text)
+        """Let others have the folder; safe at any time. What `hold` has made and nobody has used is removed."""
+        if self._held is None:
+            return
+        if self._made and {path.name for path in self._output.iterdir()} == {LOCK}:
+            (self._output / LOCK).unlink()
+            for folder in reversed(self._made):
+                with suppress(OSError):  # somebody else has put something beside it meanwhile
+                    folder.rmdir()
+        self._held.close()
+        self._held = None
 
     def _lock(self) -> None:
-        if self._held is None:
-            self._held = lock(self._output / LOCK, LOCK_SECONDS)
+        while self._held is None:
+            self._made += [path for path in (*reversed(self._output.parents), self._output) if not path.exists()]
+            self._output.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # removed in this moment, by a start that came to nothing
+                self._held = lock(self._output / LOCK, LOCK_SECONDS)
 
     def _on_main(self, work: Callable[[], None]) -> None:
         fault = ""

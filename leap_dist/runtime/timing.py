@@ -120,3 +120,28 @@ def _now(on_device: bool) -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+class RunClock:
+    """Seconds a run has trained, over all its sessions."""
+
+    def __init__(self) -> None:
+        self.start(0.0)
+
+    def start(self, seconds: float) -> None:
+        """Count on from `seconds`, of earlier sessions."""
+        self._zero = time.perf_counter() - seconds
+
+    def seconds(self) -> float:
+        """Up to now."""
+        return time.perf_counter() - self._zero
+
+    def pause(self) -> None:
+        """What follows is no training."""
+        self._paused = time.perf_counter()
+
+    def go_on(self) -> float:
+        """Training goes on; the seconds for which the clock stood."""
+        stood = time.perf_counter() - self._paused
+        self._zero += stood
+        return stood

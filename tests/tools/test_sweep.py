@@ -274,7 +274,7 @@ MISTAKES = {
     ),
     "a row's seed": ({"rows": {"a": ["seed=7"]}}, "row a: seed=7: the sweep itself sets seed, output, resume"),
     "everybody's seed": ({"rows": {"a": []}, "common": ["seed=7"]}, "common or command line: seed=7: the sweep itself"),
-    "any seed": ({"rows": {"a": []}, "seeds": [0, -1]}, "row a: seed=-1: must not be negative"),
+    "any seed": ({"rows": {"a": []}, "seeds": [0, -1]}, "row a: seed=-1: must be at least 0"),
     "no base": ({"rows": {"a": []}, "base": None}, "base=None: expected a text"),
     "a launcher": ({"rows": {"a": []}, "launcher": ["python"]}, "launcher=['python']: expected a text"),
     "an output": ({"rows": {"a": []}, "output": 20260701}, "output=20260701: expected a text"),

@@ -124,8 +124,8 @@ def test_a_supervised_run_that_was_cut_continues_bitwise(tmp_path: Path) -> None
     resumed = stub_trainer(stub_config(rest, *options), LastBlockLogits())
     resumed.restore(whole / "checkpoints" / "step00000004")
     run(resumed)
-    for name, tensor in uncut.engine.module.state_dict().items():
-        assert torch.equal(tensor, resumed.engine.module.state_dict()[name]), name
+    for name, tensor in uncut.learner.engine.module.state_dict().items():
+        assert torch.equal(tensor, resumed.learner.engine.module.state_dict()[name]), name
     assert scalars(rest, "loss/kd") == scalars(whole, "loss/kd")[-2:]
 
 
@@ -133,11 +133,11 @@ def test_the_student_sees_labels_mixed_as_their_images(tmp_path: Path) -> None:
     """Each image is all of one brightness, its class; a mixed one must be as bright as its label says."""
     options = ("student.num_classes=5", "data.mixup=true", "data.mixup_group=4", "epochs=4")
     trainer, seen = stub_trainer(stub_config(tmp_path, *options)), []
-    epoch, forward = trainer.loader.epoch, trainer.engine.module.forward
+    epoch, forward = trainer.loader.epoch, trainer.learner.engine.module.forward
     classes = torch.tensor([0, 4, 1, 3])
     images = classes.float()[:, None, None, None].expand(4, 3, 8, 8)
     trainer.loader.epoch = lambda *where: (b._replace(images=images, labels=classes) for b in epoch(*where))
-    trainer.engine.module.forward = lambda *inputs: (seen.append((inputs[0], inputs[3])), forward(*inputs))[1]
+    trainer.learner.engine.module.forward = lambda *inputs: (seen.append((inputs[0], inputs[3])), forward(*inputs))[1]
     run(trainer)
     assert len(seen) == 12
     for images, labels in seen:
@@ -162,7 +162,7 @@ def test_shards_without_labels_are_refused(tmp_path: Path) -> None:
         (["objective.kd_alpha=1.5", "student.num_classes=2"], "objective.kd_alpha=1.5: must be between 0 and 1"),
         (["objective.kd_tau=0"], "objective.kd_tau=0.0: must be above 0"),
         (["objective.feature_weight=0", "student.num_classes=2"], "objective.feature_weight=0: nothing would train"),
-        (["objective.feature_weight=-1"], "objective.feature_weight=-1.0: must not be negative"),
+        (["objective.feature_weight=-1"], "objective.feature_weight=-1.0: must be at least 0"),
         (["objective.feature=fft"], "expected one of 'mse', 'spectral'"),
         (["data.mixup_alpha=0"], "data.mixup_alpha=0.0: must be above 0"),
         (["data.mixup=false", "data.cutmix_alpha=1"], "data.cutmix_alpha=1.0: only used with data.mixup=true"),

@@ -44,8 +44,8 @@ def test_loss_is_patch_mse_plus_weighted_cls_mse_of_the_steps_own_block(tmp_path
     trainer = stub_trainer(config, teacher)
     with torch.no_grad():
         student, head, target = (
-            trainer.engine.module.student(images),
-            trainer.engine.module.heads[0],
+            trainer.learner.engine.module.student(images),
+            trainer.learner.engine.module.heads[0],
             teacher.at(2, images),
         )
         patch = mse_loss(torch.nn.functional.linear(student.patch, head.weight, head.bias), target.patch)
@@ -72,7 +72,7 @@ def test_a_run_may_end_within_an_epoch(prefetch: int, tmp_path: Path) -> None:
     teacher = StubTeacher()
     trainer = run(stub_trainer(stub_config(tmp_path, *overrides, f"teacher.prefetch={prefetch}"), teacher))
     assert teacher.asked == [1, 1, 1, 2, 2]
-    assert trainer.curriculum.block == 2 and (trainer.progress.epoch, trainer.progress.step_in_epoch) == (1, 2)
+    assert trainer.learner.curriculum.block == 2 and (trainer.progress.epoch, trainer.progress.step_in_epoch) == (1, 2)
     cosine = [0.001 + 0.999 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(5)]
     assert scalars(tmp_path, "lr") == pytest.approx([1e-3 * factor for factor in cosine], rel=1e-5)
     resumed = stub_trainer(stub_config(tmp_path, *overrides, f"teacher.prefetch={prefetch}", "resume=auto"))
@@ -84,7 +84,7 @@ def test_a_run_that_was_saved_before_its_last_epoch_was_closed_closes_it(tmp_pat
     """A step's checkpoint at the very end: the curriculum still counts that epoch, as it would have without a stop."""
     overrides = ["curriculum.threshold=2", "curriculum.max_epochs_per_block=2", "checkpoint.every_steps=1", "epochs=2"]
     trainer = stub_trainer(stub_config(tmp_path, *overrides))
-    trainer.curriculum.end_epoch = dies_at_call(trainer.curriculum.end_epoch, 2)
+    trainer.learner.curriculum.end_epoch = dies_at_call(trainer.learner.curriculum.end_epoch, 2)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     trainer.close()
@@ -92,7 +92,7 @@ def test_a_run_that_was_saved_before_its_last_epoch_was_closed_closes_it(tmp_pat
     resumed.restore(tmp_path / "checkpoints" / "step00000006")
     assert (resumed.progress.epoch, resumed.progress.step_in_epoch) == (1, 3)
     run(resumed)
-    assert (resumed.progress.epoch, resumed.progress.step, resumed.curriculum.block) == (2, 6, 2)
+    assert (resumed.progress.epoch, resumed.progress.step, resumed.learner.curriculum.block) == (2, 6, 2)
 
 
 def dies_at_call(function: Any, number: int) -> Any:
@@ -109,22 +109,22 @@ def dies_at_call(function: Any, number: int) -> Any:
 def test_calibration_starts_at_the_highest_score_and_costs_one_full_pass(tmp_path: Path, monkeypatch: Any) -> None:
     trainer = stub_trainer(stub_config(tmp_path, "curriculum.start=null", "curriculum.threshold=2", "epochs=1"))
     scores = iter([0.2, 0.7, math.nan, 0.7, *[0.1] * 3])  # four blocks, then three steps; ties go to the shallowest
-    monkeypatch.setattr(trainer, "_score", lambda evidence: torch.tensor(next(scores)))
+    monkeypatch.setattr(trainer.learner, "_score", lambda evidence: torch.tensor(next(scores)))
     run(trainer)
     assert trainer.progress.trajectory == [(0, 2)]
     images, per_block = 4, 10
-    assert trainer.costs.flops["teacher"] == images * per_block * (DEPTH + 3 * 2)
-    assert trainer.costs.teacher_saved == pytest.approx(1 - (DEPTH + 3 * 2) / (3 * DEPTH))
+    assert trainer.learner.costs.flops["teacher"] == images * per_block * (DEPTH + 3 * 2)
+    assert trainer.learner.costs.teacher_saved == pytest.approx(1 - (DEPTH + 3 * 2) / (3 * DEPTH))
 
 
 def test_calibration_starts_no_deeper_than_the_curriculum_ends(tmp_path: Path, monkeypatch: Any) -> None:
     overrides = ["curriculum.start=null", "curriculum.block=3", "curriculum.threshold=0.5", "epochs=1"]
     trainer = stub_trainer(stub_config(tmp_path, *overrides))
     scores = iter([0.2, 0.4, 0.1, *[0.6] * 3])  # three of the four blocks, then three steps
-    monkeypatch.setattr(trainer, "_score", lambda evidence: torch.tensor(next(scores)))
+    monkeypatch.setattr(trainer.learner, "_score", lambda evidence: torch.tensor(next(scores)))
     run(trainer)
     assert trainer.progress.trajectory == [(0, 2), (1, 3)]
-    assert trainer.costs.flops["teacher"] == 4 * 10 * (3 + 2 + 3 + 3)  # images, FLOPs a block, blocks
+    assert trainer.learner.costs.flops["teacher"] == 4 * 10 * (3 + 2 + 3 + 3)  # images, FLOPs a block, blocks
 
 
 @pytest.mark.parametrize("prefetch", [0, 1])
@@ -163,11 +163,11 @@ def test_a_resumed_run_does_not_calibrate_and_continues_to_the_same_end(remedy: 
     cut.close()
     resumed = stub_trainer(stub_config(halves, *overrides, "resume=auto"))
     resumed.restore(halves / "checkpoints" / "step00000005")
-    resumed._calibrated = lambda batches: pytest.fail("calibrated again")
+    resumed.learner._calibrated = lambda batches: pytest.fail("calibrated again")
     run(resumed)
     assert resumed.progress.trajectory == uncut.progress.trajectory
-    for name, tensor in uncut.engine.module.state_dict().items():
-        assert torch.equal(tensor, resumed.engine.module.state_dict()[name]), name
+    for name, tensor in uncut.learner.engine.module.state_dict().items():
+        assert torch.equal(tensor, resumed.learner.engine.module.state_dict()[name]), name
     assert scalars(halves, "loss/total") == scalars(whole, "loss/total")
 
 
@@ -205,8 +205,8 @@ def test_the_score_at_the_last_block_is_only_computed_when_shown(tmp_path: Path)
     config = stub_config(tmp_path, "curriculum.mode=fixed", "curriculum.start=null", "telemetry.every=3")
     trainer = stub_trainer(config)
     asked = []
-    forward = trainer.engine.module.forward
-    trainer.engine.module.forward = lambda images, targets, scored, labels: (
+    forward = trainer.learner.engine.module.forward
+    trainer.learner.engine.module.forward = lambda images, targets, scored, labels: (
         asked.append(scored),
         forward(images, targets, scored),
     )[1]
@@ -219,9 +219,9 @@ def test_a_second_signal_does_not_kill_the_save_that_the_first_asked_for(
     sent: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = stub_trainer(stub_config(tmp_path))
-    step, save = trainer._step, trainer._save
+    step, save = trainer.learner.step, trainer._save
     signalled = lambda: os.kill(os.getpid(), sent)  # noqa: E731
-    monkeypatch.setattr(trainer, "_step", lambda work: (step(work), signalled())[0])
+    monkeypatch.setattr(trainer.learner, "step", lambda work: (step(work), signalled())[0])
     monkeypatch.setattr(trainer, "_save", lambda: (signalled(), save())[1])
     assert not trainer.run()
     trainer.close()

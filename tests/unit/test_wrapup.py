@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,15 +28,17 @@ def test_time_and_efficiency_follow_the_steps_spent_on_each_block(
     """A pass costs 1 s and 2 s a block; its FLOPs are 10 a block: time saves less than FLOPs do."""
     config = stub_config(tmp_path, f"curriculum.start={start}", "curriculum.threshold=-1")
     trainer = stub_trainer(config, StubTeacher())
-    trainer.coordinator.start_at(1)
+    trainer.learner.coordinator.start_at(1)
     monkeypatch.setattr(
-        trainer, "_calibrated", lambda batches: (trainer.accountant.charge_calibration(trainer.costs, 4), 1)[1]
+        trainer.learner,
+        "_calibrated",
+        lambda batches: (trainer.learner.accountant.charge_calibration(trainer.learner.costs, 4), 1)[1],
     )
     assert trainer.run()
     trainer.close()
     assert [block for _, block in trainer.progress.trajectory] == [1, 2, 3, 4]  # 1, 1, 1 and 3 steps
-    trainer.costs.seconds = 100.0
-    trainer.costs.phases = {"calibration": 3.0 * calibration, "data": waited, "optimizer": 50.0}
+    trainer.learner.costs.seconds = 100.0
+    trainer.learner.costs.phases = {"calibration": 3.0 * calibration, "data": waited, "optimizer": 50.0}
     seconds = {block: 1.0 + 2.0 * block for block in range(1, DEPTH + 1)}
     monkeypatch.setattr(wrapup, "_seconds_by_depth", lambda teacher, images, blocks: {b: seconds[b] for b in blocks})
     summary = wrapup._time_saved(config, ONE, trainer)
@@ -44,8 +48,8 @@ def test_time_and_efficiency_follow_the_steps_spent_on_each_block(
     least = max(0, 12 - waited) - 3 * calibration  # a calibration cannot hide
     assert summary["time_saved_at_least"] == pytest.approx(least / (least + 100))
     spared = 40 * (3 + 2 + 1) - 160 * calibration
-    assert summary["skip_efficiency"] == pytest.approx(summary["time_saved"] / trainer.costs.flops_saved)
-    assert trainer.costs.teacher_saved == pytest.approx(spared / (6 * 160))
+    assert summary["skip_efficiency"] == pytest.approx(summary["time_saved"] / trainer.learner.costs.flops_saved)
+    assert trainer.learner.costs.teacher_saved == pytest.approx(spared / (6 * 160))
     assert summary["teacher_skip_efficiency"] == pytest.approx((saved / (6 * 9)) / (spared / (6 * 160)))
 
 
@@ -71,9 +75,9 @@ def test_steps_of_two_settings_are_not_timed_in_one(tmp_path: Path) -> None:
     trainer = stub_trainer(config)
     assert trainer.run()
     trainer.close()
-    (setting,) = trainer.costs.settings
+    (setting,) = trainer.learner.costs.settings
     assert setting.startswith(f"1 x {device_name(ONE.device)}, ") and "teacher.compile=False" in setting
-    trainer.costs.settings.append("8 x NVIDIA H200")
+    trainer.learner.costs.settings.append("8 x NVIDIA H200")
     mixed = wrapup.wrap_up(config, ONE, trainer)
     assert mixed["time_saved"] is None and "skip_efficiency" not in mixed
     assert "not measured" in wrapup._final_table(mixed, config)
@@ -85,7 +89,7 @@ def test_the_final_block_is_the_last_one_trained_on(tmp_path: Path) -> None:
     trainer = stub_trainer(config)
     assert trainer.run()
     trainer.close()
-    assert trainer.curriculum.block == 3
+    assert trainer.learner.curriculum.block == 3
     assert wrapup._progress_summary(config, trainer)["final_block"] == 2
 
 
@@ -98,7 +102,7 @@ def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: P
     config = replace(config, data=resolve(config.data, tmp_path, ONE))
     trainer = stub_trainer(config)
     judge = wrapup.Judge(config, ONE)
-    found = judge.student(load_student(export_student(trainer.engine, config, ONE), ONE.device))
+    found = judge.student(load_student(export_student(trainer.learner.engine, config, ONE), ONE.device))
     found |= judge.teacher(trainer.teacher)
     trainer.close()
     accuracies = {f"{who}_{kind}" for who in judged for kind in ("knn", "probe")}
@@ -106,7 +110,7 @@ def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: P
     assert (found["known_images"], found["judged_images"]) == (99, 297)
     (batch,) = build_eval_loader(config.data.val, config.data, batch=999, world=ONE)
     with torch.no_grad():
-        maps = trainer.engine.module.student(batch.images).patch, StubTeacher().at(DEPTH, batch.images).patch
+        maps = trainer.learner.engine.module.student(batch.images).patch, StubTeacher().at(DEPTH, batch.images).patch
     grams = []
     for tokens in maps:
         features = tokens.mean(1).double().numpy()
@@ -138,3 +142,23 @@ def test_a_teacher_that_does_not_fit_whole_costs_no_student(tmp_path: Path) -> N
     trainer.close()
     assert (tmp_path / "student.safetensors").is_file()
     assert 0 < json.loads((tmp_path / "summary.json").read_text())["student_knn"] <= 1
+
+
+@pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_the_umask_decides_who_reads_a_run(umask: int, file: int, folder: int, tmp_path: Path) -> None:
+    few = ["evaluation.quick_images=20", "evaluation.max_train_images=20", "evaluation.probe_epochs=1"]
+    watched = ["evaluation.every_epochs=1", "data.val=digits", "data.workers=0", "epochs=1"]
+    config = stub_config(tmp_path / "run", *watched, *few)
+    before = os.umask(umask)
+    try:
+        config = replace(config, data=resolve(config.data, tmp_path / "run", ONE))
+        trainer = stub_trainer(config)
+        assert trainer.run()
+        wrapup.wrap_up(config, ONE, trainer)
+        trainer.close()
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert {"student.safetensors", "checkpoints", "curriculum.jsonl"} <= {path.name for path in modes}
+    odd = {path: oct(mode) for path, mode in modes.items() if mode != (folder if (tmp_path / path).is_dir() else file)}
+    assert not odd

@@ -229,7 +229,7 @@ def measure(config: Config, world: World, *, rounds: int, steps: int) -> tuple[l
     images = random_images(config, world.device)
     lazy, teacher = held_teacher(config, world.device)
     trainer = build_conducted(config, world, teacher, images)
-    objective: Objective = trainer.engine.module
+    objective: Objective = trainer.learner.engine.module
     cut = CutTeacher(config, lazy)
     ideal = Ideal(config, cut, copy.deepcopy(objective.student.backbone), images)
     plain = Plain(config, cut, copy.deepcopy(objective.student.backbone), _linear(objective), images)

@@ -28,7 +28,7 @@ def test_every_so_many_steps_student_tokens_and_target_are_looked_at(tmp_path: P
     config = stub_config(tmp_path, "telemetry.spectra_every=2", "telemetry.every=4", "curriculum.threshold=-1")
     trainer = stub_trainer(config)
     with torch.no_grad():
-        student = trainer.engine.module.student(StubLoader().epoch(0).__next__().images).patch
+        student = trainer.learner.engine.module.student(StubLoader().epoch(0).__next__().images).patch
     trainer.run()
     trainer.close()
     targets = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from streaming.base.util import bytes_to_int
 
 from leap_dist.config import Config, describe, differences, flat, load, option_fields, to_yaml
+from leap_dist.config.checks import RANGES
 from leap_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,7 +40,7 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("optim.betas=[0.9,1.5]", ["optim.betas=[0.9, 1.5]", "[0, 1)"]),
         ("seed=5000000000", ["seed=5000000000", "2**32"]),
         ("optim.lr=.nan", ["optim.lr=nan", "above 0"]),
-        ("objective.cls_weight=-1", ["objective.cls_weight=-1", "negative"]),
+        ("objective.cls_weight=-1", ["objective.cls_weight=-1", "at least 0"]),
         ("curriculum.ema_alpha=0", ["curriculum.ema_alpha=0", "(0, 1]"]),
         ("curriculum.threshold=.inf", ["curriculum.threshold=inf", "finite"]),
         ("curriculum.replay=/no/such/curriculum.jsonl", ["curriculum.replay=/no/such", "no such file"]),
@@ -67,7 +69,7 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("data.cache=~/imagenet", ["data.cache=~/imagenet", "home folder"]),
         ("student.kwargs=[1]", ["student.kwargs=[1]", "command line", "expected"]),
         ("optim.trust_coefficient=0", ["optim.trust_coefficient=0.0", "above 0"]),
-        ("student.num_classes=-1", ["student.num_classes=-1", "negative"]),
+        ("student.num_classes=-1", ["student.num_classes=-1", "at least 0"]),
         ("student.remedy=lifted", ["student.remedy='lifted'", "none", "lift", "wide_last"]),
         ("objective.head=pool", ["objective.head='pool'", "linear", "none", "pooled", "or null"]),
         ("engine.deepspeed.optimizer.type=Adam", ["engine.deepspeed.optimizer", "optim.name"]),
@@ -81,6 +83,21 @@ def test_one_mistake_one_line(override: str, words: list[str]) -> None:
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_every_range_is_of_an_option_and_holds() -> None:
+    """One number just outside each, in a tuple's last place where it is one; the whole value is in the complaint."""
+    outside = {"at least 1": 0, "at least 0": -1, "above 0": 0, "between 0 and 1": 1.5, "in (0, 1]": 0, "in [0, 1)": 1}
+    assert outside.keys() == RANGES.keys()
+    for words, keys in RANGES.items():
+        for key in keys:
+            default = option_fields()[key].default
+            value = [*default[:-1], outside[words]] if isinstance(default, tuple) else outside[words]
+            placement = ["teacher.placement=auto"] if key == "teacher.memory_budget" else []
+            with pytest.raises(UserError, match=rf"{re.escape(key)}=.*: must be {re.escape(words)}"):
+                load(None, [*NEEDED, *placement, f"{key}={value}"])
+    with pytest.raises(UserError, match=r"engine\.clip=inf: must be finite"):
+        load(None, [*NEEDED, "engine.clip=.inf"])
 
 
 @pytest.mark.parametrize("size", ["200000", "200000b", "1.5TB", " 64 kb"])

@@ -41,9 +41,9 @@ def test_every_scored_step_has_its_decision_and_reason(tmp_path: Path) -> None:
     assert [line["reason"] for line in steps] == ["threshold"] * 3 + ["last_block"] * 3
     assert all(line["ema"] == line["score"] and line["threshold"] == -1 for line in steps)  # no smoothing
     assert [line["teacher_flops"] for line in steps] == [40, 120, 240, 400, 560, 720]  # 4 images, 10 FLOPs a block
-    assert steps[-1]["teacher_flops"] == trainer.costs.flops["teacher"]
+    assert steps[-1]["teacher_flops"] == trainer.learner.costs.flops["teacher"]
     seconds = [line["seconds"] for line in steps]
-    assert seconds == sorted(seconds) and seconds[-1] <= trainer.costs.seconds
+    assert seconds == sorted(seconds) and seconds[-1] <= trainer.learner.costs.seconds
 
 
 def test_the_end_of_an_epoch_is_a_decision_of_its_own(tmp_path: Path) -> None:
@@ -113,8 +113,11 @@ def test_a_run_that_continues_another_begins_with_its_lines_and_costs(tmp_path: 
     continued.run()
     continued.close()
     assert without_seconds(second) == without_seconds(first)
-    assert continued.costs.flops == earlier.costs.flops and continued.costs.full_flops == earlier.costs.full_flops
-    assert continued.costs.phases["teacher"] > 1000.0
+    assert (
+        continued.learner.costs.flops == earlier.learner.costs.flops
+        and continued.learner.costs.full_flops == earlier.learner.costs.full_flops
+    )
+    assert continued.learner.costs.phases["teacher"] > 1000.0
 
 
 def test_a_replay_takes_the_same_blocks_and_still_scores(tmp_path: Path) -> None:

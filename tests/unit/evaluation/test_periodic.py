@@ -48,7 +48,7 @@ def validated(output: Path, *overrides: str, clock: Clock | None = None, fails_a
         torch.rand(3)  # somebody else's draws
         return sum(p.double().sum().item() for p in engine.module.parameters())
 
-    trainer.validation.knn = knn
+    trainer.learner.validation.knn = knn
     return trainer
 
 
@@ -68,13 +68,13 @@ def test_due_epochs_have_a_line_and_the_runs_clock_stands_still(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("leap_dist.trainer.time", clock)
+    monkeypatch.setattr("leap_dist.runtime.timing.time", clock)
     trainer = run(validated(tmp_path, clock=clock))
     found = lines(tmp_path)
     assert [(line["epoch"], line["step"]) for line in found] == [(2, 6), (4, 12)]
     assert scalars(tmp_path, "evaluation/knn") == pytest.approx([line["knn"] for line in found])
     assert [line["evaluation_seconds"] for line in found] == [EVALUATION_S + 1] * 2
-    assert clock.now > 2 * EVALUATION_S and 15 < trainer.costs.seconds < EVALUATION_S
+    assert clock.now > 2 * EVALUATION_S and 15 < trainer.learner.costs.seconds < EVALUATION_S
     ledger = [json.loads(text) for text in (tmp_path / "curriculum.jsonl").read_text().splitlines()]
     spent = {line["step"]: line["teacher_flops"] for line in ledger}
     assert [line["teacher_flops"] for line in found] == [spent[5], spent[11]]
@@ -104,14 +104,14 @@ def test_a_run_killed_in_an_evaluation_makes_it_again_and_no_step(fails_at: int,
 
 def test_weights_spoilt_before_an_evaluation_are_not_gone_on_from(tmp_path: Path) -> None:
     trainer = validated(tmp_path, fails_at=0)
-    update = trainer.engine.step
+    update = trainer.learner.engine.step
 
     def spoil() -> None:
         update()
         if trainer.progress.step == 5:  # the epoch's last
-            next(trainer.engine.module.parameters()).data.fill_(math.nan)
+            next(trainer.learner.engine.module.parameters()).data.fill_(math.nan)
 
-    trainer.engine.step = spoil
+    trainer.learner.engine.step = spoil
     with pytest.raises(KeyboardInterrupt):
         run(trainer)
     assert (tmp_path / "checkpoints" / "step00000006").is_dir()
@@ -124,8 +124,8 @@ def without_seconds(line: dict[str, float]) -> dict[str, float]:
 
 def test_a_run_told_to_stop_at_an_epochs_end_is_evaluated_when_it_goes_on(tmp_path: Path) -> None:
     trainer = validated(tmp_path)
-    decide = trainer.coordinator.decide
-    trainer.coordinator.decide = lambda **now: decide(**now)._replace(stop=now["step"] == 5)
+    decide = trainer.learner.coordinator.decide
+    trainer.learner.coordinator.decide = lambda **now: decide(**now)._replace(stop=now["step"] == 5)
     assert not trainer.run()
     trainer.close()
     assert not (tmp_path / VALIDATION).exists()
@@ -140,9 +140,9 @@ def test_the_accuracy_is_that_of_the_weights_in_training(tmp_path: Path) -> None
     config = stub_config(tmp_path, "data.val=digits", "data.workers=0", "evaluation.quick_images=200")
     config = replace(config, data=resolve(config.data, tmp_path, ONE))
     trainer = stub_trainer(config)
-    trainer.engine.train()
-    found = Validation(config, ONE).knn(trainer.engine)
-    student = trainer.engine.module.student
+    trainer.learner.engine.train()
+    found = Validation(config, ONE).knn(trainer.learner.engine)
+    student = trainer.learner.engine.module.student
     assert student.training
     with torch.no_grad():
         (x, y), (queries, truth) = (

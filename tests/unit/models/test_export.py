@@ -18,7 +18,8 @@ from leap_dist.models.student import Student, build_student
 from leap_dist.runtime.distributed import World
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
-DOCUMENTED = Path(__file__).resolve().parents[3] / "docs" / "students.md"
+ROOT = Path(__file__).resolve().parents[3]
+DOCUMENTED = ROOT / "docs" / "students.md"
 IMAGES = torch.randn(2, 3, 16, 16)
 REMEDIES = ["none", "lift", "wide_last"]
 
@@ -42,6 +43,17 @@ def documented(remedy: str) -> str:
     """The Python of the section on using a student."""
     opening, lift, wide_last, use = re.findall(r"```python\n(.*?)```", DOCUMENTED.read_text(), re.S)[1:]
     return "\n".join([opening, {"none": "", "lift": lift, "wide_last": wide_last}[remedy], use])
+
+
+def test_the_lines_of_the_readme_give_the_mean_patch_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They name the folder that the demo leaves; the feature is the one that a run's accuracies are about."""
+    student, _ = exported(tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    names: dict[str, Any] = {"images": IMAGES}
+    exec(lines, names)
+    assert torch.equal(names["features"], student(IMAGES).patch.mean(1))
+    assert torch.equal(names["model"](IMAGES), student(IMAGES).cls)
 
 
 @pytest.mark.parametrize("classes", [0, 5])
@@ -93,3 +105,14 @@ def test_the_documented_control_has_the_papers_width(capsys: pytest.CaptureFixtu
         assert min(counts, key=lambda w: abs(counts[w] - wanted)) == width
         assert f"{width} ({counts[width]:,}" in text
     assert f"{counts[204]:,}" in text
+
+
+def test_an_export_loads_from_its_run_folder_by_text_or_path(tmp_path: Path) -> None:
+    student, path = exported(tmp_path)
+    expected = student(IMAGES).patch
+    for where in (str(tmp_path), tmp_path, str(path), path):
+        assert torch.equal(load_student(where)(IMAGES).patch, expected)
+    (tmp_path / "empty").mkdir()
+    for nowhere in (tmp_path / "empty", tmp_path / "lfit"):
+        with pytest.raises(FileNotFoundError, match=f"{nowhere.name}.*: no such file"):
+            load_student(nowhere)

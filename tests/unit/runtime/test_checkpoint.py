@@ -90,9 +90,40 @@ def test_a_start_that_had_to_wait_goes_on_where_the_other_left(tmp_path: Path) -
     second.release()
 
 
-def test_a_claim_on_nothing_leaves_nothing(tmp_path: Path) -> None:
-    Claim(tmp_path / "new", ONE).hold()
-    assert not (tmp_path / "new").exists()
+def test_two_starts_into_a_new_folder_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before either has looked at what is in it: the second would begin at step 0 over the first's checkpoints."""
+    monkeypatch.setattr("leap_dist.runtime.run_lock.LOCK_SECONDS", 0.2)
+    output = tmp_path / "runs" / "new"
+    with Claim(output, ONE), pytest.raises(UserError, match=r"output=.*: another run is at it"):
+        Claim(output, ONE).hold()
+    with Claim(output, ONE) as second:
+        second.mark("config.yaml", "second")
+    assert (output / "config.yaml").read_text() == "second"
+
+
+def test_a_start_that_comes_to_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError), Claim(tmp_path / "runs" / "new", ONE):
+        raise UserError("of the config")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "old").mkdir()
+    with Claim(tmp_path / "old", ONE):
+        pass
+    assert (tmp_path / "old").exists(), "it was there before"
+    with Claim(tmp_path / "data", ONE):
+        (tmp_path / "data" / "digits").mkdir()
+    assert (tmp_path / "data" / "digits").exists()
+
+
+def test_who_waits_for_a_folder_that_is_removed_makes_it_anew(tmp_path: Path) -> None:
+    first, second, held = Claim(tmp_path / "new", ONE), Claim(tmp_path / "new", ONE), threading.Event()
+    first.hold()
+    waiting = threading.Thread(target=lambda: (second.hold(), held.set()))
+    waiting.start()
+    assert not held.wait(0.3)
+    first.release()  # unused: the folder goes, under the eyes of the one that waits
+    assert held.wait(5)
+    assert (tmp_path / "new" / ".lock").samefile(f"/proc/self/fd/{second._held.fileno()}")
+    second.release()
 
 
 def test_a_rank_that_does_not_see_the_run_folder_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_blocks_and_losses_are_those_of_a_plain_loop(curriculum: str, prefetch: 
     assert scalars(tmp_path, "loss/total") == pytest.approx(losses, rel=1e-6)
     firsts = [step for step in range(len(blocks)) if step == 0 or blocks[step] != blocks[step - 1]]
     assert trainer.progress.trajectory == [(step, blocks[step]) for step in firsts]
-    assert trainer.costs.flops["teacher"] == sum(4 * 10 * block for block in blocks)
+    assert trainer.learner.costs.flops["teacher"] == sum(4 * 10 * block for block in blocks)
 
 
 def test_an_advance_comes_a_step_later_and_is_counted_once(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_the_next_steps_features_are_begun_before_the_student_trains(
 ) -> None:
     seen: list[str] = []
     trainer = stub_trainer(stub_config(tmp_path, f"teacher.prefetch={prefetch}", "curriculum.threshold=2"), length=3)
-    features, forward = trainer.teacher.features, trainer.engine.module.forward
+    features, forward = trainer.teacher.features, trainer.learner.engine.module.forward
     trainer.teacher.features = lambda images: (seen.append("t"), features(images))[1]
-    trainer.engine.module.forward = lambda *inputs: (seen.append("s"), forward(*inputs))[1]
+    trainer.learner.engine.module.forward = lambda *inputs: (seen.append("s"), forward(*inputs))[1]
     assert trainer.run()
     trainer.close()
     assert "".join(seen) == order
@@ -150,14 +150,14 @@ def test_a_run_that_was_cut_continues_to_the_same_end(where: str, uncut: Trainer
     resumed = stub_trainer(stub_config(tmp_path, *LONG, "resume=auto"), length=STEPS)
     resumed.restore(tmp_path / "checkpoints" / f"step{cut[where]:08d}")
     under_way = {"one step in": (1, 1), "as an advance is on its way": (1, 2), "between two epochs": (None, 3)}
-    assert (resumed.progress.next_block, resumed.curriculum.block) == under_way[where]
+    assert (resumed.progress.next_block, resumed.learner.curriculum.block) == under_way[where]
     assert resumed.run()
     resumed.close()
     assert resumed.progress.trajectory == uncut.progress.trajectory
-    assert resumed.costs.flops == uncut.costs.flops
+    assert resumed.learner.costs.flops == uncut.learner.costs.flops
     assert scalars(tmp_path, "loss/total") == scalars(Path(uncut.config.output), "loss/total")
-    for name, tensor in uncut.engine.module.state_dict().items():
-        assert torch.equal(tensor, resumed.engine.module.state_dict()[name]), name
+    for name, tensor in uncut.learner.engine.module.state_dict().items():
+        assert torch.equal(tensor, resumed.learner.engine.module.state_dict()[name]), name
 
 
 class SlowTeacher:
