@@ -74,7 +74,7 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     check_window(config, steps)
     schedule = replayed_schedule(config.curriculum.replay, spec.depth, steps, world)
     timer = PhaseTimer(world.device)
-    checkpoints = Checkpoints(config, world, loader.layout, teacher.fingerprint, claim)
+    checkpoints = Checkpoints(config, world, loader.layout, teacher.fingerprint, claim, teacher.marks)
     convert = resume is not None and checkpoints.needs_conversion(resume)
     objective = build_objective(config, spec)
     optimizer = build_optimizer(config.optim, objective)

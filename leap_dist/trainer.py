@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from leap_dist.config import Config
-from leap_dist.curriculum.coordinator import Coordinator
+from leap_dist.curriculum.coordinator import Coordinator, NonFiniteLoss
 from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, draw_mix, soft_labels
+from leap_dist.errors import UserError
 from leap_dist.evaluation.periodic import Validation
 from leap_dist.learner import Learner
 from leap_dist.models.features import Features
@@ -30,6 +31,7 @@ from leap_dist.runtime.seeds import MIXUP, step_seed
 from leap_dist.runtime.signals import Interrupt
 from leap_dist.runtime.timing import PhaseTimer, RunClock
 from leap_dist.teacher import Teacher
+from leap_dist.teacher.blame import teacher_fault
 from leap_dist.teacher.lookahead import Lookahead, MicroBatch, Work
 
 CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x 40 blocks are 2 GB in fp32
@@ -83,6 +85,7 @@ class Trainer:
         self.lookahead = Lookahead(parts.teacher, self._work, world.device, ahead=config.teacher.prefetch > 0)
         self.progress = self.learner.progress
         self.coming: Optional[Work] = None
+        self.trained: Optional[Work] = None  # the last step's, should its loss be non-finite
         self.stopping = False
         self.first_step = 0  # of this session
         self.saved_step = -1
@@ -136,7 +139,8 @@ class Trainer:
                 return
             if not self.progress.trajectory:
                 self.learner.choose_start(lambda last, batches=batches: self._swept(batches, last))
-            self.learner.step(self._next_work(batches, following))
+            self.trained = self._next_work(batches, following)
+            self.learner.step(self.trained)
             self.progress.step += 1
             self.progress.step_in_epoch += 1
             if self._is_save_due(self.progress.step, self.config.checkpoint.every_steps):
@@ -155,10 +159,21 @@ class Trainer:
 
     def _settle(self, interrupt: Interrupt) -> None:
         """Close the step before: its numbers are read and decided on, on every rank."""
-        decision = self.learner.settle(interrupt.requested, self.bad_samples)
+        try:
+            decision = self.learner.settle(interrupt.requested, self.bad_samples)
+        except NonFiniteLoss as error:
+            raise self._explained(error) from error
         if decision is not None:
             self.checkpoints.confirm()  # the loss that the saved weights gave is finite
             self.stopping = decision.stop
+
+    def _explained(self, error: NonFiniteLoss) -> UserError:
+        """The error, or the teacher's fault if its features of the step's images are not finite. Collective."""
+        assert self.trained is not None
+        images = (self._view(batch, self.progress.step - 1)[0] for batch in self.trained.batches)
+        until = self.teacher.spec.depth if self.config.curriculum.mode == "all_layers" else self.trained.block
+        fault = teacher_fault(self.teacher, images, until, self.config.teacher, self.world)
+        return error if fault is None else UserError(f"{fault}: {error}")
 
     # -- what a step trains on ----------------------------------------------------------------------------------------
 

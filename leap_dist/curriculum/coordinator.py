@@ -25,6 +25,10 @@ class Decision(NamedTuple):
     bad: bool = False
 
 
+class NonFiniteLoss(UserError):
+    """A rank's loss is infinite or no number."""
+
+
 class Coordinator:
     """Keeps the curriculum of all ranks equal to rank 0's.
 
@@ -51,7 +55,8 @@ class Coordinator:
             stop: this rank was asked to end the run. bad: samples it could not read, of which the others do not know.
 
         Raises:
-            UserError: a rank's loss is not finite (named), or ranks disagree on step or block.
+            NonFiniteLoss: a rank's loss is not finite (named).
+            UserError: ranks disagree on step or block.
         """
         curriculum = self.curriculum
         here = f"step {step} on block {curriculum.block}"
@@ -62,7 +67,7 @@ class Coordinator:
             rows = checked_gather(here, [float(value) for value in row], self.world)
         for rank, finite in enumerate(rows[:, 3].tolist()):
             if not finite:
-                raise UserError(f"non-finite loss on rank {rank} at step {step}")
+                raise NonFiniteLoss(f"non-finite loss on rank {rank} at step {step}")
         if not self.world.is_main:
             block, ema, epochs = rows[0, :3].tolist()
             decided = {"block": int(block), "ema": ema, "epochs_on_block": int(epochs)}

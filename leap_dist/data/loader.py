@@ -23,6 +23,7 @@ from leap_dist.data.order import Share, epoch_order
 from leap_dist.data.transforms import Whole, eval_transform, train_transform
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World
+from leap_dist.runtime.signals import STOPPING
 
 if TYPE_CHECKING:
     from leap_dist.data.streaming import ImageDataset
@@ -51,13 +52,14 @@ def _guarded(batches: Iterable[Batch], source: str) -> Iterator[Batch]:
 def _live_as_long_as(rank_pid: int, _worker: int) -> None:
     """Tie a loader worker to its rank, no shorter and no longer.
 
-    The deepspeed launcher and Ctrl-C signal workers too, whose rank still has to save; `close` ends them. And torch's
-    watch over the parent takes whoever is the parent when the worker begins for the rank: one that was killed before
-    that would leave the worker for ever (seen after kills in the first second). Nor does it look while a worker waits
-    for a download, so the kernel is told: it ends the worker with the thread that forked it, the rank's main one.
+    The deepspeed launcher, Ctrl-C and a closed terminal signal workers too, whose rank still has to save; `close` ends
+    them. And torch's watch over the parent takes whoever is the parent when the worker begins for the rank: one that
+    was killed before that would leave the worker for ever (seen after kills in the first second). Nor does it look
+    while a worker waits for a download, so the kernel is told: it ends the worker with the thread that forked it, the
+    rank's main one.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     if os.getppid() != rank_pid:
         os._exit(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from leap_dist.config import EvaluationConfig
-from leap_dist.evaluation.features import FeatureSet
+from leap_dist.evaluation.features import FeatureSet, check_finite
 from leap_dist.evaluation.knn import knn_accuracy
 from leap_dist.evaluation.probe import probe_accuracy
 
@@ -13,7 +13,12 @@ from leap_dist.evaluation.probe import probe_accuracy
 def evaluate(
     train: FeatureSet, val: FeatureSet, config: EvaluationConfig, *, device: torch.device, seed: int = 0
 ) -> dict[str, float]:
-    """Accuracy on `val`, 0 to 1, of kNN ("knn") and of a linear probe ("probe") that know `train`."""
+    """Accuracy on `val`, 0 to 1, of kNN ("knn") and of a linear probe ("probe") that know `train`.
+
+    Raises:
+        UserError: features that are not finite.
+    """
+    check_finite(train, val)
     return {
         "knn": knn_accuracy(train, val, config.knn_k, device),
         "probe": probe_accuracy(train, val, epochs=config.probe_epochs, lr=config.probe_lr, seed=seed, device=device),

@@ -9,6 +9,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from leap_dist.errors import UserError
+
 _T = TypeVar("_T")
 
 
@@ -35,6 +37,17 @@ def extract(
         for images, labels, ids in loader
     ]
     return FeatureSet(*map(torch.cat, zip(*batches, strict=True)))
+
+
+def check_finite(*sets: FeatureSet) -> None:
+    """Raise UserError if a feature is infinite or no number: every distance to it is too, and any class might win."""
+    for found in sets:
+        bad = ~found.features.isfinite().all(1)
+        if bad.any():
+            raise UserError(
+                f"evaluation: features of {len(found.ids[bad].unique())} of {len(found.ids.unique())} images are not "
+                "finite; the judged model's weights hold NaN, or its precision overflows"
+            )
 
 
 def in_step(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from leap_dist.config import Config
 from leap_dist.data import EvalLoader, build_eval_loader
-from leap_dist.evaluation.features import FeatureSet, extract, in_step, merge
+from leap_dist.errors import UserError
+from leap_dist.evaluation.features import FeatureSet, check_finite, extract, in_step, merge
 from leap_dist.runtime.distributed import World, collect, gather_objects
 
 BATCH = 64  # loader workers hold two each ready, in float32
@@ -35,7 +36,11 @@ class HeldOut:
         )
 
     def features(self, model: Callable[[Tensor], Tensor]) -> Optional[tuple[FeatureSet, FeatureSet]]:
-        """Both sets as `model` sees them, images (B,3,H,W) -> features (B,D): on rank 0, None elsewhere. Collective."""
+        """Both sets as `model` sees them, images (B,3,H,W) -> features (B,D): on rank 0, None elsewhere. Collective.
+
+        Raises:
+            UserError: some are not finite; on every rank.
+        """
         train, val = self._outputs(model, self._train), self.validation(model)
         return None if train is None or val is None else (train, val)
 
@@ -45,5 +50,19 @@ class HeldOut:
 
     def _outputs(self, model: Callable[[Tensor], Tensor], loader: EvalLoader) -> Optional[FeatureSet]:
         batches = in_step(loader, self._batch, max(gather_objects(len(loader), self._world)))
-        columns = [collect(column, self._world) for column in extract(model, batches, self._world.device)]
+        share = extract(model, batches, self._world.device)
+        _check_together(share, self._world)
+        columns = [collect(column, self._world) for column in share]
         return merge([FeatureSet(*share) for share in zip(*columns, strict=True)]) if self._world.is_main else None
+
+
+def _check_together(share: FeatureSet, world: World) -> None:
+    """Raise UserError on every rank if one has features that are not finite."""
+    fault: Optional[str] = None
+    try:
+        check_finite(share)
+    except UserError as error:
+        fault = str(error)
+    for found in gather_objects(fault, world):
+        if found is not None:
+            raise UserError(found)

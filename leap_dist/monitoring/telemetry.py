@@ -15,6 +15,7 @@ from leap_dist.errors import UserError
 from leap_dist.monitoring.climb import draw, read
 from leap_dist.monitoring.dashboard import CARDS, layout
 from leap_dist.runtime.files import write_whole
+from leap_dist.runtime.reporting import STDERR
 
 FIGURE = "curriculum.png"  # in the run folder
 
@@ -55,6 +56,7 @@ class Telemetry:
             disable=not config.telemetry.progress,
             mininterval=bar_interval(),
             dynamic_ncols=True,
+            file=STDERR,
         )
 
     def is_due(self, step: int) -> bool:
@@ -73,7 +75,7 @@ class Telemetry:
 
     def say(self, line: str) -> None:
         """One line on the terminal, above the bar while there is one."""
-        self.bar.write(line, file=sys.stderr)
+        self.bar.write(line, file=STDERR)
 
     def end_bar(self) -> None:
         """Leave the bar as it is: what comes after the last step is not its time."""

@@ -43,6 +43,7 @@ from leap_dist.pretraining.recipe import TeacherRecipe, changes, load_recipe
 from leap_dist.pretraining.session import Session
 from leap_dist.runtime.distributed import World, uses_gpus
 from leap_dist.runtime.files import write_json, write_text, write_whole
+from leap_dist.runtime.reporting import STDERR
 from leap_dist.runtime.signals import Interrupt
 
 RECIPE, CHECKPOINT, WEIGHTS = "recipe.yaml", "checkpoint.pt", "teacher.safetensors"
@@ -129,7 +130,7 @@ def _bar(session: Session) -> tqdm:
     batch = session.recipe.data.global_batch
     return tqdm(
         total=session.total_steps * batch, initial=session.step * batch, unit=" images", unit_scale=True,
-        mininterval=bar_interval(), dynamic_ncols=True,
+        mininterval=bar_interval(), dynamic_ncols=True, file=STDERR,
     )  # fmt: skip
 
 

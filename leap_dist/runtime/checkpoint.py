@@ -12,9 +12,9 @@ Learning rate and random numbers are functions of the step, so they need no stat
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,14 +22,23 @@ from typing import Any, Optional
 
 from leap_dist.config import Config, abridged, differences, flat, load, to_yaml
 from leap_dist.errors import UserError
+from leap_dist.runtime.checkpoint_folder import (
+    CONFIG,
+    LATEST,
+    RUN,
+    checkpoints,
+    fault_of,
+    newest,
+    others,
+    read_run,
+)
 from leap_dist.runtime.distributed import World, barrier, gather_objects, is_lost_peer
-from leap_dist.runtime.files import flush, write_json, write_text
+from leap_dist.runtime.files import disk_full, flush, write_json, write_text
+from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.run_lock import Claim, require_shared
 from leap_dist.runtime.universal import remove_leftovers, universal_copy
 
 log = logging.getLogger(__name__)
-
-LATEST, CONFIG, RUN = "latest", "config.yaml", "run.json"
 
 
 def find_resume(config: Config, world: World) -> Optional[Path]:
@@ -66,8 +75,9 @@ def _require_one_config(config: Config, world: World) -> None:
 
 def _resume_from(config: Config) -> Optional[Path]:
     output = Path(config.output)
-    if (output / CONFIG).is_file():
-        changed = differences(load(output / CONFIG, [f"resume={config.resume}"], check=False), config)
+    held = _held_config(output)
+    if held is not None:
+        changed = differences(load(held, [f"resume={config.resume}"], check=False), config)
         if changed:
             raise UserError(
                 f"output={output}: holds a run of another config ({abridged(changed)}); choose another output, or "
@@ -75,37 +85,44 @@ def _resume_from(config: Config) -> Optional[Path]:
             )
         if config.resume == "none":
             raise UserError(f"output={output}: holds a run; continue it with resume=auto, or choose another output")
+        if config.resume != "auto" and _is_inside(Path(config.resume), output):
+            return _meant(Path(config.resume))
         own = newest(output / "checkpoints")
-        if config.resume == "auto" or (own is not None and not _is_inside(Path(config.resume), output)):
+        if config.resume == "auto" or own is not None:
             return own  # a queue that starts the same command again must not begin at the other run's checkpoint again
     if config.resume in ("none", "auto"):
         return None
-    return _named(Path(config.resume))
+    return _meant(Path(config.resume))
 
 
-def newest(folder: Path) -> Optional[Path]:
-    """The newest good checkpoint under a `checkpoints` folder, or None.
+def _held_config(output: Path) -> Optional[Path]:
+    """The config of the run that a folder holds: its own, or, where that is lost, a checkpoint's.
 
     Raises:
-        UserError: the one that `latest` names is gone.
+        UserError: there are checkpoints, and none says what run they are of.
     """
-    latest = folder / LATEST
-    if not latest.is_file():
-        return None
-    path = folder / latest.read_text().strip()
-    if not (path / RUN).is_file():
-        raise UserError(f"{latest} names {path.name}, which is not there; write an existing one's name into it")
-    return path
+    of_checkpoints = [path / CONFIG for path in checkpoints(output / "checkpoints")]
+    for path in (output / CONFIG, *of_checkpoints):
+        if path.is_file() and path.stat().st_size:
+            return path
+    if of_checkpoints or (output / CONFIG).is_file():
+        raise UserError(f"output={output}: holds a run whose {CONFIG} is missing or empty; put it back")
+    return None
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def _named(path: Path) -> Path:
+def _meant(path: Path) -> Path:
     """A checkpoint from what a user may point at: itself, its `checkpoints` folder, or a run's folder."""
-    found = path if (path / RUN).is_file() else newest(path) or newest(path / "checkpoints")
-    if found is None or not (found / RUN).is_file():
+    is_step = path.name.startswith("step") and path.is_dir() and not (path / "checkpoints").is_dir()
+    if is_step or (path / RUN).is_file():
+        if fault := fault_of(path):
+            raise UserError(f"resume={path}: {fault}; {others(path)}")
+        return path
+    found = newest(path) or newest(path / "checkpoints")
+    if found is None:
         raise UserError(f"resume={path}: holds no checkpoint")
     return found
 
@@ -150,13 +167,23 @@ class Checkpoints:
     layout: of the training set, whose positions the checkpoints hold; `TrainLoader.layout`.
     teacher: fingerprint of the weights that the student imitates.
     claim: on the output folder, if it has been made already.
+    marks: of the teacher's weights, part by part.
     """
 
-    def __init__(self, config: Config, world: World, layout: str, teacher: str, claim: Optional[Claim] = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        layout: str,
+        teacher: str,
+        claim: Optional[Claim] = None,
+        marks: Optional[Marks] = None,
+    ) -> None:
         self.config = config
         self.world = world
         self.layout = layout
         self.teacher = teacher
+        self.marks = marks or Marks("teacher.weights")
         self._unconfirmed: Optional[Path] = None
         self._claim = claim or Claim(Path(config.output), world)
         self.folder = Path(config.output) / "checkpoints"
@@ -186,11 +213,13 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
         barrier(self.world)
         client = {"leap": state, "scaler": _scaler_state(engine)}
+        marks = self._all_marks()
         try:
             engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
             if self.world.is_main:
                 write_text(partial / CONFIG, to_yaml(self.config))
-                write_json(partial / RUN, self._identity() | {"step": step, "world_size": self.world.size})
+                position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
+                write_json(partial / RUN, self._identity() | position | {"teacher_marks": marks})
             flush(self.folder)
             barrier(self.world)
             if self.world.is_main:
@@ -198,7 +227,7 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch.save says a full disk in its own words
             if is_lost_peer(error):
                 raise
-            reason = " ".join(str(error).split())[:300]
+            reason = disk_full(error, self.folder) or " ".join(str(error).split())[:300]
             raise UserError(f"checkpoint {path}: cannot be written ({reason}); the previous one is intact") from error
         self._unconfirmed = path
         return path
@@ -216,12 +245,13 @@ class Checkpoints:
         Raises:
             UserError: saved with another ZeRO stage, precision, batch, seed, set, optimizer, mode or teacher.
         """
-        saved = json.loads((path / RUN).read_text())
+        saved = read_run(path)
         for key, mine in self._identity().items():
             if saved.get(key, mine) != mine:
                 raise UserError(
                     f"checkpoint {path}: saved with {key}={saved[key]}, this run has {key}={mine}; resume with the same"
                 )
+        self.marks.expect(saved.get("teacher_marks", {}), path)
         return self.config.engine.zero_stage > 0 and saved["world_size"] != self.world.size
 
     def load(self, engine: Any, path: Path) -> dict[str, Any]:
@@ -236,7 +266,7 @@ class Checkpoints:
             remove_leftovers(self.folder)
         if not self.needs_conversion(path):
             return self._read(engine, path, path)
-        saved_ranks = json.loads((path / RUN).read_text())["world_size"]
+        saved_ranks = read_run(path)["world_size"]
         if self.world.is_main:
             log.info("converting %s from %d ranks to %d", path, saved_ranks, self.world.size)
         with universal_copy(path, saved_ranks, self.folder, self.world) as copy:
@@ -251,12 +281,17 @@ class Checkpoints:
             if is_lost_peer(error):
                 raise
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"checkpoint {path}: cannot be read ({type(error).__name__}: {reason})") from error
+            what = f"cannot be read ({type(error).__name__}: {reason})"
+            raise UserError(f"checkpoint {path}: {what}; {others(path)}") from error
         if loaded is None:
-            raise UserError(f"checkpoint {path}: cannot be read (DeepSpeed found no model state in it)")
+            raise UserError(f"checkpoint {path}: cannot be read (DeepSpeed found no model state in it); {others(path)}")
         if client["scaler"] is not None:
             engine.torch_autocast_z0_gradscaler.load_state_dict(client["scaler"])
         return client["leap"]
+
+    def _all_marks(self) -> dict[str, str]:
+        """The marks of the blocks that any rank has read. Collective."""
+        return {part: mark for found in gather_objects(self.marks.found, self.world) for part, mark in found.items()}
 
     def _identity(self) -> dict[str, int | str]:
         """What a checkpoint's position, block and DeepSpeed's files mean anything for; not the number of ranks."""

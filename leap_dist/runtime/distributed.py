@@ -86,7 +86,10 @@ def initialise(timeout: timedelta = timedelta(minutes=30)) -> World:
         device, backend = torch.device("cpu"), "gloo"
         # Its C++ all-reduce needs a compiler at run time and leaves 69 MB per rank in /dev/shm (DeepSpeed 0.19).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    except dist.DistNetworkError as error:
+        raise UserError(_unmet(error)) from error
     size = dist.get_world_size()
     control = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
     world = World(dist.get_rank(), size, local_rank, local_size, device, control)
@@ -95,6 +98,18 @@ def initialise(timeout: timedelta = timedelta(minutes=30)) -> World:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(cores)  # more threads than cores cost 2-3x in a ViT forward
     return world
+
+
+def _unmet(error: BaseException) -> str:
+    """Why ranks have not found each other, in a line."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in str(error) or "in use" in str(error).lower():
+        return (
+            f"port {port} is in use on this machine, by another run perhaps: choose another with --master_port "
+            "(deepspeed) or --master-port (torchrun)"
+        )
+    words = " ".join(str(error).partition("Exception raised from")[0].split())[:300]
+    return f"rank {os.environ['RANK']} cannot meet the others at {address}:{port} (MASTER_ADDR, MASTER_PORT): {words}"
 
 
 def device_name(device: torch.device) -> str:
@@ -156,13 +171,34 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+# What gloo, NCCL and torch's store say when the other side is gone, or has not come within the timeout; in lower case.
+_LOST = (
+    "connection closed by", "connection reset by", "broken pipe", "read error", "nccl async error", "got 0 bytes",
+    "remote process exited", "timed out waiting", "collective operation timeout", "likely closed", "wait timeout",
+    "communicator was aborted",
+)  # fmt: skip
+# What they say of faults that have nothing to do with other ranks, and what helps.
+_HINTS = (
+    (("shared memory", "/dev/shm"), "/dev/shm is too small: df -h /dev/shm; in a container --shm-size or --ipc=host"),
+    (("duplicate gpu",), "two ranks use one GPU: start one process a GPU, and let each see all of them"),
+    (("out of memory",), "a GPU has no memory left for NCCL's buffers: smaller batches, or another process is on it"),
+    (("socket interface", "no route", "unreachable", "connect", "resolve", "bootstrap", "enetunreach", "gloo"),
+     "set NCCL_SOCKET_IFNAME to the interface that joins the nodes, as `ip addr` names it"),
+    (("nccl", "cuda"), "NCCL_DEBUG=INFO says more; often /dev/shm is too small or NCCL_SOCKET_IFNAME is not set"),
+)  # fmt: skip
+
+
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed: most likely because another rank has gone, which is not this rank's own fault."""
-    gloo_says = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error")
-    nccl_says = ("NCCL Async Error", "remote process exited")
-    return isinstance(error, dist.DistBackendError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in gloo_says + nccl_says)
-    )
+    """Whether a collective failed because another rank has gone, which is not this rank's own fault."""
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST)
+
+
+def hint_of_communication(error: BaseException) -> str:
+    """What may help where ranks cannot communicate though none is lost; empty for any other error."""
+    text = str(error).lower()
+    if not isinstance(error, dist.DistError) and "gloo/" not in text:
+        return ""
+    return next((hint for words, hint in _HINTS if any(word in text for word in words)), "see below")
 
 
 @dataclass(frozen=True)

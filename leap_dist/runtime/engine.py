@@ -89,6 +89,9 @@ class _Asked(dict[str, Any]):
         super().__init__(items)
         self.asked: set[str] = set()
 
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return dict, (dict(self),)  # DeepSpeed saves it in every checkpoint, which must not need this class
+
     def get(self, key: str, default: Any = None) -> Any:
         self.asked.add(key)
         return super().get(key, default)

@@ -7,11 +7,15 @@ import errno
 import fcntl
 import json
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+PROBE_BYTES = 1 << 20
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that has none
 
 
@@ -47,6 +51,30 @@ def flush(folder: Path) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
     finally:
         os.close(descriptor)
+
+
+def disk_full(error: BaseException, folder: Path) -> str:
+    """Words for a write that failed in `folder` because there is no room; empty if there is.
+
+    Libraries say it in words of their own: torch's writer notices only that its file is not as long as it should be. So
+    where the error does not tell, a few bytes are written.
+    """
+    told = getattr(error, "errno", None) in NO_ROOM or "No space left" in str(error)
+    if not told and not _refuses_bytes(folder):
+        return ""
+    free = shutil.disk_usage(folder).free / 2**20
+    return f"No space left: the disk of {folder} is full, {free:.1f} MiB are free, or a quota is; make room and resume"
+
+
+def _refuses_bytes(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno in NO_ROOM
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,20 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import select
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from leap_dist.errors import UserError
 
 WORD_OF_RANK_0_S = 5.0
 
 
+class Outlet:
+    """Standard error for what a run can do without: where nobody reads it any more, it raises nothing."""
+
+    def write(self, text: str) -> int:
+        with _losses_forgiven():
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _losses_forgiven():
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+STDERR = Outlet()
+
+
+@contextlib.contextmanager
+def _losses_forgiven() -> Iterator[None]:
+    try:
+        yield
+    except OSError:  # EIO of a closed terminal, EPIPE of a reader that has left
+        forget_lost_output()
+
+
+def forget_lost_output() -> None:
+    """Let standard output and error lead nowhere where their terminal is closed or their reader has left.
+
+    Any later write would raise, a library's too, and Python's own at its end. May be called from a signal's handler.
+    """
+    for descriptor in (1, 2):
+        watch = select.poll()
+        watch.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
 def report_to_stderr(level: int) -> None:
     """Show what leap_dist's modules log, and nobody else's."""
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler(STDERR)
     handler.setFormatter(logging.Formatter("leap_dist: %(message)s"))
     logger = logging.getLogger("leap_dist")
     logger.addHandler(handler)
@@ -26,8 +72,8 @@ def complain(message: str, error: BaseException | None = None) -> None:
     """One line on stderr that says which rank speaks, with what was noted on the error."""
     notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
     # One write: what ranks print in pieces can end up in one line.
-    sys.stderr.write(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {message}{notes}\n")
-    sys.stderr.flush()
+    STDERR.write(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {message}{notes}\n")
+    STDERR.flush()
 
 
 def leave_the_word_to_rank_0() -> None:
@@ -36,6 +82,12 @@ def leave_the_word_to_rank_0() -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(WORD_OF_RANK_0_S)
+
+
+def say_stopped(step: int, launched: bool) -> None:
+    """The last line of a run that was told to stop. Launchers end with a traceback of their own at Ctrl-C."""
+    after = "; a KeyboardInterrupt or SignalException after this line is the launcher's own" if launched else ""
+    STDERR.write(f"leap_dist: stopped at step {step}, all is saved; continue with resume=auto{after}\n")
 
 
 def give_up(fault: str) -> None:
@@ -49,12 +101,28 @@ def failed(error: Exception) -> int:
     if isinstance(error, UserError):
         complain(str(error), error)
         return 2
-    from leap_dist.runtime.distributed import is_lost_peer  # torch: seconds that a mistyped key must not take
+    if full := _full_disk(error):
+        complain(full, error)
+        return 2
+    # torch: seconds that a mistyped key must not take
+    from leap_dist.runtime.distributed import hint_of_communication, is_lost_peer
 
+    words = " ".join(str(error).partition("Exception raised from")[0].split())  # torch adds its C++ frames
     if is_lost_peer(error):  # the rank that failed says why; this one only says what it noticed
-        words = " ".join(str(error).partition("Exception raised from")[0].split())  # torch adds its C++ frames
         complain(f"another rank is gone, and says itself why if it could; here: {words}", error)
+    elif hint := hint_of_communication(error):
+        complain(f"ranks cannot communicate ({hint}); here: {words}", error)
     else:
-        traceback.print_exception(error)
+        traceback.print_exception(error, file=STDERR)
         complain(f"{type(error).__name__}, see above", error)
     return 1
+
+
+def _full_disk(error: Exception) -> str:
+    """Words for an error that says that a disk is full, wherever it was written to; empty for any other."""
+    from leap_dist.runtime.files import NO_ROOM, disk_full
+
+    if getattr(error, "errno", None) not in NO_ROOM and "No space left" not in str(error):
+        return ""
+    written = Path(str(getattr(error, "filename", None) or "."))
+    return disk_full(error, next(folder for folder in (written, *written.absolute().parents) if folder.is_dir()))

@@ -14,6 +14,7 @@ from leap_dist.models.features import Features
 from leap_dist.models.flops import TeacherFlops, teacher_flops
 from leap_dist.runtime.allocator import keep_freed_memory
 from leap_dist.runtime.distributed import World
+from leap_dist.runtime.marks import Marks
 from leap_dist.teacher.lazy_backbone import LazyBackbone
 from leap_dist.teacher.replicated import ReplicatedTeacher
 from leap_dist.teacher.weights import build_skeleton
@@ -30,8 +31,10 @@ class Teacher(Protocol):
 
     spec: TeacherSpec
     block: int  # current target, 1-indexed
+    stem: nn.Module  # embedding and final norm, on every rank
     blocks: nn.ModuleList  # all of them, whether loaded or not
-    fingerprint: str  # differs where the weights do
+    fingerprint: str  # differs where the stem's weights do: embedding and final norm
+    marks: Marks  # differ where any weights do
 
     def features(self, images: Tensor) -> Features:
         """Images (B, 3, H, W) to final-normed tokens of block `self.block`; no grad; deeper blocks are not run."""
@@ -62,6 +65,7 @@ def build_teacher(
     Raises `UserError` for a model, an image size or weights that do not fit together.
     """
     lazy = LazyBackbone(config, image_size, device, classes)
+    lazy.mark_samples()
     if config.placement == "replicated":
         if device.type == "cpu":
             keep_freed_memory()

@@ -25,6 +25,8 @@ class PlacedTeacher:
         self.block = 0
         self.blocks = lazy.backbone.blocks
         self.fingerprint = lazy.fingerprint
+        self.marks = lazy.marks
+        self.stem = lazy.backbone.stem
         self._lazy = lazy
         self._world = world
         self._calls = 0

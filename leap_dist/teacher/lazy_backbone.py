@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from leap_dist.config import TeacherConfig
 from leap_dist.models.backbone import DTYPES, Backbone, split
 from leap_dist.runtime import allocator
-from leap_dist.teacher.weights import Weights, build_skeleton, fingerprint, open_weights
+from leap_dist.runtime.marks import Marks
+from leap_dist.teacher.weights import Weights, build_skeleton, cast, fingerprint, open_weights
 
 
 class LazyBackbone:
@@ -22,7 +24,7 @@ class LazyBackbone:
     classes: keep the classifier, which must have so many; 0 = do without.
     backbone: the modules; blocks keep their identity (hooks, compiled code) over loading and dropping.
     token_shape, dtype: (T, D) of the tokens of one image between two blocks, and their type.
-    fingerprint: of the stem's weights, which every rank holds.
+    fingerprint: of the stem's weights, which every rank holds, in few letters; marks: of the rest, as it is loaded.
     """
 
     def __init__(self, config: TeacherConfig, image_size: int, device: torch.device, classes: int = 0) -> None:
@@ -34,14 +36,23 @@ class LazyBackbone:
         self.spec = self.backbone.spec
         images = torch.empty(1, 3, image_size, image_size, device="meta")
         self.token_shape = tuple(self.backbone.embed(images).shape[1:])
-        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
+        self.marks = Marks(f"teacher.weights={config.weights}")
+        self._coming: dict[int, Future[tuple[dict[str, Tensor], Optional[str]]]] = {}
         self._reader = ThreadPoolExecutor(1, "teacher-weights")
         if config.compile:
             for block in self.backbone.blocks:
                 block.compile()
         stem = self._read(self._stem_names())
         self.fingerprint = fingerprint({name: stem[name] for name in stem if name not in self._weights.computed})
+        self.marks.note("stem", self._weights.mark(stem))
         _fill(self.backbone.stem, stem, device)
+
+    def mark_samples(self) -> None:
+        """Mark a few numbers of every tensor, whether it will ever be loaded or not: milliseconds, for a giant too."""
+        parts = {f"sample of {_part(i)}": self._block_names(i) for i in range(self.spec.depth)}
+        parts["sample of stem"] = self._stem_names()
+        for part, mark in self._weights.samples(parts, self.dtype).items():
+            self.marks.note(part, mark)
 
     def hold(self, wanted: Iterable[int]) -> None:
         """Make the 0-indexed blocks `wanted` those that are loaded: drop the others, then load what is missing."""
@@ -60,7 +71,9 @@ class LazyBackbone:
         if self.is_loaded(index):
             return
         coming = self._coming.pop(index, None)
-        tensors = self._read(self._block_names(index)) if coming is None else coming.result()
+        tensors, mark = self._read_block(index) if coming is None else coming.result()
+        if mark is not None:
+            self.marks.note(_part(index), mark)
         _fill(self.backbone.blocks[index], tensors, self.device)
         # Buffers that no checkpoint holds, EVA's and BEiT's bias of the keys. Rotary tables are the stem's, in float32.
         self.backbone.blocks[index].to(self.dtype)
@@ -108,19 +121,26 @@ class LazyBackbone:
         return [name for name in self._shapes if not name.startswith("blocks.")]
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
-        """Tensors by their names inside the stem or the block, in the teacher's dtype."""
-        tensors = self._weights.read(names)
-        return {
-            _inside(name): tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-        }
+        """Tensors by timm's names, in the teacher's dtype."""
+        return {name: cast(tensor, self.dtype) for name, tensor in self._weights.read(names).items()}
 
-    def _read_ahead(self, index: int) -> dict[str, Tensor]:
+    def _read_block(self, index: int) -> tuple[dict[str, Tensor], Optional[str]]:
+        """A block's tensors by their names inside it, and their mark, if this is the first time."""
+        tensors = self._read(self._block_names(index))
+        mark = None if _part(index) in self.marks.found else self._weights.mark(tensors)
+        return {_inside(name): tensor for name, tensor in tensors.items()}, mark
+
+    def _read_ahead(self, index: int) -> tuple[dict[str, Tensor], Optional[str]]:
         """A copy in memory rather than pages of a file; pinned where a device will fetch it."""
-        tensors = {name: tensor.clone() for name, tensor in self._read(self._block_names(index)).items()}
+        read, mark = self._read_block(index)
+        tensors = {name: tensor.clone() for name, tensor in read.items()}
         if self.device.type == "cuda":
-            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return tensors
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors, mark
+
+
+def _part(index: int) -> str:
+    return f"block {index + 1}"
 
 
 def _inside(name: str) -> str:

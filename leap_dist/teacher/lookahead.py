@@ -34,10 +34,11 @@ class MicroBatch(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What one optimizer step trains on. block: 1-indexed target the features were made for."""
+    """What one optimizer step trains on. block: 1-indexed target of the features; batches: what they were made of."""
 
     block: int
     micro_batches: Iterator[MicroBatch]
+    batches: list[Batch]
 
 
 class Lookahead:
@@ -71,7 +72,7 @@ class Lookahead:
             made = self._beside(made)
         elif self._ahead:
             made = iter(list(made))
-        return Work(block, made)
+        return Work(block, made, batches)
 
     def _aim(self, block: int) -> None:
         """Weights belong to the caller's stream: they come and go where no other stream reads them."""

@@ -58,6 +58,8 @@ class AutoTeacher:
         self.spec = lazy.spec
         self.blocks = lazy.backbone.blocks
         self.fingerprint = lazy.fingerprint
+        self.marks = lazy.marks
+        self.stem = lazy.backbone.stem
         self._lazy = lazy
         self._makers = makers
         self._chosen = chosen

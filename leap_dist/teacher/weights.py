@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
-import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import huggingface_hub
-import timm
 import torch
+import xxhash
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from leap_dist.config import DEMO_TEACHER, HUB, RANDOM, TeacherConfig
 from leap_dist.errors import UserError
-from leap_dist.models.backbone import build_model, family
+from leap_dist.models.backbone import build_model
+from leap_dist.teacher.layouts import check_classifier, convert
+from leap_dist.teacher.weight_files import read_weights
 
-_SUFFIXES = (".safetensors", ".pth", ".pt")
-# Where a checkpoint keeps its backbone, in the order in which they are looked for.
-_WRAPPERS = ("teacher", "state_dict_ema", "model_ema", "state_dict", "model")
-# What the two file formats raise when a file is not what its name says.
-_UNREADABLE = (
-    SafetensorError, RuntimeError, EOFError, OSError, KeyError, AttributeError, ValueError, pickle.UnpicklingError,
-)  # fmt: skip
+SAMPLE = 1024  # numbers of each tensor that a sample looks at: a page or two of a mapped file
 
 
 class Weights(Protocol):
@@ -42,6 +34,15 @@ class Weights(Protocol):
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors on the host, as they are stored; the caller casts them."""
+
+    def mark(self, tensors: Mapping[str, Tensor]) -> str:
+        """Letters that differ where the weights do. tensors: by timm's names, all of each, as the caller cast them."""
+
+    def samples(self, parts: Mapping[str, list[str]], dtype: torch.dtype) -> dict[str, str]:
+        """For every part, named tensors, letters that differ where their shapes or a few numbers of any do, in `dtype`.
+
+        Reads little, whatever the size of the teacher.
+        """
 
 
 def open_weights(config: TeacherConfig, model: nn.Module) -> Weights:
@@ -66,8 +67,29 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """A few letters that differ where weights do."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()[:12]
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def _quick_mark(tensors: Mapping[str, Tensor]) -> str:
+    """As `fingerprint`, of names too, at the speed of memory: xxHash lets threads run side by side."""
+    names = sorted(tensors)
+    with ThreadPoolExecutor(4) as pool:
+        digests = pool.map(lambda name: xxhash.xxh3_128_hexdigest(_bytes(tensors[name])), names)
+        return _short(list(zip(names, digests, strict=True)))
+
+
+def _short(told: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(repr(told))[:16]
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of floating-point numbers in `dtype`; others, such as counters, as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 class RandomWeights:
@@ -84,6 +106,13 @@ class RandomWeights:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self._draw(name) for name in names}
+
+    def mark(self, tensors: Mapping[str, Tensor]) -> str:
+        """Of what is drawn, not of what came of it: processors round the normal distribution differently."""
+        return _short([(name, tuple(self._shapes[name]), self._seeds[name]) for name in sorted(tensors)])
+
+    def samples(self, parts: Mapping[str, list[str]], dtype: torch.dtype) -> dict[str, str]:
+        return {part: self.mark(dict.fromkeys(names, torch.empty(0))) for part, names in parts.items()}
 
     def _draw(self, name: str) -> Tensor:
         shape = self._shapes[name]
@@ -103,18 +132,46 @@ class FileWeights:
 
     def __init__(self, path: Path, model: nn.Module, name: str) -> None:
         self._path = path
-        stored = _read(path)
-        fitted = _fit(stored, model, name, path)
+        stored = read_weights(path)
+        fitted, sources = convert(stored, model, name, path)
         by_place = {_place(tensor): key for key, tensor in stored.items() if isinstance(tensor, Tensor)}
         self._stored_as = {key: by_place[_place(value)] for key, value in fitted.items() if _place(value) in by_place}
         self._computed = {key: value.clone() for key, value in fitted.items() if key not in self._stored_as}
+        self._made_of = {
+            key: {bare: by_place[_place(tensor)] for bare, tensor in sources[key].items()} for key in self._computed
+        }
         self.computed = frozenset(self._computed)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        stored = _read(self._path)
+        stored = read_weights(self._path)
         return {
             name: stored[self._stored_as[name]] if name in self._stored_as else self._computed[name] for name in names
         }
+
+    def mark(self, tensors: Mapping[str, Tensor]) -> str:
+        """Of the tensors, and of the stored ones that the computed among them were made of."""
+        plain = {name: tensor for name, tensor in tensors.items() if name not in self.computed}
+        computed = self.computed & tensors.keys()
+        return _quick_mark(plain | (self._origins(computed, read_weights(self._path)) if computed else {}))
+
+    def samples(self, parts: Mapping[str, list[str]], dtype: torch.dtype) -> dict[str, str]:
+        stored, samples = read_weights(self._path), {}
+        for part, names in parts.items():
+            plain = {name: stored[self._stored_as[name]] for name in names if name not in self.computed}
+            found = {f"{name} {tuple(t.shape)}": cast(_middle(t), dtype) for name, t in plain.items()}
+            origins = self._origins(self.computed.intersection(names), stored)
+            samples[part] = _quick_mark(found | {f"{name} {tuple(t.shape)}": _middle(t) for name, t in origins.items()})
+        return samples
+
+    def _origins(self, computed: Iterable[str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {f"{name} < {bare}": stored[key] for name in computed for bare, key in self._made_of[name].items()}
+
+
+def _middle(tensor: Tensor) -> Tensor:
+    """A run of numbers from the middle."""
+    flat = tensor.reshape(-1)
+    start = max(0, (len(flat) - SAMPLE) // 2)
+    return flat[start : start + SAMPLE]
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -124,7 +181,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def _hub_file(config: TeacherConfig, model: nn.Module) -> Path:
     source = model.pretrained_cfg
-    _check_classifier(source["num_classes"], model.num_classes, f"hub: {config.model}")
+    check_classifier(source["num_classes"], model.num_classes, f"hub: {config.model}")
     if not source.get("hf_hub_id"):
         raise UserError(f"teacher.weights=hub: timm knows no hub file of {config.model}; give a file's path")
     file = source["hf_hub_id"], source.get("hf_hub_filename") or "model.safetensors"
@@ -138,80 +195,3 @@ def _hub_file(config: TeacherConfig, model: nn.Module) -> Path:
             f"teacher.weights=hub: cannot get weights of {config.model} ({error!r:.120}); "
             "download them elsewhere and set teacher.weights=/path/to/model.safetensors"
         ) from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix not in _SUFFIXES:
-        raise UserError(f"teacher.weights={path}: expected hub, random, or a file ending in {' '.join(_SUFFIXES)}")
-    if not path.is_file():
-        raise UserError(f"teacher.weights={path}: no such file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
-        return _unwrap(state)
-    except _UNREADABLE as error:
-        raise UserError(
-            f"teacher.weights={path} is truncated, damaged or no plain state dict ({error!r:.160})"
-        ) from error
-
-
-def _load_pickle(path: Path) -> Any:
-    """A torch checkpoint; one of before 2020, not a zip file, cannot be mapped and is read whole."""
-    with torch.serialization.safe_globals([argparse.Namespace]):  # a training script's options, saved too
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-
-
-def _unwrap(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Strip what training code puts around a backbone: {'teacher': ...} and the prefixes module. and backbone."""
-    for wrapper in _WRAPPERS:
-        if isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    state = timm.models.clean_state_dict(state)
-    prefix = "backbone."
-    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return inside or state
-
-
-def _fit(state: dict[str, Any], model: nn.Module, name: str, path: Path) -> dict[str, Tensor]:
-    """Convert to timm's names and this image size, then insist on exactly the tensors that `model` has."""
-    adapter = family(model)
-    wanted = model.state_dict()
-    _check_patch(state, wanted, name, path)
-    _check_classifier(len(state.get("head.weight", ())), model.num_classes, f"{path}: it")
-    try:
-        state = adapter.checkpoint_filter(state, model)
-    except (RuntimeError, ValueError, AssertionError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(f"teacher.weights={path} does not fit {name} ({error!r:.160})") from error
-    state = {key: state[key] for key in state if key in wanted or key.split(".")[0] not in adapter.unused_keys}
-    _check_keys(state, wanted, name, path)
-    _check_shapes(state, wanted, name, path)
-    return state
-
-
-def _check_patch(state: Mapping[str, Any], wanted: Mapping[str, Tensor], name: str, path: Path) -> None:
-    """Refuse patches of another size: timm would resample the kernel, to a teacher that nobody trained."""
-    key = "patch_embed.proj.weight"
-    if key in wanted and getattr(state.get(key), "ndim", 0) == 4:
-        _check_shapes({key: state[key]}, wanted, name, path)
-
-
-def _check_classifier(found: int, wanted: int, where: str) -> None:
-    """Refuse weights without the classifier that soft distillation needs, or with another one."""
-    if wanted and found != wanted:
-        has = f"a classifier of {found} classes" if found else "no classifier"
-        raise UserError(
-            f"teacher.weights={where} has {has}; objective.kd_alpha needs one of student.num_classes={wanted}"
-        )
-
-
-def _check_keys(state: Mapping[str, Any], wanted: Mapping[str, Tensor], name: str, path: Path) -> None:
-    for kind, keys in (("lacks", wanted.keys() - state.keys()), ("has unknown", state.keys() - wanted.keys())):
-        if keys:
-            shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
-            raise UserError(f"teacher.weights={path} is not for {name}: it {kind} {len(keys)} tensors: {shown}")
-
-
-def _check_shapes(state: Mapping[str, Any], wanted: Mapping[str, Tensor], name: str, path: Path) -> None:
-    for key, value in state.items():
-        found, expected = tuple(getattr(value, "shape", ())), tuple(wanted[key].shape)
-        if found != expected:
-            raise UserError(f"teacher.weights={path}: {key} has shape {found}, but {name} needs {expected}")

@@ -24,6 +24,7 @@ from leap_dist.models.flops import StepFlops, StudentFlops, TeacherFlops
 from leap_dist.models.student import build_student
 from leap_dist.runtime.checkpoint import Checkpoints
 from leap_dist.runtime.distributed import World
+from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.optim import build_optimizer
 from leap_dist.runtime.progress import total_steps
 from leap_dist.runtime.timing import PhaseTimer
@@ -42,8 +43,12 @@ class StubTeacher:
     block: int = 1
     asked: list[int] = field(default_factory=list)
     spec: TeacherSpec = SPEC
-    blocks: torch.nn.ModuleList = field(default_factory=torch.nn.ModuleList)
+    blocks: torch.nn.ModuleList = field(
+        default_factory=lambda: torch.nn.ModuleList(torch.nn.Identity() for _ in range(DEPTH))
+    )
+    stem: torch.nn.Module = field(default_factory=torch.nn.Identity)
     fingerprint: str = "stub"
+    marks: Marks = field(default_factory=lambda: Marks("stub"))
 
     def at(self, block: int, images: Tensor) -> Features:
         generator = torch.Generator().manual_seed(block)

@@ -16,6 +16,7 @@ from torch.nn.functional import mse_loss
 
 from leap_dist.errors import UserError
 from leap_dist.runtime.checkpoint import newest
+from leap_dist.runtime.signals import STOPPING
 from leap_dist.trainer import Trainer
 from stubs import DEPTH, StubLoader, StubTeacher, dies_at, scalars, stub_config, stub_trainer
 
@@ -184,10 +185,20 @@ def test_a_run_begun_at_anothers_checkpoint_never_starts_afresh(tmp_path: Path) 
 def test_a_non_finite_loss_ends_the_run_before_anything_is_saved(tmp_path: Path) -> None:
     trainer = stub_trainer(stub_config(tmp_path, "checkpoint.every_steps=1"))
     trainer.teacher.at = lambda block, images: StubTeacher().at(block, images * math.nan)
-    with pytest.raises(UserError, match="non-finite loss on rank 0 at step 0"):
+    with pytest.raises(UserError, match=r"block 1 of teacher.weights=.* non-finite .*loss on rank 0 at step 0"):
         trainer.run()
     trainer.close()
     assert not (tmp_path / "checkpoints" / "latest").exists()
+
+
+def test_a_students_own_fault_is_not_the_teachers(tmp_path: Path) -> None:
+    trainer = stub_trainer(stub_config(tmp_path))
+    with torch.no_grad():
+        next(trainer.engine.module.parameters()).fill_(math.nan)
+    with pytest.raises(UserError) as caught:
+        trainer.run()
+    trainer.close()
+    assert str(caught.value) == "non-finite loss on rank 0 at step 0"
 
 
 def test_the_score_at_the_last_block_is_only_computed_when_shown(tmp_path: Path) -> None:
@@ -203,7 +214,7 @@ def test_the_score_at_the_last_block_is_only_computed_when_shown(tmp_path: Path)
     assert asked == [True, False, False, True, False, False]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", STOPPING)
 def test_a_second_signal_does_not_kill_the_save_that_the_first_asked_for(
     sent: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from leap_dist.config import EvaluationConfig, load
 from leap_dist.data import build_eval_loader
+from leap_dist.errors import UserError
 from leap_dist.evaluation import evaluate
 from leap_dist.evaluation.features import FeatureSet, extract, in_step, merge
 from leap_dist.evaluation.held_out import HeldOut
@@ -167,3 +168,13 @@ def test_in_step_gives_full_batches_and_merge_forgets_the_filling(rows: int, siz
     assert torch.equal(found.features, images.flatten(1))
     assert torch.equal(found.labels, ids * 2)
     assert torch.equal(found.ids, ids)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+def test_features_that_are_not_finite_are_refused(value: float, side: int) -> None:
+    """Every distance to them is no number, and the first class would win: chance, as if the student had learnt none."""
+    sets = [FeatureSet(torch.randn(8, 4), torch.arange(8) % 2, torch.arange(8)) for _ in range(2)]
+    sets[side].features[3, 1] = value
+    with pytest.raises(UserError, match="features of 1 of 8 images are not finite"):
+        evaluate(*sets, EvaluationConfig(), device=CPU)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from leap_dist.config import Config, load
 from leap_dist.errors import UserError
 from leap_dist.runtime.checkpoint import Checkpoints, find_resume, newest
 from leap_dist.runtime.distributed import World
+from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.run_lock import Claim
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -313,11 +315,122 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_latest_that_names_nothing_is_one_line(tmp_path: Path) -> None:
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "left", "said"),
+    [
+        (lambda folder: (folder / "latest").unlink(), 9, "latest is missing"),
+        (lambda folder: (folder / "latest").write_text("step00000777"), 9, "step00000777 is not there"),
+        (lambda folder: (folder / "latest").write_bytes(b"\xff\xfe\x00"), 9, "is not there"),
+        (lambda folder: emptied(folder / "latest"), 9, r"\(no name\) is not there"),
+        (lambda folder: emptied(folder / "step00000009" / "run.json"), 5, "step00000009 has an empty run.json"),
+        (lambda folder: (folder / "step00000009" / "run.json").write_text("{"), 5, "has a garbled run.json"),
+        (lambda folder: (folder / "step00000009" / "run.json").write_text("[1]"), 5, "run.json without step"),
+        (lambda folder: (folder / "step00000009" / "run.json").unlink(), 5, "has no run.json"),
+        (lambda folder: (folder / "step00000009" / "model.json").unlink(), 5, "has no model states"),
+        (lambda folder: emptied(folder / "step00000009" / "model.json"), 5, "has an empty model.json"),
+        (lambda folder: (folder / "step00000009" / "mp_rank_00_model_states.pt").write_text("PK"), 5, "cut off"),
+        (lambda folder: torch.save(1, folder / "step00000009" / "zero_pp_rank_3_optim_states.pt"), 9, None),
+        (lambda folder: [torch.save(1, folder / "step00000009" / f"{i}_optim_states.pt") for i in "01"], 5, "2 ranks"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_goes_on_from_its_newest_whole_checkpoint_and_says_so(damage, left, said, tmp_path, caplog):
+    """Never from the start: the first save would drop what is left."""
+    claimed(tmp_path, "checkpoint.keep=3", steps=(7, 5, 9))  # went back to 5
+    damage(tmp_path / "checkpoints")
+    found = find_resume(config(tmp_path, "checkpoint.keep=3", "resume=auto"), ONE)
+    assert found == tmp_path / "checkpoints" / f"step{left:08d}"
+    if said is None:
+        assert not caplog.messages
+    else:
+        (line,) = caplog.messages
+        assert re.search(said, line) and f"goes on from {found.name}" in line and "\n" not in line
+
+
+def test_an_older_one_goes_before_a_newer_one_that_no_loss_has_confirmed(tmp_path: Path) -> None:
+    checkpoints = claimed(tmp_path, "checkpoint.keep=3", steps=(5, 9))
+    checkpoints.save(PlainEngine(), 11, {})
+    emptied(tmp_path / "checkpoints" / "step00000009" / "run.json")
+    assert newest(tmp_path / "checkpoints").name == "step00000005"
+    emptied(tmp_path / "checkpoints" / "step00000005" / "run.json")
+    assert newest(tmp_path / "checkpoints").name == "step00000011"
+
+
+def test_a_folder_without_a_whole_checkpoint_is_one_line(tmp_path: Path) -> None:
+    claimed(tmp_path, "checkpoint.keep=3", steps=(5, 9))
+    for step in (5, 9):
+        emptied(tmp_path / "checkpoints" / f"step{step:08d}" / "model.json")
+    with pytest.raises(
+        UserError, match=r"holds no whole checkpoint \(step00000009 has an empty model.json; step0"
+    ) as caught:
+        find_resume(config(tmp_path, "checkpoint.keep=3", "resume=auto"), ONE)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lost_config_does_not_make_a_used_folder_new(tmp_path: Path) -> None:
     claimed(tmp_path, steps=(5,))
-    (tmp_path / "checkpoints" / "latest").write_text("step00000009")
-    with pytest.raises(UserError, match="latest names step00000009, which is not there"):
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(UserError, match="holds a run; continue it with resume=auto"):
+        find_resume(config(tmp_path), ONE)
+    with pytest.raises(UserError, match=r"holds a run of another config \(optim.lr"):
+        find_resume(config(tmp_path, "optim.lr=0.5", "resume=auto"), ONE)
+    assert find_resume(config(tmp_path, "resume=auto"), ONE).name == "step00000005"
+    (tmp_path / "checkpoints" / "step00000005" / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"holds a run whose config.yaml is missing or empty"):
         find_resume(config(tmp_path, "resume=auto"), ONE)
+
+
+def test_a_damaged_checkpoint_that_is_asked_for_names_the_whole_ones_beside_it(tmp_path: Path) -> None:
+    claimed(tmp_path / "old", "checkpoint.keep=3", steps=(5, 7, 9))
+    wanted = tmp_path / "old" / "checkpoints" / "step00000009"
+    emptied(wanted / "run.json")
+    with pytest.raises(UserError, match=r"has an empty run.json; whole beside it: step00000007, step00000005"):
+        find_resume(config(tmp_path / "new", f"resume={wanted}"), ONE)
+
+
+def test_another_block_of_the_teacher_is_refused_when_it_is_known(tmp_path: Path) -> None:
+    marks = Marks("teacher.weights=a.pth")
+    marks.note("sample of block 3", "s3")
+    marks.note("block 1", "b1")
+    first = Checkpoints(config(tmp_path), ONE, "12", "t", marks=marks)
+    first.claim_output()
+    first.save(PlainEngine(), 7, {})
+    first.confirm()
+    path = newest(tmp_path / "checkpoints")
+
+    def resumed(**parts: str) -> Marks:
+        marks = Marks("teacher.weights=b.pth")
+        for part, mark in parts.items():
+            marks.note(part.replace("_", " "), mark)
+        Checkpoints(config(tmp_path), ONE, "12", "t", marks=marks).needs_conversion(path)
+        return marks
+
+    for other, part in (({"block_1": "x"}, "block 1"), ({"sample_of_block_3": "x"}, "sample of block 3")):
+        with pytest.raises(UserError, match=rf"step00000007: saved with teacher=.* \({part}\), this run has teacher=x"):
+            resumed(**other)
+    marks = resumed(sample_of_block_3="s3", block_2="new")  # not read by then
+    with pytest.raises(UserError, match=r"\(block 1\), this run has teacher=x; teacher.weights=b.pth holds other"):
+        marks.note("block 1", "x")
+    before = json.loads((path / "run.json").read_text())
+    del before["teacher_marks"]  # a checkpoint of before there were any
+    (path / "run.json").write_text(json.dumps(before))
+    resumed(block_1="x")
+
+
+def test_a_full_disk_is_called_so_whatever_the_writer_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = claimed(tmp_path, steps=(5,))
+    spoken = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+    with pytest.raises(UserError, match="unexpected pos"):  # there is room: something else is wrong
+        checkpoints.save(PlainEngine(fails=spoken), 6, {})
+    monkeypatch.setattr("leap_dist.runtime.files._refuses_bytes", lambda *_: True)
+    with pytest.raises(
+        UserError, match=r"No space left: the disk of .*/checkpoints is full, .* MiB are free"
+    ) as caught:
+        checkpoints.save(PlainEngine(fails=spoken), 6, {})
+    assert "unexpected pos" not in str(caught.value)
 
 
 def test_the_loss_scaler_is_saved_where_there_is_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -10,10 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import DistBackendError, DistNetworkError
 
 from leap_dist.errors import UserError
 from leap_dist.runtime import distributed
-from leap_dist.runtime.distributed import World, check_gpus, check_nodes, fair_share, normalise_environment
+from leap_dist.runtime.distributed import (
+    World,
+    check_gpus,
+    check_nodes,
+    fair_share,
+    hint_of_communication,
+    initialise,
+    is_lost_peer,
+    normalise_environment,
+)
 
 CPU = torch.device("cpu")
 
@@ -165,3 +176,40 @@ def test_gloo_takes_the_interface_that_nccl_is_given_by_name(
     environment |= {} if nccl is None else {"NCCL_SOCKET_IFNAME": nccl}
     normalise_environment()
     assert environment.get("GLOO_SOCKET_IFNAME") == gloo
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("[/pytorch/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:9"), None),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv"), None),
+        (DistBackendError("NCCL error: remote process exited or there was a network error"), None),
+        (DistBackendError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)"), None),
+        (DistNetworkError("failed to recv, got 0 bytes"), None),
+        (DistBackendError("NCCL error in: x.cpp:1, unhandled system error. Last error: Error while creating shared "
+                          "memory segment /dev/shm/nccl-aB3 (size 9637888)"), "--shm-size"),
+        (DistBackendError("NCCL error. Last error: Bootstrap : no socket interface found"), "NCCL_SOCKET_IFNAME"),
+        (RuntimeError("[gloo/transport/tcp/device.cc:84] Unable to resolve address"), "NCCL_SOCKET_IFNAME"),
+        (DistBackendError("NCCL error: invalid usage. Duplicate GPU detected : rank 1 and 0"), "one process a GPU"),
+        (DistBackendError("NCCL error: unhandled cuda error"), "NCCL_DEBUG=INFO"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ""),
+        (ValueError("Connection closed by peer"), ""),
+    ],
+)  # fmt: skip
+def test_a_lost_rank_is_told_from_what_ranks_cannot_do(error: Exception, said: str | None) -> None:
+    """said: part of the hint; None = a rank is lost."""
+    assert is_lost_peer(error) is (said is None)
+    if said is not None:
+        hint = hint_of_communication(error)
+        assert said in hint and bool(said) == bool(hint)
+
+
+def test_a_taken_port_is_one_line_that_says_how_to_choose_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        places = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        for name, value in {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=rf"port {port} is in use .* --master_port \(deepspeed\)") as caught:
+            initialise()
+    assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from leap_dist.config import TeacherConfig
 from leap_dist.errors import UserError
+from leap_dist.runtime.distributed import World
+from leap_dist.teacher import build_teacher
+from leap_dist.teacher.blame import teacher_fault
 from leap_dist.teacher.lazy_backbone import LazyBackbone
 
 MODEL, SIZE = "vit_giant_patch14_dinov2", 42
@@ -181,8 +185,8 @@ def test_file_without_a_state_dict_is_refused(tmp_path):
     ("weights", "said"),
     [
         ("absent.pth", "no such file"),
-        ("weights.npz", "hub, random, or a file ending in .safetensors .pth .pt"),
-        ("pretrained", "hub, random, or a file ending in"),
+        ("pretrained", "no such file; expected hub, random, or the path of a file"),
+        (".", "a folder; give the one file"),
         ("demo", "teacher.weights=demo"),
     ],
 )
@@ -278,3 +282,87 @@ def test_counters_of_a_convolutional_stem_stay_whole_numbers(tmp_path):
     found = dict(LazyBackbone(config, 32, torch.device("cpu")).backbone.stem.named_buffers())
     assert counters and all(torch.equal(found[key], counter) for key, counter in counters.items())
     assert found[next(iter(counters)).replace("num_batches_tracked", "running_mean")].dtype == torch.bfloat16
+
+
+def marks(weights: Path | str, blocks: int = KWARGS["depth"], **options: Any) -> dict[str, str]:
+    """What is known of a teacher when so many blocks have been read."""
+    config = TeacherConfig(model=MODEL, kwargs=KWARGS, weights=str(weights), **options)
+    lazy = LazyBackbone(config, SIZE, torch.device("cpu"))
+    lazy.mark_samples()
+    lazy.hold(range(blocks))
+    return lazy.marks.found
+
+
+@pytest.mark.parametrize("stored", [42, 70])
+def test_every_tensor_that_is_read_is_marked(stored, tmp_path):
+    """One number of one tensor, the last one: whatever is made of it (position embeddings are resampled at 70)."""
+    torch.manual_seed(5)
+    state = {key: torch.randn_like(value) for key, value in timm_model(image_size=stored).state_dict().items()}
+    torch.save({"model": prefixed("module.", state)}, tmp_path / "a.pth")
+    save_file(state, tmp_path / "a.safetensors")
+    found = marks(tmp_path / "a.safetensors")
+    assert found == marks(tmp_path / "a.pth")
+    for name, value in state.items():
+        if name.startswith("blocks.0.") and stored == 70:
+            continue  # as at 42
+        other = value.clone()
+        other.view(-1)[-1] += 1
+        save_file(state | {name: other}, tmp_path / "b.safetensors")
+        differs = marks(tmp_path / "b.safetensors")
+        part = f"block {int(name.split('.')[1]) + 1}" if name.startswith("blocks.") else "stem"
+        assert {key for key in found if found[key] != differs[key]} - {f"sample of {part}"} == {part}, name
+
+
+def test_a_sample_sees_what_no_block_has_been_read_of(state, tmp_path):
+    save_file(state, tmp_path / "a.safetensors")
+    save_file(state | {"blocks.1.attn.qkv.weight": state["blocks.1.attn.qkv.weight"] + 1}, tmp_path / "b.safetensors")
+    found, differs = (marks(tmp_path / f"{file}.safetensors", blocks=0) for file in "ab")
+    assert {key for key in found if found[key] != differs[key]} == {"sample of block 2"}
+
+
+def test_random_weights_are_marked_by_what_is_drawn():
+    found = marks("random")
+    assert found == marks("random") and len(found) == 2 * (KWARGS["depth"] + 1)
+    assert found["block 1"] != found["block 2"]
+
+
+def test_a_block_of_another_teacher_is_refused_when_it_is_read(state, tmp_path):
+    changed = state["blocks.1.norm1.bias"].clone()
+    changed[0] += 1
+    save_file(state, tmp_path / "a.safetensors")
+    save_file(state | {"blocks.1.norm1.bias": changed}, tmp_path / "b.safetensors")
+    known = marks(tmp_path / "a.safetensors")
+    del known["sample of block 2"]  # as where it has not looked at the number that differs
+    config = TeacherConfig(model=MODEL, kwargs=KWARGS, weights=str(tmp_path / "b.safetensors"))
+    lazy = LazyBackbone(config, SIZE, torch.device("cpu"))
+    lazy.marks.expect(known, "step00000007")
+    lazy.hold([0])
+    lazy.expect([1])  # read ahead in the background: refused where it is needed
+    with pytest.raises(UserError, match=r"step00000007: saved with teacher=\w+ \(block 2\), this run has teacher=\w+"):
+        lazy.hold([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "said"),
+    [
+        ("blocks.1.mlp.fc2.bias", "fp32", r"block 2 .*weights are not finite in fp32: mlp.fc2.bias"),
+        ("patch_embed.proj.bias", "fp32", r"block 1 .*weights are not finite in fp32: patch_embed.proj.bias"),
+        (None, "fp16", r"block 2 .*weights are finite, so they overflow in teacher.dtype=fp16"),
+        (None, "fp32", None),
+    ],
+)
+def test_the_teacher_is_blamed_for_what_it_gives(name, dtype, said, state, tmp_path):
+    state = {key: value * 0.1 for key, value in state.items()}
+    if name:
+        state[name][0] = torch.nan
+    for block in (0, 1):  # finite in float16, their sum is not
+        state[f"blocks.{block}.mlp.fc2.bias"][1], state[f"blocks.{block}.ls2.gamma"][1] = 6e4, 1.0
+    save_file(state, tmp_path / "weights.safetensors")
+    config = TeacherConfig(model=MODEL, kwargs=KWARGS, weights=str(tmp_path / "weights.safetensors"), dtype=dtype)
+    cpu = torch.device("cpu")
+    teacher = build_teacher(config, SIZE, cpu)
+    found = teacher_fault(teacher, [torch.randn(2, 3, SIZE, SIZE)], 2, config, World(0, 1, 0, 1, cpu))
+    if said is None:
+        assert found is None
+    else:
+        assert re.fullmatch(said + r"\)", found) and str(config.weights) in found
