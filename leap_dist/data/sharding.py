@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from leap_dist.data.parallel import end_if_orphaned, parallel
+from leap_dist.data.pixels import open_rgb
 from leap_dist.data.shards import COLUMNS, HASH, INDEX
 from leap_dist.data.sources import WHOLE, Images
 from leap_dist.errors import UserError
@@ -56,8 +56,8 @@ class Recipe:
     shard_mib: float = 64
 
     def encode(self, data: bytes) -> bytes:
-        """The bytes to store; raises whatever PIL raises if `data` is no whole image, which is why it decodes all."""
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        """The bytes to store. It decodes all, as training will. Errors as of `pixels.open_rgb`."""
+        image = open_rgb(data)
         if self.resize is None or min(image.size) <= self.resize:
             return data
         jpeg = io.BytesIO()
