@@ -152,9 +152,9 @@ def with_demo_teacher(config: Config, world: World) -> Config:
     """Resolve teacher.weights=demo to the cached file, trained by the first rank of this node if it is missing."""
     if config.teacher.weights != DEMO_TEACHER:
         return config
-    from leap_dist.pretraining.demo import ensure_demo_teacher
+    from leap_dist.pretraining.demo import demo_cache, ensure_demo_teacher
 
-    cache = Path(config.output).parent / "demo-teacher"
+    cache = demo_cache(Path(config.output))
     if world.local_rank == 0:
         ensure_demo_teacher(cache)
     barrier(world)

@@ -4,9 +4,9 @@
     python tools/make_shards.py /data/imagenet /data/imagenet100-mds --classes imagenet100 --resize 256
     python tools/make_shards.py --verify /data/imagenet-mds
 
-SRC holds class folders (under train/ and val/, or not), the tars of ILSVRC2012 with the devkit, CIFAR as torchvision
-unpacks it, or parquet files with images. A run that was killed is continued by the same command. Every image is decoded
-once; those that cannot be are left out and listed in OUT/quarantine.csv.
+SRC holds class folders or just images (under train/ and val/, or not), the tars of ILSVRC2012 with the devkit, CIFAR as
+torchvision unpacks it, or parquet files with images. A run that was killed is continued by the same command. Every
+image is decoded once; those that cannot be are left out and listed in OUT/quarantine.csv.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Optional
 
 from tqdm import tqdm
 
-from leap_dist.data.sharding import JPEG_QUALITY, QUARANTINE, Plan, Recipe, plan, write_planned
+from leap_dist.data.sharding import JPEG_QUALITY, QUARANTINE, Plan, Recipe, check_out, plan, write_planned
 from leap_dist.data.sources import WHOLE, Images, open_source
 from leap_dist.data.verifying import count_classes, stored_shards, verify
 from leap_dist.errors import UserError
@@ -88,6 +88,7 @@ def make(options: argparse.Namespace) -> None:
     print(f"listing {source}", flush=True)
     sources = open_source(source, options.workers)
     planned = plan(sources, recipe, wanted)
+    check_out(planned, out)
     print(*describe(planned, sources), sep="\n", flush=True)
     with progress(planned.size, out.name) as bar:
         for images in write_planned(planned, out, options.workers, options.max_bad):

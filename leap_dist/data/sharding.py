@@ -242,6 +242,12 @@ def write_planned(plan: Plan, out: Path, workers: int, max_bad: float) -> Iterat
         _finish(plan, out)
 
 
+def check_out(plan: Plan, out: Path) -> None:
+    """UserError if `out` holds anything else, or what was begun otherwise."""
+    if out.is_dir():
+        _begun(plan, out)
+
+
 def _begun(plan: Plan, out: Path) -> bool:
     """Whether `out` was begun with the same plan; UserError if with another one, or if it holds something else."""
     if not (out / RUN).exists():

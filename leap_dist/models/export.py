@@ -51,8 +51,19 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
     return path
 
 
-def load_student(path: Path, device: torch.device) -> Student:
-    """The exported student, or a teacher of `tools/train_teacher.py`, ready to extract features."""
+def load_student(path: str | Path, device: torch.device | str = "cpu") -> Student:
+    """The exported student, or a teacher of `tools/train_teacher.py`, ready to extract features.
+
+    path: of its file, or of the run's folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / STUDENT
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; the end of a run exports its student as RUN/{STUDENT}")
     about = json.loads(path.with_suffix(".json").read_text())
     student = assemble(
         StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})

@@ -35,7 +35,7 @@ from leap_dist.runtime.distributed import uses_gpus
 from leap_dist.runtime.files import write_json, write_whole
 from leap_dist.runtime.optim import build_optimizer, lr_factor
 
-WEIGHTS = "teacher.safetensors"
+CACHE, WEIGHTS = "demo-teacher", "teacher.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +73,25 @@ def train_teacher(config: TeacherTraining, out: Path) -> float:
     accuracy = _accuracy(model, config, device)
     state = {key: value.cpu() for key, value in model.state_dict().items()}
     write_whole(out, lambda partial: save_file(state, partial))
-    write_json(_record(out), {"recipe": _plain(config), "val_accuracy": accuracy})
+    write_json(_record(out), {**_about(config), "val_accuracy": accuracy})
     return accuracy
+
+
+def demo_cache(output: Path) -> Path:
+    """Folder of the demo teacher for a run in `output`: beside the run, or above it in the working directory if one is
+    there already, so that a sweep takes the demo's.
+    """
+    here = Path.cwd()
+    known = [folder / CACHE for folder in output.parents if folder.absolute().is_relative_to(here)]
+    return next((folder for folder in known if (folder / WEIGHTS).is_file()), output.parent / CACHE)
 
 
 def ensure_demo_teacher(cache: Path, seed: int = 0) -> Path:
     """The demo teacher's weights in the folder `cache`, trained first if they are missing or of another recipe."""
     config = TeacherTraining(seed=seed)
     weights = cache / WEIGHTS
-    if not (weights.is_file() and _recorded_recipe(weights) == _plain(config)):
+    about = _about(config)
+    if not weights.is_file() or {key: _recorded(weights).get(key) for key in about} != about:
         train_teacher(config, weights)
     return weights
 
@@ -90,27 +100,35 @@ def _record(weights: Path) -> Path:
     return weights.with_suffix(".json")
 
 
-def _plain(config: TeacherTraining) -> dict[str, Any]:
-    """The recipe as JSON gives it back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def _about(config: TeacherTraining) -> dict[str, Any]:
+    """What rebuilds the teacher, as of an exported student, and its recipe; as JSON gives it back."""
+    about = {
+        "model": config.model,
+        "kwargs": _kwargs(config),
+        "image_size": config.image_size,
+        "mean": config.mean,
+        "std": config.std,
+        "recipe": dataclasses.asdict(config),
+    }
+    return json.loads(json.dumps(about))
 
 
-def _recorded_recipe(weights: Path) -> Any:
+def _recorded(weights: Path) -> dict[str, Any]:
     try:
-        return json.loads(_record(weights).read_text())["recipe"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        record = json.loads(_record(weights).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _kwargs(config: TeacherTraining) -> dict[str, Any]:
+    """Arguments of timm.create_model."""
+    return {"img_size": config.image_size, "num_classes": config.classes, "global_pool": "token", **config.kwargs}
 
 
 def _initial_model(config: TeacherTraining) -> nn.Module:
     """timm's model with the recipe's initial weights."""
-    model = timm.create_model(
-        config.model,
-        img_size=config.image_size,
-        num_classes=config.classes,
-        global_pool="token",
-        **config.kwargs,
-    )
+    model = timm.create_model(config.model, **_kwargs(config))
     initialise(model, config)
     return model
 

@@ -16,11 +16,17 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that 
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old file or the new one."""
+    """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old file or the new one.
+
+    The umask decides who may read it, whatever `write` would have: safetensors' own files are their owner's alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        partial.chmod(mode)
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)

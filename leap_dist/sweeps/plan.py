@@ -276,8 +276,9 @@ def conflict(run: Run) -> Optional[str]:
     if not left.is_file() or left.read_text() == to_yaml(run.config):  # parsing all runs after each takes seconds
         return None
     there = load(left, [], check=False)
-    demo = run.config.teacher.weights == DEMO_TEACHER  # the run notes the file that it has put beside its folder
-    if demo and Path(there.teacher.weights).parent.resolve() == (run.folder.parent / "demo-teacher").resolve():
+    # The run notes the demo's teacher as the file that it found in a folder beside or above its own.
+    demo, noted = run.config.teacher.weights == DEMO_TEACHER, Path(there.teacher.weights).resolve().parent
+    if demo and noted.name == "demo-teacher" and noted.parent in run.folder.resolve().parents:
         there = replace(there, teacher=replace(there.teacher, weights=DEMO_TEACHER))
     changed = differences(there, run.config, also=MEASURED)
     return f"{run.folder} holds a run of another config ({abridged(changed)}); remove it" if changed else None

@@ -178,12 +178,37 @@ def test_a_test_split_without_labels_is_left_out(tmp_path: Path, caplog: pytest.
     assert "src/test: left out, it has no class folders" in caplog.text
 
 
+def test_a_flat_folder_of_images_is_one_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = make_tree(tmp_path, classes=("photos",))
+    (tmp_path / "photos/notes.txt").write_text("not an image")
+    assert make_shards(tmp_path / "photos", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out/class_to_idx.json").read_text()) == {"all": 0}
+    assert sorted(contents(tmp_path / "out")) == sorted((data, 0) for data in files)
+    assert caplog.messages == [f"{tmp_path}/photos: no class folders; its 7 images become the one class 'all'"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "told"),
+    [("src", "src: left out 2 images that lie beside the folders train"),
+     ("src/train", "src/train: left out 2 images that lie beside the class folders")],
+)  # fmt: skip
+def test_images_beside_folders_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, beside: str, told: str
+) -> None:
+    files = make_tree(tmp_path / "src/train")
+    for name in ("0.jpg", "1.PNG"):
+        (tmp_path / beside / name).write_bytes(next(iter(files)))
+    assert make_shards(tmp_path / "src", tmp_path / "out") == 0
+    assert len(contents(tmp_path / "out/train")) == len(files)
+    assert caplog.messages == [f"{tmp_path}/{told}"]
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
         ("used", "exists and is not empty"),
         ("absent", "is not a folder"),
-        ("empty", "find any class folder"),
+        ("empty", "holds neither images nor class folders"),
         ("no images", "valid file for the classes bee"),
         ("classes", "bee, cat, dog (3 in all) are not in all splits"),
         ("unknown class", "n01558993, n01692333, n01729322 (100 in all) are wanted but not in the set"),
@@ -218,8 +243,9 @@ def test_mistakes_end_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[s
             damage(source, "ant/1.JPEG")
             (source / "ant/0.JPEG").unlink()
     assert make_shards(source, out, *options) == 2
-    log = capfd.readouterr().err
+    said, log = capfd.readouterr()
     assert message in log and log.startswith("error: ") and log.count("\n") == 1
+    assert " images, " not in said  # nothing that reads like success before the refusal
     assert case != "used" or [path.name for path in out.iterdir()] == ["mine.txt"]
 
 

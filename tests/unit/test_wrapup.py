@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,3 +140,23 @@ def test_a_teacher_that_does_not_fit_whole_costs_no_student(tmp_path: Path) -> N
     trainer.close()
     assert (tmp_path / "student.safetensors").is_file()
     assert 0 < json.loads((tmp_path / "summary.json").read_text())["student_knn"] <= 1
+
+
+@pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_the_umask_decides_who_reads_a_run(umask: int, file: int, folder: int, tmp_path: Path) -> None:
+    few = ["evaluation.quick_images=20", "evaluation.max_train_images=20", "evaluation.probe_epochs=1"]
+    watched = ["evaluation.every_epochs=1", "data.val=digits", "data.workers=0", "epochs=1"]
+    config = stub_config(tmp_path / "run", *watched, *few)
+    before = os.umask(umask)
+    try:
+        config = replace(config, data=resolve(config.data, tmp_path / "run", ONE))
+        trainer = stub_trainer(config)
+        assert trainer.run()
+        wrapup.wrap_up(config, ONE, trainer)
+        trainer.close()
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert {"student.safetensors", "checkpoints", "curriculum.jsonl"} <= {path.name for path in modes}
+    odd = {path: oct(mode) for path, mode in modes.items() if mode != (folder if (tmp_path / path).is_dir() else file)}
+    assert not odd

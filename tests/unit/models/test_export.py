@@ -93,3 +93,14 @@ def test_the_documented_control_has_the_papers_width(capsys: pytest.CaptureFixtu
         assert min(counts, key=lambda w: abs(counts[w] - wanted)) == width
         assert f"{width} ({counts[width]:,}" in text
     assert f"{counts[204]:,}" in text
+
+
+def test_an_export_loads_from_its_run_folder_by_text_or_path(tmp_path: Path) -> None:
+    student, path = exported(tmp_path)
+    expected = student(IMAGES).patch
+    for where in (str(tmp_path), tmp_path, str(path), path):
+        assert torch.equal(load_student(where)(IMAGES).patch, expected)
+    (tmp_path / "empty").mkdir()
+    for nowhere in (tmp_path / "empty", tmp_path / "lfit"):
+        with pytest.raises(FileNotFoundError, match=f"{nowhere.name}.*: no such file"):
+            load_student(nowhere)

@@ -11,8 +11,9 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from leap_dist.models.export import load_student
 from leap_dist.pretraining import demo
-from leap_dist.pretraining.demo import TeacherTraining, ensure_demo_teacher, train_teacher
+from leap_dist.pretraining.demo import TeacherTraining, demo_cache, ensure_demo_teacher, train_teacher
 
 TINY = TeacherTraining(
     kwargs={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "mlp_ratio": 2}, epochs=6, batch=25, lr=3e-3
@@ -40,6 +41,26 @@ def test_record_names_the_recipe_and_the_accuracy(trained: tuple[Path, float]) -
     assert record["val_accuracy"] == trained[1]
     assert record["recipe"]["model"] == TINY.model
     assert record["recipe"]["kwargs"] == TINY.kwargs
+
+
+def test_a_demo_teacher_loads_as_an_exported_student_does(trained: tuple[Path, float]) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    model = timm.create_model(TINY.model, img_size=32, num_classes=10, **TINY.kwargs)
+    model.load_state_dict(load_file(trained[0]))
+    loaded = load_student(trained[0])
+    assert torch.equal(loaded(images).patch, model.eval().forward_features(images)[:, 1:])
+
+
+def test_a_sweep_takes_the_demos_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/sweeps/first/runs/a-s0")
+    assert demo_cache(run) == Path("runs/sweeps/first/runs/demo-teacher")
+    (tmp_path / "runs/demo-teacher").mkdir(parents=True)
+    (tmp_path / "runs/demo-teacher/teacher.safetensors").touch()
+    assert demo_cache(run) == demo_cache(Path("runs/demo")) == Path("runs/demo-teacher")
+    assert demo_cache(tmp_path / run) == tmp_path / "runs/demo-teacher"
+    monkeypatch.chdir(tmp_path / "runs/demo-teacher")
+    assert demo_cache(tmp_path / run) == tmp_path / run.parent / "demo-teacher", "not outside the working directory"
 
 
 def test_training_depends_on_its_seed_alone_and_keeps_the_callers_random_state(tmp_path: Path) -> None:
