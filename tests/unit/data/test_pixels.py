@@ -136,7 +136,29 @@ def test_what_nobody_knows_the_range_of_is_refused_everywhere(name: str) -> None
 COLOURS = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("mode", "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I;16 I;16B I;16L I;16N".split())
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "1",
+        "L",
+        "LA",
+        "La",
+        "P",
+        "PA",
+        "RGB",
+        "RGBA",
+        "RGBa",
+        "RGBX",
+        "CMYK",
+        "YCbCr",
+        "LAB",
+        "HSV",
+        "I;16",
+        "I;16B",
+        "I;16L",
+        "I;16N",
+    ],
+)
 def test_every_mode_of_pil_becomes_rgb_without_a_warning(mode: str) -> None:
     """Flat white and black, which every mode can show."""
     for value in (0, 255):
