@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Optional
@@ -16,8 +15,6 @@ INDEX = "index.json"
 UNLABELLED = -1  # of a sample whose class nobody knows
 MOST_CLASSES = 1_000_000  # a label beyond is a mistake, and would ask for memory by the size of it
 
-log = logging.getLogger(__name__)
-
 
 def class_number(label: int) -> int:
     """A label as it is stored, or UNLABELLED if it cannot be the number of a class."""
@@ -25,7 +22,7 @@ def class_number(label: int) -> int:
 
 
 def read_classes(folder: Path) -> Optional[dict[str, int]]:
-    """Label of every class by name, as tools/make_shards.py writes it beside the shards in `folder`; None if it did not.
+    """Class name -> label, as tools/make_shards.py writes it beside the shards in `folder`; None if there is none.
 
     It lies in `folder`, or above it beside the folders of other splits. UserError if it is no such list.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Optional
 
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from leap_dist.config import Config
 from leap_dist.data import EvalLoader, build_eval_loader
-from leap_dist.evaluation.features import FeatureSet, extract, in_step, merge
+from leap_dist.errors import UserError
+from leap_dist.evaluation.features import FeatureSet, extract, in_step, labelled, merge
 from leap_dist.runtime.distributed import World, collect, gather_objects
+
+log = logging.getLogger(__name__)
 
 BATCH = 64  # loader workers hold two each ready, in float32
 
@@ -30,12 +34,18 @@ class HeldOut:
         self._batch = -(-BATCH // parts) * parts
         self._world = world
         self._train, self._val = (
-            build_eval_loader(source, config.data, batch=self._batch, world=world, limit=limit)
+            build_eval_loader(
+                source, config.data, batch=self._batch, world=world, limit=limit, numbered_as=config.data.train
+            )
             for source, limit in ((config.data.train, train_limit), (config.data.val, val_limit))
         )
+        self._told: set[EvalLoader] = set()
 
     def features(self, model: Callable[[Tensor], Tensor]) -> Optional[tuple[FeatureSet, FeatureSet]]:
-        """Both sets as `model` sees them, images (B,3,H,W) -> features (B,D): on rank 0, None elsewhere. Collective."""
+        """Both sets as `model` sees them, images (B,3,H,W) -> features (B,D): on rank 0, None elsewhere. Collective.
+
+        Without the images that have no label. UserError, on every rank, if no image of a set has one.
+        """
         train, val = self._outputs(model, self._train), self.validation(model)
         return None if train is None or val is None else (train, val)
 
@@ -45,5 +55,22 @@ class HeldOut:
 
     def _outputs(self, model: Callable[[Tensor], Tensor], loader: EvalLoader) -> Optional[FeatureSet]:
         batches = in_step(loader, self._batch, max(gather_objects(len(loader), self._world)))
-        columns = [collect(column, self._world) for column in extract(model, batches, self._world.device)]
-        return merge([FeatureSet(*share) for share in zip(*columns, strict=True)]) if self._world.is_main else None
+        found = extract(model, batches, self._world.device)
+        if not any(gather_objects(bool((found.labels >= 0).any()), self._world)):
+            raise UserError(
+                f"{loader.source}: no image has a label, which kNN and linear probe need; set data.val=null"
+            )
+        columns = [collect(column, self._world) for column in found]
+        if not self._world.is_main:
+            return None
+        whole = merge([FeatureSet(*share) for share in zip(*columns, strict=True)])
+        return self._with_labels(whole, loader)
+
+    def _with_labels(self, whole: FeatureSet, loader: EvalLoader) -> FeatureSet:
+        """What can be judged; says once of each set how many images cannot."""
+        known = labelled(whole)
+        missing = len(whole.ids) - len(known.ids)
+        if missing and loader not in self._told:
+            log.warning("%s: %d images have no label of a class and are left out", loader.source, missing)
+            self._told.add(loader)
+        return known

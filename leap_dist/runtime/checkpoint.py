@@ -144,15 +144,24 @@ def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
 class Checkpoints:
     """The checkpoints of one run; every method is called by all ranks.
 
-    layout: of the training set, whose positions the checkpoints hold; `TrainLoader.layout`.
+    layout, contents: of the training set, whose positions the checkpoints hold; as `TrainLoader` has them.
     teacher: fingerprint of the weights that the student imitates.
     claim: on the output folder, if it has been made already.
     """
 
-    def __init__(self, config: Config, world: World, layout: str, teacher: str, claim: Optional[Claim] = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        layout: str,
+        teacher: str,
+        claim: Optional[Claim] = None,
+        *,
+        contents: str = "",
+    ) -> None:
         self.config = config
         self.world = world
-        self.layout = layout
+        self.layout, self.contents = layout, contents
         self.teacher = teacher
         self._unconfirmed: Optional[Path] = None
         self._claim = claim or Claim(Path(config.output), world)
@@ -264,6 +273,7 @@ class Checkpoints:
             "seed": self.config.seed,
             "canonical_nodes": self.config.data.canonical_nodes,
             "data.train": self.layout,
+            "data.train's contents": self.contents,
             "data.image_size": self.config.data.image_size,
             "optim.name": self.config.optim.name,
             "curriculum.mode": self.config.curriculum.mode,

@@ -15,7 +15,7 @@ from leap_dist.data.names import printable
 from leap_dist.data.parallel import parallel
 from leap_dist.data.sources.files import Files
 from leap_dist.data.sources.images import WHOLE, Images, counted
-from leap_dist.data.sources.kaggle import labelled_val
+from leap_dist.data.sources.kaggle import TRUTH, labelled_val
 from leap_dist.data.sources.layout import Layout, other_folders, root_of, split_folders
 from leap_dist.data.sources.walk import (
     HIDDEN,
@@ -47,11 +47,23 @@ def open_tree(folder: Path, workers: int, layout: Layout = None) -> dict[str, Im
     others = other_folders(top, list(splits.values())) if splits else []
     if "test" in splits and not visible_folders(top / splits["test"]):
         log.warning("%s: left out, it has no class folders", top / splits.pop("test"))
+    _check_alike(top, splits, folder)
     opened = {}
     for split, name in (splits or {WHOLE: WHOLE}).items():
         known = labelled_val(folder, top / name) if split == "val" else None
         opened[split] = known or _open_class_folders(folder, top / name, workers)
     return _with_others(opened, others)
+
+
+def _check_alike(top: Path, splits: dict[str, str], source: Path) -> None:
+    """UserError if one split has class folders and another just images, which nobody says the classes of."""
+    flat = [split for split, name in splits.items() if not visible_folders(top / name)]
+    unlabelled = [split for split in flat if split != "val" or not (source / TRUTH).is_file()]
+    if unlabelled and len(flat) < len(splits):
+        raise UserError(
+            f"{top / splits[unlabelled[0]]}: images without class folders, which other splits have; put each into a "
+            f"folder named as its class, or Kaggle's {TRUTH} into {source}, or name the folder of one split"
+        )
 
 
 def _with_others(opened: dict[str, Images], others: list[str]) -> dict[str, Images]:
