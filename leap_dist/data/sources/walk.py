@@ -63,12 +63,12 @@ def holds_images(folder: Path) -> bool:
 def walk(folder: Path, taken: Collection[str] = ()) -> Found:
     """All images in `folder` and below, each once, ordered as torchvision's ImageFolder orders them.
 
-    Links to folders are followed, but for those that lead to a folder above, to one that was read before, or into
-    `taken`: real paths of folders that are read for themselves.
+    Links to folders are followed, but for those that lead to a folder above or into `taken`: real paths of folders that
+    are read for themselves. No folder is read twice.
     """
     found = Found()
-    read = {os.path.realpath(folder), *taken}
-    for path, names in sorted(_folders(str(folder), read, found.left_out)):
+    kept = {os.path.realpath(folder), *taken}
+    for path, names in sorted(_folders(str(folder), kept, set(), found.left_out)):
         images, left_out = sort_out(names)
         found.left_out += left_out
         for name in images:
@@ -77,28 +77,31 @@ def walk(folder: Path, taken: Collection[str] = ()) -> Found:
     return found
 
 
-def _folders(folder: str, read: set[str], left_out: Counter[str]) -> Iterator[tuple[str, list[str]]]:
-    """(path, names of its files) of `folder` and of all below that are to be read; `read` grows by links followed."""
+def _folders(
+    folder: str, kept: set[str], seen: set[tuple[int, int]], left_out: Counter[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """(path, names of its files) of `folder` and of all below that are to be read; `seen` grows by their inodes."""
+    about = os.stat(folder)
+    if (about.st_dev, about.st_ino) in seen:
+        left_out[LINKS] += 1
+        return
+    seen.add((about.st_dev, about.st_ino))
     files = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.is_dir():
-                files.append(entry.name)
-            elif is_hidden(entry.name):
-                left_out[HIDDEN] += sum(len(names) for _, _, names in os.walk(entry.path))
-            elif not entry.is_symlink():
-                yield from _folders(entry.path, read, left_out)
-            elif leads_back(os.path.realpath(entry.path), read):
-                left_out[LINKS] += 1
-            else:
-                read.add(os.path.realpath(entry.path))
-                yield from _folders(entry.path, read, left_out)
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):  # what is read first must not be chance
+        if not entry.is_dir():
+            files.append(entry.name)
+        elif is_hidden(entry.name):
+            left_out[HIDDEN] += sum(len(names) for _, _, names in os.walk(entry.path))
+        elif entry.is_symlink() and leads_back(os.path.realpath(entry.path), kept):
+            left_out[LINKS] += 1
+        else:
+            yield from _folders(entry.path, kept, seen, left_out)
     yield folder, files
 
 
-def leads_back(target: str, read: set[str]) -> bool:
-    """Whether the folder `target` lies in one of those that are `read` anyway, or holds one; all are real paths."""
-    return any(folder == target or _inside(target, folder) or _inside(folder, target) for folder in read)
+def leads_back(target: str, kept: Iterable[str]) -> bool:
+    """Whether the folder `target` lies in one of those that are read anyway, or holds one; all are real paths."""
+    return any(folder == target or _inside(target, folder) or _inside(folder, target) for folder in kept)
 
 
 def _inside(path: str, folder: str) -> bool:
