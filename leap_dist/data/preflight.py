@@ -49,12 +49,14 @@ def _check(config: DataConfig, classes: int, option: str) -> Optional[str]:
             continue
         folder = prepare(source, config)
         unlabelled = any("label" not in shard["column_names"] for shard in read_index(folder))
+        trains = classes if key == "data.train" else 0
+        if trains and unlabelled:
+            raise UserError(f"{option}={classes}: {key}={source} has no labels, says {folder / INDEX}")
         if config.val is not None and unlabelled:
             raise UserError(
                 f"{key}={source}: its shards have no labels, says {folder / INDEX}, and evaluation needs them; "
                 "set data.val=null"
             )
-        trains = classes if key == "data.train" else 0
         if not unlabelled and (trains or config.val is not None):
             _look_at_labels(f"{key}={source}", ShardStore(source, config), trains, option)
     if DIGITS in sets.values():
@@ -86,8 +88,8 @@ def _look_at_labels(name: str, store: ShardStore, classes: int, option: str) -> 
             continue
         if classes and not 0 <= seen[-1] < classes:
             raise UserError(
-                f"{option}={classes}: {name} has a sample of label {seen[-1]}, and the cross-entropy needs labels from "
-                f"0 to {classes - 1}"
+                f"{option}={classes}: data.train has a sample of label {seen[-1]}, and the cross-entropy needs labels "
+                f"from 0 to {classes - 1}"
             )
         if time.monotonic() > until:
             break

@@ -86,7 +86,7 @@ class ShardStore:
         return f"{self.size} samples in {len(self.shards)} shards ({digest})"
 
     def contents(self) -> str:
-        """What the index says of the samples themselves: a digest of every shard's size and hashes, unpacked."""
+        """What the index says of the samples themselves: a digest of every shard's size and hashes."""
         raw = [self._raw(shard_id) for shard_id in range(len(self.shards))]
         told = json.dumps([[info.bytes, sorted(info.hashes.items())] for info in raw])
         return hashlib.blake2s(told.encode(), digest_size=4).hexdigest()

@@ -142,7 +142,7 @@ def test_a_classifier_is_not_trained_on_what_is_no_class_of_its(label: int, tmp_
     train = make(tmp_path / "train", [0, 1, 2, 3] * 20 + [label], None)
     data = DataConfig(train=str(train), workers=0, image_size=8)
     check_sources(data, ALONE)
-    with pytest.raises(UserError, match=f"student.num_classes=4: .* has a sample of label {label}"):
+    with pytest.raises(UserError, match=f"student.num_classes=4: data.train has a sample of label {label}"):
         check_sources(data, ALONE, 4)
 
 
