@@ -51,7 +51,7 @@ def flush(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` whole."""
-    write_whole(path, lambda partial: partial.write_text(text))
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from leap_dist.config import load
 from leap_dist.data.names import printable
 from leap_dist.data.sharding import Recipe, check_apart, plan, write_planned
 from leap_dist.data.sources import Images, open_source
@@ -277,6 +278,14 @@ def test_names_of_any_bytes_are_listed_on_a_line_each(tmp_path: Path) -> None:
 def test_printable(name: str, shown: str) -> None:
     assert printable(name) == shown
     printable(name).encode("utf-8")
+
+
+def test_a_path_that_is_no_utf_8_is_refused_where_a_config_would_hold_it(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.makedirs(folder)
+    with pytest.raises(UserError, match="not UTF-8") as caught:
+        load(None, ["teacher.model=t", "student.model=s", f"data.train={os.fsdecode(folder)}"])
+    assert str(caught.value).isprintable()
 
 
 def test_too_many_bad_names_end_in_one_line(tmp_path: Path) -> None:
