@@ -35,7 +35,8 @@ def split_folders(folder: Path, layout: Layout = None) -> dict[str, str]:
     """Split -> name of its folder in `folder`, in the order train, val, test; empty if its folders are classes.
 
     UserError where folders that are named as splits lie beside others with images, where neither train nor val is among
-    them (a class may be called Test, or train), and where two are the same split: `--layout` answers.
+    them (a class may be called Test, or train), where two are the same split, and where they lie inside the classes:
+    `--layout` answers.
     """
     names = visible_folders(folder)
     found: dict[str, list[str]] = {split: [] for split in ("train", "val", "test")}
@@ -46,6 +47,11 @@ def split_folders(folder: Path, layout: Layout = None) -> dict[str, str]:
     if not found:
         if layout == "splits":
             raise UserError(f"{folder}: --layout splits, but no folder in it is named train, val or test")
+        if layout is None and names and all(_has_splits(folder / name) for name in names):
+            raise UserError(
+                f"{folder}: {_listed(names)} hold folders named as splits; put the classes into the splits, or say "
+                "--layout classes, which takes all splits of a class together"
+            )
         return {}
     for split, same in found.items():
         if len(same) > 1:
@@ -72,6 +78,10 @@ def other_folders(folder: Path, named: list[str]) -> list[str]:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(printable(name) for name in names[:3]) + more
+
+
+def _has_splits(folder: Path) -> bool:
+    return any(split_of(name) for name in visible_folders(folder))
 
 
 def _has_images(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-MORE = (".jfif", ".jpe", ".avif", ".gif", ".jp2", ".j2k", ".apng", ".dib", ".pbm", ".pnm", ".pfm")
+MORE = (".jfif", ".jpe", ".avif", ".gif", ".jp2", ".j2k", ".apng", ".dib", ".pbm", ".pnm")
 EXTENSIONS = frozenset((*IMG_EXTENSIONS, *MORE))
 # Thumbnails and dustbins of NAS systems, archivers and Windows; and whatever begins with a dot.
 SYSTEM_FOLDERS = frozenset(("@eaDir", "#recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"))

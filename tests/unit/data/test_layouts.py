@@ -57,6 +57,7 @@ def test_splits_are_known_by_their_usual_names(train: str, val: str, test: str, 
         (("Test/0.jpg", "a/0.jpg"), "Test may be splits or classes"),
         (("test/a/0.jpg",), "test may be splits or classes by name; say --layout splits"),
         (("val/a/0.jpg", "valid/a/0.jpg", "train/a/0.jpg"), "val, valid would both be the split 'val'"),
+        (("cat/train/0.jpg", "cat/val/1.jpg", "dog/train/0.jpg"), "cat, dog hold folders named as splits"),
         (("Train/a/0.jpg", "train/a/0.jpg"), "Train, train would both be the split 'train'"),
     ],
 )
