@@ -83,7 +83,7 @@ def describe(planned: Plan, sources: Mapping[str, Images]) -> Iterator[str]:
     for split, images in sources.items():
         sizes = [len(shard.images) for shard in planned.shards if shard.split == split]
         name = "all" if split == WHOLE else split
-        left_out = {**images.left_out, **planned.left_out(split)}
+        left_out = {**images.left_out, **planned.left_out(split, images)}
         told = f"; left out: {printable(counted(left_out))}" if left_out else ""
         yield (
             f"{name}: {sum(sizes)} of {len(images.names)} images, {len(planned.classes)} classes, "

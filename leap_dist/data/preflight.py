@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from leap_dist.data.store import ShardStore
 
 LOOK_SECONDS = 0.25  # at the labels of each set: all of a small one, some hundreds of a large one
+ENOUGH = 1000  # without any label among so many, a set has none; of a few, a tenth or a hundredth may have one
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +75,9 @@ def _check(config: DataConfig, classes: int, option: str) -> Optional[str]:
 
 
 def _look_at_labels(name: str, store: ShardStore, classes: int, option: str) -> None:
-    """UserError if none of the samples that can be read within LOOK_SECONDS has a label, or one does not fit.
+    """UserError if none of many samples has a label, or if one of them is none of the classifier's `classes`.
 
-    Evenly over the set, whatever the time suffices for. Not where shards would have to be fetched.
+    Evenly over the set, as many as can be read within LOOK_SECONDS. Not where shards would have to be fetched.
     """
     if store.fetches:
         return
@@ -91,9 +92,11 @@ def _look_at_labels(name: str, store: ShardStore, classes: int, option: str) -> 
                 f"{option}={classes}: data.train has a sample of label {seen[-1]}, and the cross-entropy needs labels "
                 f"from 0 to {classes - 1}"
             )
-        if time.monotonic() > until:
+        labelled = 0 <= seen[-1] < MOST_CLASSES
+        if time.monotonic() > until or (labelled and not classes):
             break
-    if seen and not any(0 <= label < MOST_CLASSES for label in seen):
+    enough = len(seen) >= min(store.size, ENOUGH)
+    if enough and not any(0 <= label < MOST_CLASSES for label in seen):
         raise UserError(
             f"{name}: none of {len(seen)} samples looked at has a label, and evaluation needs them; set data.val=null"
         )

@@ -103,9 +103,9 @@ class Plan:
         """Number of images."""
         return sum(len(shard.images) for shard in self.shards)
 
-    def left_out(self, split: str) -> dict[str, int]:
-        """Why images of a split are in no shard, and how many."""
-        images, labels = self.sources[split], self.labels[split]
+    def left_out(self, split: str, images: Images) -> dict[str, int]:
+        """Why `images`, all those of a split, are in no shard, and how many; a split may be left out whole."""
+        labels = self.labels[split]
         unlabelled = int(((images.labels < 0) | (images.labels >= len(images.classes))).sum())
         unwanted = int((labels < 0).sum()) - unlabelled
         return {reason: n for reason, n in (("without a label", unlabelled), ("of other classes", unwanted)) if n}

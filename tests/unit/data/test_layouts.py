@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -213,12 +214,13 @@ def test_rows_without_a_label_are_left_out_and_counted(tmp_path: Path) -> None:
     parquet(tmp_path / "val.parquet", [b"e"], [1])
     sources = open_source(tmp_path, 0)
     planned = plan(sources, Recipe())
-    assert planned.left_out("train") == {"without a label": 2} and planned.size == 3
+    assert planned.left_out("train", sources["train"]) == {"without a label": 2} and planned.size == 3
     assert list(planned.classes) == ["0", "1", "2"]  # as many as both splits number together
-    assert plan({"train": sources["train"]}, Recipe(), ["2"]).left_out("train") == {
-        "without a label": 2,
-        "of other classes": 1,
-    }
+    part = plan({"train": sources["train"]}, Recipe(), ["2"])
+    assert part.left_out("train", sources["train"]) == {"without a label": 2, "of other classes": 1}
+    unlabelled = replace(sources["val"], labels=np.array([-1]))
+    whole = plan({"train": sources["train"], "test": unlabelled}, Recipe())
+    assert whole.left_out("test", unlabelled) == {"without a label": 1} and list(whole.sources) == ["train"]
 
 
 @pytest.mark.parametrize(
