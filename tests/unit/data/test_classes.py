@@ -17,6 +17,7 @@ from leap_dist.evaluation.features import FeatureSet
 from leap_dist.evaluation.held_out import HeldOut
 from leap_dist.evaluation.knn import knn_accuracy
 from leap_dist.evaluation.probe import probe_accuracy
+from leap_dist.pretraining.training import accuracy
 from small_sets import ALONE, png
 
 NAMES = ("data.train=t", "data.val=v")
@@ -127,6 +128,21 @@ def test_images_without_a_usable_label_are_left_out_and_counted_once(
     assert knn_accuracy(known, judged, 1, torch.device("cpu")) == 1
     assert sum("left out" in line for line in caplog.messages) == 2
     assert f"{val}: 2 images have no label of a class and are left out" in caplog.messages
+
+
+def test_a_teachers_accuracy_is_of_the_labelled_images(tmp_path: Path) -> None:
+    train = make(tmp_path / "train", [0, 1, 2, 3], ABCD)
+    val = make(tmp_path / "val", [0, -1, 1, 10**9, 0], {"c": 0, "d": 1})
+    data = config(train, val)
+    loader = build_eval_loader(str(val), data, batch=2, world=ALONE, numbered_as=str(train))
+
+    def always_c(images: torch.Tensor) -> torch.Tensor:
+        return torch.eye(4)[2].expand(len(images), 4)
+
+    assert accuracy(always_c, loader, torch.device("cpu")) == pytest.approx(2 / 3)
+    unlabelled = make(tmp_path / "none", [-1, -1], None)
+    with pytest.raises(UserError, match="no image has a label, which an accuracy needs"):
+        accuracy(always_c, build_eval_loader(str(unlabelled), data, batch=2, world=ALONE), torch.device("cpu"))
 
 
 def test_a_set_without_any_label_is_refused_before_the_run_and_by_evaluation(tmp_path: Path) -> None:
