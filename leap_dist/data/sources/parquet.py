@@ -160,10 +160,8 @@ def _open_split(folder: Path, paths: list[Path]) -> Rows:
 def _sizes(path: Path, columns: _Columns, root: Path, groups: list[tuple[int, int]]) -> np.ndarray:
     """Bytes of every image of a file: of those it names their own, of those in it the mean of their row group."""
     if not columns.is_path:
-        rows, weights = (
-            (np.array(column, dtype=np.int64) for column in zip(*groups, strict=True)) if groups else ([], [])
-        )
-        return np.repeat(np.array(weights, np.int64) // np.maximum(np.array(rows, np.int64), 1), rows)
+        rows, weights = np.array(groups, dtype=np.int64).reshape(-1, 2).T
+        return np.repeat(weights // np.maximum(rows, 1), rows)
     cells = _opened(path, lambda file: file.read(columns=[columns.image], use_threads=False)[0]).to_pylist()
     contents = [_content(cell, path.parent, root) for cell in cells]
     return np.array([size_of(found) if isinstance(found, Path) else len(found) for found in contents], np.int64)
