@@ -57,7 +57,7 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     spec = describe_teacher(config.teacher, config.data.image_size)
     curriculum = build_curriculum(config.curriculum, spec.depth)
     check_pair(config, spec, world.device)
-    check_sources(config.data, world)
+    check_sources(config.data, world, config.student.num_classes)
     if world.is_main:
         warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
@@ -74,7 +74,9 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     check_window(config, steps)
     schedule = replayed_schedule(config.curriculum.replay, spec.depth, steps, world)
     timer = PhaseTimer(world.device)
-    checkpoints = Checkpoints(config, world, loader.layout, teacher.fingerprint, claim, teacher.marks)
+    checkpoints = Checkpoints(
+        config, world, loader.layout, teacher.fingerprint, claim, teacher.marks, contents=loader.contents
+    )
     convert = resume is not None and checkpoints.needs_conversion(resume)
     objective = build_objective(config, spec)
     optimizer = build_optimizer(config.optim, objective)

@@ -194,13 +194,14 @@ def look_at_blocks(args: argparse.Namespace, subjects: list[Subject], world: Wor
     """Probe, kNN and CKA of one model's blocks, on labelled images."""
     from leap_dist.analysis import report_blocks, report_table, write_report
     from leap_dist.analysis.plots import block_figure
-    from leap_dist.data import build_eval_loader
+    from leap_dist.data import build_eval_loader, check_sources
     from leap_dist.data.shards import complete_or_absent
     from leap_dist.runtime.files import write_text
 
     data = open_data(args, subjects[0], world)
+    check_sources(data, world)
     train, held_out = (
-        build_eval_loader(source, data, batch=args.batch, world=world, limit=limit)
+        build_eval_loader(source, data, batch=args.batch, world=world, limit=limit, numbered_as=data.train)
         for source, limit in ((data.train, args.train_images), (data.val, args.images))
     )
     report = report_blocks(subjects[0], train, held_out, EvaluationConfig(), world)

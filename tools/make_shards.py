@@ -22,8 +22,9 @@ from typing import Optional
 
 from tqdm import tqdm
 
-from leap_dist.data.sharding import JPEG_QUALITY, QUARANTINE, Plan, Recipe, check_out, plan, write_planned
-from leap_dist.data.sources import WHOLE, Images, open_source
+from leap_dist.data.names import printable
+from leap_dist.data.sharding import JPEG_QUALITY, QUARANTINE, Plan, Recipe, check_apart, check_out, plan, write_planned
+from leap_dist.data.sources import WHOLE, Images, counted, open_source
 from leap_dist.data.verifying import count_classes, stored_shards, verify
 from leap_dist.errors import UserError
 
@@ -43,6 +44,11 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--resize", type=int, help="re-encode images whose shorter side is longer than this (pixels)")
     parser.add_argument("--quality", type=int, help="JPEG quality of --resize (90)")
     parser.add_argument("--classes", help="take these only: imagenet100, or a file with a class name per line")
+    parser.add_argument(
+        "--layout",
+        choices=("splits", "classes"),
+        help="what folders in SRC are, where names like train may mean either",
+    )
     parser.add_argument("--max-bad", type=float, default=0.001, help="fail beyond this fraction of bad images (0.001)")
     parser.add_argument("--shard-mib", type=float, default=64, help="size of a shard (64)")
     options = parser.parse_args(arguments)
@@ -60,10 +66,10 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
 def read_classes(name: str) -> list[str]:
     """The class names of a list we ship or of a file; # starts a comment."""
     try:
-        lines = CLASS_LISTS.get(name, Path(name)).read_text().splitlines()
+        lines = CLASS_LISTS.get(name, Path(name)).read_bytes().decode(errors="surrogateescape").splitlines()
     except OSError as error:
         raise UserError(f"--classes {name}: neither {', '.join(CLASS_LISTS)} nor a readable file ({error})") from None
-    names = [line.split("#")[0].strip() for line in lines]
+    names = [printable(line.split("#")[0].strip()) for line in lines]
     return [name for name in names if name]
 
 
@@ -73,11 +79,16 @@ def progress(total: int, description: str) -> tqdm:
 
 
 def describe(planned: Plan, sources: Mapping[str, Images]) -> Iterator[str]:
-    """What is going to be written, a line per split."""
+    """What is going to be written and what is left out, a line per split."""
     for split, images in sources.items():
         sizes = [len(shard.images) for shard in planned.shards if shard.split == split]
         name = "all" if split == WHOLE else split
-        yield f"{name}: {sum(sizes)} of {len(images.names)} images, {len(planned.classes)} classes, {len(sizes)} shards"
+        left_out = {**images.left_out, **planned.left_out(split, images)}
+        told = f"; left out: {printable(counted(left_out))}" if left_out else ""
+        yield (
+            f"{name}: {sum(sizes)} of {len(images.names)} images, {len(planned.classes)} classes, "
+            f"{len(sizes)} shards{told}"
+        )
 
 
 def make(options: argparse.Namespace) -> None:
@@ -85,8 +96,9 @@ def make(options: argparse.Namespace) -> None:
     source, out = options.paths
     wanted = read_classes(options.classes) if options.classes else None
     recipe = Recipe(options.resize, options.quality or JPEG_QUALITY, options.shard_mib)
+    check_apart(source, out)
     print(f"listing {source}", flush=True)
-    sources = open_source(source, options.workers)
+    sources = open_source(source, options.workers, options.layout)
     planned = plan(sources, recipe, wanted)
     check_out(planned, out)
     print(*describe(planned, sources), sep="\n", flush=True)
@@ -114,10 +126,11 @@ def check(options: argparse.Namespace) -> None:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Parse the command line and work; 2 after a mistake in the input, 1 if shards are not sound."""
     options = parse(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text, as stderr knows
     try:
         (check if options.verify else make)(options)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if options.verify else 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)

@@ -6,7 +6,8 @@ in the evaluation at the end of a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -20,11 +21,13 @@ from leap_dist.analysis.results import write_csv
 from leap_dist.analysis.subjects import Subject
 from leap_dist.analysis.survey import progress
 from leap_dist.config import EvaluationConfig
-from leap_dist.data import Batch, EvalLoader
+from leap_dist.data import EvalLoader
 from leap_dist.errors import UserError
 from leap_dist.evaluation import evaluate
-from leap_dist.evaluation.features import FeatureSet, extract, merge
-from leap_dist.runtime.distributed import World, collect_objects
+from leap_dist.evaluation.features import FeatureSet, extract, labelled, merge
+from leap_dist.runtime.distributed import World, collect_objects, gather_objects
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def report_blocks(
     cka.merge_over_ranks()
     if not world.is_main:
         return None
-    known, asked = map(merge, shares)
+    known, asked = (labelled(merge(share)) for share in shares)
     blocks = progress(range(len(widths)), f"{subject.name}: probes", world)
     found = [evaluate(_of_block(known, i), _of_block(asked, i), config, device=world.device) for i in blocks]
     probe, knn = (np.array([scores[kind] for scores in found]) for kind in ("probe", "knn"))
@@ -83,15 +86,16 @@ def _of_block(features: FeatureSet, index: int) -> FeatureSet:
 
 
 def _gathered(model: Callable[[Tensor], Tensor], loader: EvalLoader, what: str, world: World) -> list[FeatureSet]:
-    """Every rank's features (N, L, D), on rank 0. Collective. UserError for images without labels."""
-    return collect_objects(extract(model, _labelled(progress(loader, what, world)), world.device), world)
-
-
-def _labelled(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for batch in batches:
-        if batch.labels.min() < 0:
-            raise UserError("the shards have no labels, which probe and kNN need")
-        yield batch.images, batch.labels, batch.ids
+    """Every rank's features (N, L, D), on rank 0. Collective. UserError, on every rank, if no image has a label."""
+    batches = ((batch.images, batch.labels, batch.ids) for batch in progress(loader, what, world))
+    found = extract(model, batches, world.device)
+    counts = gather_objects((int((found.labels < 0).sum()), len(found.labels)), world)
+    missing, images = (sum(column) for column in zip(*counts, strict=True))
+    if missing == images:
+        raise UserError(f"{what}: the shards have no labels, which probe and kNN need")
+    if missing and world.is_main:
+        log.warning("%s: %d images have no label of a class and are left out", what, missing)
+    return collect_objects(found, world)
 
 
 def write_report(report: BlockReport, folder: Path) -> None:

@@ -253,6 +253,18 @@ def _engine_problems(config: Config) -> list[str]:
     return problems
 
 
+def _digits_problems(data: DataConfig) -> list[str]:
+    sets = {"data.train": data.train, "data.val": data.val}
+    digits = [key for key, source in sets.items() if source == DIGITS]
+    if data.val is None or len(digits) != 1:
+        return []
+    (other,) = sets.keys() - digits
+    return [
+        f"{digits[0]}={DIGITS} with {other}={sets[other]}: the demo's digits are no classes of that set; set "
+        f"{digits[0]} too, or data.val=null"
+    ]
+
+
 def _path_problems(config: Config) -> list[str]:
     problems = []
     for key, path in (("output", config.output), ("data.cache", config.data.cache)):
@@ -265,6 +277,7 @@ def _path_problems(config: Config) -> list[str]:
             problems.append(f"{key}={source}: a remote source needs data.cache, a local folder for its shards")
         if not is_remote(source) and not Path(source).is_dir():
             problems.append(f"{key}={source}: no such folder (nor '{DIGITS}', nor a remote URI)")
+    problems += _digits_problems(config.data)
     if config.teacher.weights not in (HUB, RANDOM, DEMO_TEACHER) and not Path(config.teacher.weights).is_file():
         problems.append(
             f"teacher.weights={config.teacher.weights}: no such file (nor {HUB}, {RANDOM} or {DEMO_TEACHER})"

@@ -110,6 +110,8 @@ def _override_layers(overrides: list[str], known: dict[str, dataclasses.Field]) 
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"{text!r}: expected section.key=value")
+        if any("\ud800" <= character <= "\udfff" for character in text):  # bytes that Python could not decode
+            raise UserError(f"{text!a}: not UTF-8, which a config is written in; name a link to it that is")
         if key in known and _is_text(known[key]) and value != "null":
             layers.append(("command line", _nested(key, value)))
             continue

@@ -30,7 +30,8 @@ class Batch(NamedTuple):
 
     images: (B, 3, S, S), float32 and normalised, or uint8, which `Feed` normalises (a quarter of the memory for workers
     to fill and hand over); on the way to a GPU `Crops`, which gets its colours there too;
-    labels: (B,) int64, -1 where the shards have none; ids: (B,) int64, index of the sample in the whole set;
+    labels: (B,) int64, -1 where the shards have none that can be the number of a class;
+    ids: (B,) int64, index of the sample in the whole set;
     positions: (B,) int64, place in the global batch;
     bad: samples that could not be read. When training, others stand in for them under their ids.
     ready: set by `Feed` where the images are on their way to a GPU.

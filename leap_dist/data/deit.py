@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from PIL import Image
 from timm.data import create_transform
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from leap_dist.config import DataConfig
 from leap_dist.data.chance import seeded
+from leap_dist.data.pixels import open_rgb
 
 # Of 10: at a full 10, which noise reaches for one image in 600, timm posterizes to 0 bits, and Pillow 13 refuses that.
 MOST = 9.99
@@ -41,7 +40,7 @@ class Deit:
 
     def decode(self, data: bytes, random: np.random.Generator) -> Image.Image:
         """The whole image, RGB."""
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        return open_rgb(data)
 
     def finish(self, image: Image.Image, random: np.random.Generator) -> Tensor:
         """(3, S, S) float32, normalised: what is erased becomes normal noise, which bytes could not hold."""

@@ -10,9 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from leap_dist.config import DIGITS, DataConfig
+from leap_dist.data.classes import CLASSES
 from leap_dist.data.shards import INDEX, write_shards
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, barrier
+from leap_dist.runtime.files import write_json
 
 VAL_SIZE = 297  # 1,500 remain for training
 SPLITS = ("train", "val")
@@ -34,13 +36,14 @@ def digit_samples(split: str) -> Iterator[tuple[bytes, int]]:
 
 
 def _write_once(folder: Path, split: str) -> None:
-    if (folder / INDEX).exists():
-        return
-    try:
-        write_shards(digit_samples(split), folder)
-    except (UserError, OSError):  # another node that shares the file system was faster
-        if not (folder / INDEX).exists():
-            raise
+    if not (folder / INDEX).exists():
+        try:
+            write_shards(digit_samples(split), folder)
+        except (UserError, OSError):  # another node that shares the file system was faster
+            if not (folder / INDEX).exists():
+                raise
+    if not (folder / CLASSES).exists():
+        write_json(folder / CLASSES, {f"digit {label}": label for label in range(10)})
 
 
 def resolve(config: DataConfig, output: Path, world: World) -> DataConfig:

@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Optional
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch, Request
+from leap_dist.data.classes import UNLABELLED
 from leap_dist.data.order import Share, epoch_order
 from leap_dist.data.transforms import Whole, eval_transform, train_transform
 from leap_dist.errors import UserError
@@ -108,7 +109,7 @@ class TrainLoader:
 
     def __init__(self, dataset: ImageDataset, config: DataConfig, share: Share, *, seed: int) -> None:
         self.num_samples: int = dataset.store.size
-        self.layout = dataset.store.layout()
+        self.layout, self.contents = dataset.store.layout(), dataset.store.contents()
         self._dataset = dataset
         self._config = config
         self._share = share
@@ -201,11 +202,21 @@ class EvalLoader:
     sample and by what is left out, so ranks may get different numbers of batches: where a collective runs inside the
     loop, as an evaluated teacher may be, `evaluation.features.in_step` gives all ranks the same number.
     What was left out is said when the loop has come to its end. num_samples: over all ranks.
+    table: what labels become, -1 where it has none; None: they stay.
     """
 
     def __init__(
-        self, dataset: ImageDataset, config: DataConfig, *, batch: int, world: World, limit: Optional[int]
+        self,
+        dataset: ImageDataset,
+        config: DataConfig,
+        *,
+        batch: int,
+        world: World,
+        limit: Optional[int],
+        table: Optional[Mapping[int, int]] = None,
     ) -> None:
+        self._table = table
+        self.source: str = dataset.store.source
         total = dataset.store.size
         self.num_samples = total if limit is None else min(limit, total)
         # Neighbours lie in one shard: a node that reads through a cache needs few.
@@ -231,11 +242,16 @@ class EvalLoader:
                 )
             read += len(batch.ids)
             if len(batch.ids):
-                yield batch
+                yield batch if self._table is None else self._renumbered(batch, self._table)
         if not read:
             raise UserError(f"{source}: none of this rank's {len(bad)} samples can be read")
         if bad:
             log.warning("%s: %d samples cannot be read and are left out: %s", source, len(bad), [b.id for b in bad])
+
+    @staticmethod
+    def _renumbered(batch: Batch, table: Mapping[int, int]) -> Batch:
+        labels = [table.get(label, UNLABELLED) for label in batch.labels.tolist()]
+        return batch._replace(labels=torch.tensor(labels, dtype=torch.int64))
 
     def _pass(self) -> Iterator[Request]:
         store = self._dataset.store
@@ -249,14 +265,24 @@ class EvalLoader:
 
 
 def build_eval_loader(
-    source: str, config: DataConfig, *, batch: int, world: World, limit: Optional[int] = None
+    source: str,
+    config: DataConfig,
+    *,
+    batch: int,
+    world: World,
+    limit: Optional[int] = None,
+    numbered_as: Optional[str] = None,
 ) -> EvalLoader:
     """Open `source` (a folder or URI of shards) to read each sample once over all ranks; all ranks together.
 
-    limit: read that many samples, evenly strided over the set. UserError if the shards are not fit to be read.
+    limit: read that many samples, evenly strided over the set. numbered_as: the set whose numbers the labels are to
+    be, where both name their classes; None: its own. UserError if the shards are not fit to be read, or the classes of
+    the two sets do not go together.
     """
+    from leap_dist.data.store import label_table
     from leap_dist.data.streaming import open_dataset
 
     transform = Whole(eval_transform(config))
     dataset = open_dataset(source, config, world=world, transform=transform, seed=0, substitutes=False)
-    return EvalLoader(dataset, config, batch=batch, world=world, limit=limit)
+    table = label_table(source, numbered_as or source, config)
+    return EvalLoader(dataset, config, batch=batch, world=world, limit=limit, table=table)

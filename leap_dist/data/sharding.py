@@ -23,17 +23,18 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from leap_dist.data.classes import CLASSES
+from leap_dist.data.names import printable
 from leap_dist.data.parallel import end_if_orphaned, parallel
+from leap_dist.data.pixels import open_rgb
 from leap_dist.data.shards import COLUMNS, HASH, INDEX
 from leap_dist.data.sources import WHOLE, Images
 from leap_dist.errors import UserError
 from leap_dist.runtime.files import lock, write_json
 
-CLASSES = "class_to_idx.json"
 QUARANTINE = "quarantine.csv"
 RUN = "sharding.json"  # what the shards were made of: stays beside them
 WORK = ".sharding"
@@ -56,8 +57,8 @@ class Recipe:
     shard_mib: float = 64
 
     def encode(self, data: bytes) -> bytes:
-        """The bytes to store; raises whatever PIL raises if `data` is no whole image, which is why it decodes all."""
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        """The bytes to store. It decodes all, as training will. Errors as of `pixels.open_rgb`."""
+        image = open_rgb(data)
         if self.resize is None or min(image.size) <= self.resize:
             return data
         jpeg = io.BytesIO()
@@ -102,6 +103,13 @@ class Plan:
         """Number of images."""
         return sum(len(shard.images) for shard in self.shards)
 
+    def left_out(self, split: str, images: Images) -> dict[str, int]:
+        """Why `images`, all those of a split, are in no shard, and how many; a split may be left out whole."""
+        labels = self.labels[split]
+        unlabelled = int(((images.labels < 0) | (images.labels >= len(images.classes))).sum())
+        unwanted = int((labels < 0).sum()) - unlabelled
+        return {reason: n for reason, n in (("without a label", unlabelled), ("of other classes", unwanted)) if n}
+
     def parameters(self) -> dict[str, Any]:
         """All that the bytes of the shards depend on, as it is recorded beside them."""
         splits = {}
@@ -112,6 +120,12 @@ class Plan:
             splits[split] = {"images": int((self.labels[split] >= 0).sum()), "sha256": digest.hexdigest()}
         recipe = asdict(self.recipe) if self.recipe.resize else {"resize": None, "shard_mib": self.recipe.shard_mib}
         return {"version": 1, **recipe, "classes": len(self.classes), "splits": splits}
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """UserError if `out` lies in `source`, whose images it would be among when the same command continues."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{out} lies in {source}: shards would be found there as images; name a folder outside")
 
 
 def plan(sources: Mapping[str, Images], recipe: Recipe, wanted: Optional[list[str]] = None) -> Plan:
@@ -211,7 +225,7 @@ class ShardWriter:
             except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ...
                 # Without the address of the object in memory, which some messages have.
                 reason = re.sub(r"\s*<[^>]*>", "", f"{type(error).__name__}: {error}")
-                bad.append([images.names[number], " ".join(reason.split())])
+                bad.append([printable(images.names[number]), printable(" ".join(reason.split()))])
             else:
                 yield {"image": data, "label": int(labels[number])}
 
@@ -336,6 +350,6 @@ def _publish(out: Path, name: str, content: Any) -> None:
 
 
 def _publish_quarantine(out: Path, bad: list[list[str]]) -> None:
-    with open(out / WORK / "publish", "w", newline="") as file:
+    with open(out / WORK / "publish", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("image", "reason"), *bad])
     os.replace(out / WORK / "publish", out / QUARANTINE)

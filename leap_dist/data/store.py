@@ -32,6 +32,7 @@ from streaming.base.storage import CloudDownloader
 from streaming.base.util import bytes_to_int
 
 from leap_dist.config import DataConfig, is_remote
+from leap_dist.data.classes import CLASSES, read_classes, translation
 from leap_dist.data.shards import INDEX, check_shards, read_index, require_hash
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, on_first
@@ -83,6 +84,12 @@ class ShardStore:
         """How the samples lie in shards, which the order of an epoch depends on: equal words, equal orders."""
         digest = hashlib.blake2s(self.shard_sizes.tobytes(), digest_size=4).hexdigest()
         return f"{self.size} samples in {len(self.shards)} shards ({digest})"
+
+    def contents(self) -> str:
+        """What the index says of the samples themselves: a digest of every shard's size and hashes."""
+        raw = [self._raw(shard_id) for shard_id in range(len(self.shards))]
+        told = json.dumps([[info.bytes, sorted(info.hashes.items())] for info in raw])
+        return hashlib.blake2s(told.encode(), digest_size=4).hexdigest()
 
     def shards_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The shards that hold these samples, each once."""
@@ -264,14 +271,19 @@ def _folder(source: str, config: DataConfig) -> Path:
     if config.cache is None:
         assert not is_remote(source), "the config refuses a remote source without data.cache"
         return Path(source)
-    name = source.rstrip("/").rsplit("/", 1)[-1]
+    name = source.rstrip("/").rsplit("/", 1)[-1][:100]  # a file system takes 255 bytes
     digest = hashlib.blake2s(source.encode(), digest_size=4).hexdigest()
     return Path(config.cache) / f"{name}-{digest}"
 
 
 def _fetch_index(source: str, folder: Path) -> None:
-    """Bring the index into the cache, unless it is there."""
+    """Bring the index into the cache, unless it is there. UserError if shards of another one lie there."""
     if (folder / INDEX).exists():
+        if not is_remote(source) and (Path(source) / INDEX).read_bytes() != (folder / INDEX).read_bytes():
+            raise UserError(
+                f"{source} has changed since its shards were copied to {folder}; remove that folder, or set another "
+                "data.cache, once no run reads it"
+            )
         return
     staged = folder / STAGING / INDEX
 
@@ -286,6 +298,33 @@ def _fetch_index(source: str, folder: Path) -> None:
             os.replace(staged, folder / INDEX)
     except Exception as error:  # every cloud's package has its own, down to a missing module
         raise UserError(f"{source} cannot be opened: {one_line(error)}") from error
+    if is_remote(source):
+        _fetch_classes(source.rstrip("/"), folder)
+
+
+def _fetch_classes(source: str, folder: Path) -> None:
+    """Bring the names of the classes into the cache, if they lie beside the index or above it."""
+    staged = folder / STAGING / CLASSES
+    for place in (source, source.rpartition("/")[0]):
+        with suppress(Exception):  # every cloud has its own way to say that there is none
+            staged.unlink(missing_ok=True)
+            CloudDownloader.direct_download(f"{place}/{CLASSES}", str(staged), DOWNLOAD_TIMEOUT_S)
+            os.replace(staged, folder / CLASSES)
+            return
+
+
+def class_names(source: str, config: DataConfig) -> Optional[dict[str, int]]:
+    """Class name -> label of a set that `prepare` has seen; None if nothing beside it names them."""
+    return read_classes(_folder(source, config) if is_remote(source) else Path(source))
+
+
+def label_table(source: str, numbered_as: str, config: DataConfig) -> Optional[dict[int, int]]:
+    """Labels of `source` -> those of the same classes in the set `numbered_as`; None: as they are.
+
+    Labels that are no keys have no class. UserError where the sets do not go together, see `classes.translation`.
+    """
+    named = (numbered_as, source)
+    return translation(*(class_names(name, config) for name in named), named)
 
 
 def _is_damage(error: Exception) -> bool:

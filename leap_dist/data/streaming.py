@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, default_collate
 
 from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch, Request
+from leap_dist.data.classes import UNLABELLED, class_number
 from leap_dist.data.colours import Crops
 from leap_dist.data.faults import BadSample
 from leap_dist.data.store import ShardStore, one_line, open_store
@@ -76,7 +77,7 @@ class ImageDataset(Dataset):
             pixels = self.transform.decode(sample["image"], random)
         except Exception as error:  # PIL: OSError, SyntaxError, struct.error, ...
             raise Unreadable(f"does not decode: {one_line(error)}") from error
-        return self.transform.finish(pixels, random), int(sample.get("label", -1))
+        return self.transform.finish(pixels, random), class_number(int(sample.get("label", UNLABELLED)))
 
     def _stand_in(self, sample_id: int, epoch: int, fault: Unreadable) -> tuple[Tensor | Crops, int]:
         for other in stand_ins(sample_id, self.store.size):

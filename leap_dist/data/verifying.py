@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leap_dist.data.classes import CLASSES
 from leap_dist.data.parallel import parallel
-from leap_dist.data.sharding import CLASSES, QUARANTINE, RUN
+from leap_dist.data.sharding import QUARANTINE, RUN
 from leap_dist.data.shards import HASH, INDEX, read_index
 from leap_dist.data.transforms import decode
 from leap_dist.errors import UserError
@@ -47,7 +48,7 @@ def _check_planned(out: Path, planned: dict[str, int], shards: list[StoredShard]
             raise UserError(f"{out / split / INDEX} is missing, though {RUN} lists the split")
     left_out = 0
     if (out / QUARANTINE).exists():
-        with open(out / QUARANTINE, newline="") as file:
+        with open(out / QUARANTINE, newline="", encoding="utf-8") as file:
             left_out = sum(1 for _ in csv.reader(file)) - 1
     stored, wanted = sum(shard.info["samples"] for shard in shards), sum(planned.values())
     if stored + left_out != wanted:

@@ -70,6 +70,12 @@ def _repeating_last(items: Iterable[_T]) -> Iterator[_T]:
     yield from itertools.repeat(item)
 
 
+def labelled(found: FeatureSet) -> FeatureSet:
+    """The rows that have a label; the set itself if all have."""
+    known = found.labels >= 0
+    return found if known.all() else FeatureSet(*(column[known] for column in found))
+
+
 def merge(parts: list[FeatureSet]) -> FeatureSet:
     """One set of the ranks' shares, ordered by id, each sample once: short shares repeat some."""
     whole = FeatureSet(*map(torch.cat, zip(*parts, strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Optional
 
@@ -10,8 +11,10 @@ from torch import Tensor
 from leap_dist.config import Config
 from leap_dist.data import EvalLoader, build_eval_loader
 from leap_dist.errors import UserError
-from leap_dist.evaluation.features import FeatureSet, check_finite, extract, in_step, merge
+from leap_dist.evaluation.features import FeatureSet, check_finite, extract, in_step, labelled, merge
 from leap_dist.runtime.distributed import World, collect, gather_objects
+
+log = logging.getLogger(__name__)
 
 BATCH = 64  # loader workers hold two each ready, in float32
 
@@ -31,15 +34,20 @@ class HeldOut:
         self._batch = -(-BATCH // parts) * parts
         self._world = world
         self._train, self._val = (
-            build_eval_loader(source, config.data, batch=self._batch, world=world, limit=limit)
+            build_eval_loader(
+                source, config.data, batch=self._batch, world=world, limit=limit, numbered_as=config.data.train
+            )
             for source, limit in ((config.data.train, train_limit), (config.data.val, val_limit))
         )
+        self._told: set[EvalLoader] = set()
 
     def features(self, model: Callable[[Tensor], Tensor]) -> Optional[tuple[FeatureSet, FeatureSet]]:
         """Both sets as `model` sees them, images (B,3,H,W) -> features (B,D): on rank 0, None elsewhere. Collective.
 
+        Without the images that have no label.
+
         Raises:
-            UserError: some are not finite; on every rank.
+            UserError: some are not finite, or no image of a set has a label; on every rank.
         """
         train, val = self._outputs(model, self._train), self.validation(model)
         return None if train is None or val is None else (train, val)
@@ -50,19 +58,34 @@ class HeldOut:
 
     def _outputs(self, model: Callable[[Tensor], Tensor], loader: EvalLoader) -> Optional[FeatureSet]:
         batches = in_step(loader, self._batch, max(gather_objects(len(loader), self._world)))
-        share = extract(model, batches, self._world.device)
-        _check_together(share, self._world)
-        columns = [collect(column, self._world) for column in share]
-        return merge([FeatureSet(*share) for share in zip(*columns, strict=True)]) if self._world.is_main else None
+        found = extract(model, batches, self._world.device)
+        _check_together(found, loader, self._world)
+        columns = [collect(column, self._world) for column in found]
+        if not self._world.is_main:
+            return None
+        whole = merge([FeatureSet(*share) for share in zip(*columns, strict=True)])
+        return self._with_labels(whole, loader)
+
+    def _with_labels(self, whole: FeatureSet, loader: EvalLoader) -> FeatureSet:
+        """What can be judged; says once of each set how many images cannot."""
+        known = labelled(whole)
+        missing = len(whole.ids) - len(known.ids)
+        if missing and loader not in self._told:
+            log.warning("%s: %d images have no label of a class and are left out", loader.source, missing)
+            self._told.add(loader)
+        return known
 
 
-def _check_together(share: FeatureSet, world: World) -> None:
-    """Raise UserError on every rank if one has features that are not finite."""
+def _check_together(share: FeatureSet, loader: EvalLoader, world: World) -> None:
+    """Raise UserError on every rank if one has features that are not finite, or none has an image with a label."""
     fault: Optional[str] = None
     try:
         check_finite(share)
     except UserError as error:
         fault = str(error)
-    for found in gather_objects(fault, world):
+    faults, labels = zip(*gather_objects((fault, bool((share.labels >= 0).any())), world), strict=True)
+    for found in faults:
         if found is not None:
             raise UserError(found)
+    if not any(labels):
+        raise UserError(f"{loader.source}: no image has a label, which kNN and linear probe need; set data.val=null")

@@ -34,19 +34,26 @@ class Session:
     step: optimizer steps taken; seconds: in them; loss: mean since the last look; history: a row per evaluation.
 
     Args:
-        model: on its device. steps_per_epoch: in a pass over the shards. layout: `TrainLoader.layout` of the shards,
-            without which `step` is no position in them. checkpoint: file to save to.
+        model: on its device. steps_per_epoch: in a pass over the shards. layout, contents: of the shards, without which
+            `step` is no position in them; as `TrainLoader` has them. checkpoint: file to save to.
     """
 
     def __init__(
-        self, recipe: TeacherRecipe, model: VisionTransformer, steps_per_epoch: int, layout: str, checkpoint: Path
+        self,
+        recipe: TeacherRecipe,
+        model: VisionTransformer,
+        steps_per_epoch: int,
+        layout: str,
+        checkpoint: Path,
+        *,
+        contents: str = "",
     ) -> None:
         self.recipe, self.model = recipe, model.train()
         self.steps_per_epoch, self.total_steps = steps_per_epoch, recipe.epochs * steps_per_epoch
         self.average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
         self.history: list[dict[str, Any]] = []
-        self._layout = layout
+        self._layout, self._contents = layout, contents
         self._checkpoint, self._saved_at = checkpoint, time.monotonic()
         self._device = next(model.parameters()).device
         self._optimizer = build_optimizer(recipe.optim, model)
@@ -102,6 +109,7 @@ class Session:
             "seconds": self.seconds,
             "history": self.history,
             "layout": self._layout,
+            "contents": self._contents,
         }
         write_whole(self._checkpoint, lambda partial: torch.save(state, partial))
         self._saved_at = time.monotonic()
@@ -116,6 +124,10 @@ class Session:
             raise UserError(
                 f"{self._checkpoint}: data.train had {layout} and has {self._layout} now; train on those, or "
                 "name another output"
+            )
+        if state.get("contents", self._contents) != self._contents:
+            raise UserError(
+                f"{self._checkpoint}: data.train has other images now; train on those, or name another output"
             )
         self.model.load_state_dict(state["model"])
         self.average.module.load_state_dict(state["average"])

@@ -32,6 +32,7 @@ from leap_dist.data import (
     TrainLoader,
     build_eval_loader,
     build_train_loader,
+    check_sources,
     resolve,
 )
 from leap_dist.errors import UserError
@@ -76,11 +77,14 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
     output = Path(recipe.output)
     world = World(0, 1, 0, 1, torch.device("cuda" if uses_gpus() else "cpu"))
     model = build_model(recipe).to(world.device)
+    check_sources(recipe.data, world, recipe.classes, option="classes")
     data = resolve(recipe.data, output, world)
     loader = build_train_loader(data, seed=recipe.seed, micro_batch=data.global_batch, world=world)
-    held_out = build_eval_loader(data.val, data, batch=min(BATCH, data.global_batch), world=world)
+    held_out = build_eval_loader(
+        data.val, data, batch=min(BATCH, data.global_batch), world=world, numbered_as=data.train
+    )
     _check_recipe(output / RECIPE, recipe)
-    session = Session(recipe, model, len(loader), loader.layout, output / CHECKPOINT)
+    session = Session(recipe, model, len(loader), loader.layout, output / CHECKPOINT, contents=loader.contents)
     session.restore()
     write_text(output / RECIPE, to_yaml(recipe))
     most_bad = int(data.max_bad_fraction * loader.num_samples)
@@ -169,11 +173,16 @@ def _last_accuracy(session: Session) -> str:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, loader: EvalLoader, device: torch.device) -> float:
-    """Share of the set that `model`, images (B, 3, S, S) -> logits (B, classes), classifies correctly, 0 to 1."""
+    """Share of the set that `model`, images (B, 3, S, S) -> logits (B, classes), classifies correctly, 0 to 1.
+
+    Images without a label do not count. UserError if none has one.
+    """
     right = total = 0
     for batch in loader:
         predicted = model(batch.images.to(device)).argmax(dim=1).cpu()
-        right, total = right + int((predicted == batch.labels).sum()), total + len(predicted)
+        right, total = right + int((predicted == batch.labels).sum()), total + int((batch.labels >= 0).sum())
+    if not total:
+        raise UserError(f"{loader.source}: no image has a label, which an accuracy needs")
     return right / total
 
 

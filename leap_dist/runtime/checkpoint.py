@@ -164,7 +164,7 @@ def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
 class Checkpoints:
     """The checkpoints of one run; every method is called by all ranks.
 
-    layout: of the training set, whose positions the checkpoints hold; `TrainLoader.layout`.
+    layout, contents: of the training set, whose positions the checkpoints hold; as `TrainLoader` has them.
     teacher: fingerprint of the weights that the student imitates.
     claim: on the output folder, if it has been made already.
     marks: of the teacher's weights, part by part.
@@ -178,10 +178,12 @@ class Checkpoints:
         teacher: str,
         claim: Optional[Claim] = None,
         marks: Optional[Marks] = None,
+        *,
+        contents: str = "",
     ) -> None:
         self.config = config
         self.world = world
-        self.layout = layout
+        self.layout, self.contents = layout, contents
         self.teacher = teacher
         self.marks = marks or Marks("teacher.weights")
         self._unconfirmed: Optional[Path] = None
@@ -302,6 +304,7 @@ class Checkpoints:
             "seed": self.config.seed,
             "canonical_nodes": self.config.data.canonical_nodes,
             "data.train": self.layout,
+            "data.train's contents": self.contents,
             "data.image_size": self.config.data.image_size,
             "optim.name": self.config.optim.name,
             "curriculum.mode": self.config.curriculum.mode,

@@ -79,7 +79,7 @@ def _refuses_bytes(folder: Path) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` whole."""
-    write_whole(path, lambda partial: partial.write_text(text))
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:

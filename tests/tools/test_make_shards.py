@@ -203,6 +203,21 @@ def test_images_beside_folders_are_counted(
     assert caplog.messages == [f"{tmp_path}/{told}"]
 
 
+def test_the_listing_says_what_is_left_out_and_layout_answers_its_question(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_tree(tmp_path / "src", classes=("train", "truck"), each=2)
+    (tmp_path / "src/truck/phone.heic").write_bytes(b"?")
+    (tmp_path / "src/truck/.hidden.jpg").write_bytes(b"?")
+    assert make_shards(tmp_path / "src", tmp_path / "out") == 2
+    assert "say --layout splits" in capfd.readouterr().err
+    assert make_shards(tmp_path / "src", tmp_path / "src/out", "--layout", "classes") == 2
+    assert "out lies in " in capfd.readouterr().err
+    assert make_shards(tmp_path / "src", tmp_path / "out", "--layout", "classes") == 0
+    told = capfd.readouterr().out.splitlines()[-1]
+    assert told == "all: 4 of 4 images, 2 classes, 1 shards; left out: 1 .heic, 1 hidden"
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [

@@ -1,20 +1,33 @@
-"""Class folders, as torchvision's ImageFolder reads them; or one flat folder of images, which is one class."""
+"""Class folders, numbered and ordered as by torchvision's ImageFolder; or one flat folder of images, one class."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS as IMG
-from torchvision.datasets.folder import find_classes, has_file_allowed_extension, make_dataset
 
+from leap_dist.data.names import printable
 from leap_dist.data.parallel import parallel
-from leap_dist.data.sources.images import SPLITS, WHOLE, Images
+from leap_dist.data.sources.files import Files
+from leap_dist.data.sources.images import WHOLE, Images, counted
+from leap_dist.data.sources.kaggle import TRUTH, labelled_val
+from leap_dist.data.sources.layout import Layout, other_folders, root_of, split_folders
+from leap_dist.data.sources.walk import (
+    HIDDEN,
+    LINKS,
+    Found,
+    is_hidden,
+    leads_back,
+    size_of,
+    sort_out,
+    visible_folders,
+    walk,
+)
 from leap_dist.errors import UserError
 
 ONE_CLASS = "all"  # of a folder that has none
@@ -22,57 +35,87 @@ ONE_CLASS = "all"  # of a folder that has none
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Files(Images):
-    """Files under `root`, which `names` are relative to."""
-
-    root: Path
-
-    def reader(self, numbers: Sequence[int]) -> Callable[[int], bytes]:
-        """See Images."""
-        return lambda number: (self.root / self.names[number]).read_bytes()
-
-
-def split_folders(folder: Path) -> dict[str, str]:
-    """Folders of a tree that are splits, by the split's name; none unless train or val is among them."""
-    found = {SPLITS[name]: name for name in SPLITS if (folder / name).is_dir()}
-    return found if found.keys() & {"train", "val"} else {}
-
-
-def open_tree(folder: Path, workers: int) -> dict[str, Images]:
+def open_tree(folder: Path, workers: int, layout: Layout = None) -> dict[str, Images]:
     """`folder`/<split>/<class>/... or `folder`/<class>/..., listed by `workers` processes; images may also lie flat.
 
-    A test set without class folders is left out: ImageNet's has no public labels.
+    A test set without class folders is left out: ImageNet's has no public labels. layout: see `split_folders`.
     """
-    splits = split_folders(folder)
+    top = folder if layout == "classes" else root_of(folder)
+    splits = split_folders(top, layout)
     if splits:
-        _tell_of_loose(folder, _loose_images(folder), f"folders {', '.join(splits.values())}")
-    splits = splits or {WHOLE: WHOLE}
-    if "test" in splits and not any(path.is_dir() for path in (folder / splits["test"]).iterdir()):
-        log.warning("%s: left out, it has no class folders", folder / splits.pop("test"))
-    return {split: _open_class_folders(folder, folder / name, workers) for split, name in splits.items()}
+        _tell_of_loose(top, _loose_images(top), f"folders {', '.join(splits.values())}")
+    others = other_folders(top, list(splits.values())) if splits else []
+    if "test" in splits and not visible_folders(top / splits["test"]):
+        log.warning("%s: left out, it has no class folders", top / splits.pop("test"))
+    _check_alike(top, splits, folder)
+    opened = {}
+    for split, name in (splits or {WHOLE: WHOLE}).items():
+        known = labelled_val(folder, top / name) if split == "val" else None
+        opened[split] = known or _open_class_folders(folder, top / name, workers)
+    return _with_others(opened, others)
+
+
+def _check_alike(top: Path, splits: dict[str, str], source: Path) -> None:
+    """UserError if one split has class folders and another just images, which nobody says the classes of."""
+    flat = [split for split, name in splits.items() if not visible_folders(top / name)]
+    unlabelled = [split for split in flat if split != "val" or not (source / TRUTH).is_file()]
+    if unlabelled and len(flat) < len(splits):
+        raise UserError(
+            f"{top / splits[unlabelled[0]]}: images without class folders, which other splits have; put each into a "
+            f"folder named as its class, or Kaggle's {TRUTH} into {source}, or name the folder of one split"
+        )
+
+
+def _with_others(opened: dict[str, Images], others: list[str]) -> dict[str, Images]:
+    """The same; the first split says which folders beside the splits are left out."""
+    first = next(iter(opened))
+    left_out = {f"folder named {printable(name)}": 1 for name in others}
+    return opened | {first: replace(opened[first], left_out={**opened[first].left_out, **left_out})}
 
 
 def _open_class_folders(root: Path, folder: Path, workers: int) -> Images:
     loose = _loose_images(folder)
-    try:
-        classes = find_classes(folder)[0]
-    except FileNotFoundError:
+    classes, left_out = _classes(folder)
+    if not classes:
         if not loose:
-            raise UserError(f"{folder}: holds neither images nor class folders") from None
-        return _open_flat(root, folder, loose)
+            raise UserError(f"{folder}: holds neither images nor class folders")
+        return _open_flat(root, folder, loose, left_out)
     _tell_of_loose(folder, loose, "class folders")
+    taken = [os.path.realpath(folder / name) for name in classes]
     names, labels, sizes = [], [], []
-    for label, files in enumerate(parallel(partial(_class_files, root, folder), classes, workers)):
-        names += [name for name, _ in files]
-        sizes += [size for _, size in files]
-        labels += [label] * len(files)
-    return Files(root=root, classes=classes, names=names, labels=np.array(labels), sizes=np.array(sizes))
+    for label, found in enumerate(parallel(partial(_class_files, folder, taken), classes, workers)):
+        names += [os.path.relpath(path, root) for path, _ in found.files]
+        sizes += [size for _, size in found.files]
+        labels += [label] * len(found.files)
+        left_out += found.left_out
+    return Files(
+        root=root, classes=[printable(name) for name in classes], names=names, labels=np.array(labels),
+        sizes=np.array(sizes), left_out=left_out,
+    )  # fmt: skip
+
+
+def _classes(folder: Path) -> tuple[list[str], Counter[str]]:
+    """Names of the class folders, sorted, and what else lies in `folder`; loose images are for `_loose_images`.
+
+    A link to a class folder, or to one that holds it, is no class of its own.
+    """
+    real = {os.path.realpath(folder / name) for name in visible_folders(folder) if not (folder / name).is_symlink()}
+    names, left_out = [], Counter()
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if not path.is_dir():
+            left_out += sort_out([path.name])[1]
+        elif is_hidden(path.name):
+            left_out[HIDDEN] += sum(len(files) for _, _, files in os.walk(path))
+        elif path.is_symlink() and leads_back(os.path.realpath(path), real):
+            left_out[LINKS] += 1
+        else:
+            names.append(path.name)
+    return names, left_out
 
 
 def _loose_images(folder: Path) -> list[Path]:
     """Images that lie in `folder` itself."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and has_file_allowed_extension(path.name, IMG))
+    return [folder / name for name in sort_out(path.name for path in folder.iterdir() if not path.is_dir())[0]]
 
 
 def _tell_of_loose(folder: Path, loose: list[Path], neighbours: str) -> None:
@@ -80,7 +123,7 @@ def _tell_of_loose(folder: Path, loose: list[Path], neighbours: str) -> None:
         log.warning("%s: left out %d images that lie beside the %s", folder, len(loose), neighbours)
 
 
-def _open_flat(root: Path, folder: Path, paths: list[Path]) -> Images:
+def _open_flat(root: Path, folder: Path, paths: list[Path], left_out: Counter[str]) -> Images:
     """Images without classes: all of one."""
     log.warning("%s: no class folders; its %d images become the one class %r", folder, len(paths), ONE_CLASS)
     return Files(
@@ -88,14 +131,15 @@ def _open_flat(root: Path, folder: Path, paths: list[Path]) -> Images:
         classes=[ONE_CLASS],
         names=[os.path.relpath(path, root) for path in paths],
         labels=np.zeros(len(paths), dtype=np.int64),
-        sizes=np.array([path.stat().st_size for path in paths]),
+        sizes=np.array([size_of(path) for path in paths]),
+        left_out=left_out,
     )
 
 
-def _class_files(root: Path, folder: Path, name: str) -> list[tuple[str, int]]:
-    """(path relative to `root`, size) of every image of a class. A link to nothing has size 0: reading will tell."""
-    try:
-        files = [path for path, _ in make_dataset(folder, {name: 0}, extensions=IMG)]
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
-    return [(os.path.relpath(path, root), os.path.getsize(path) if os.path.exists(path) else 0) for path in files]
+def _class_files(folder: Path, taken: list[str], name: str) -> Found:
+    """Every image of a class, and what was left out. UserError if there is none."""
+    found = walk(folder / name, taken)
+    if not found.files:
+        there = f" (there are {counted(found.left_out)})" if found.left_out else ""
+        raise UserError(f"{folder}: no valid file for the classes {printable(name)}{there}; a class needs an image")
+    return found

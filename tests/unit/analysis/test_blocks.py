@@ -92,6 +92,18 @@ def test_images_without_labels_are_refused() -> None:
         report_blocks(SUBJECT, images(50, 0), images(50, 1, labelled=False), EvaluationConfig(), ALONE)
 
 
+def test_images_without_a_label_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    options = EvaluationConfig(probe_epochs=2)
+    partly = images(100, 1)
+    partly[-1] = partly[-1]._replace(labels=torch.full((25,), -1))
+    found, expected = (
+        report_blocks(SUBJECT, images(100, 0), held_out, options, ALONE) for held_out in (partly, partly[:-1])
+    )
+    assert (found.train, found.held_out) == (100, 75)
+    assert (found.knn == expected.knn).all() and (found.probe == expected.probe).all()
+    assert caplog.messages == ["made up: held out: 25 images have no label of a class and are left out"]
+
+
 def test_files_table_and_figure_say_the_same(report: BlockReport, tmp_path: Path) -> None:
     write_report(report, tmp_path)
     with (tmp_path / "blocks.csv").open() as file:

@@ -1,0 +1,89 @@
+"""Any image that PIL opens as 8-bit RGB: the one place that knows PIL's modes.
+
+Grey of more than 8 bits is scaled by its format's full range, which PIL's own conversion cuts off at 255. Where nothing
+says what white is (floats, most 32-bit integers), the image is refused rather than guessed at.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+# Tags of TIFF.
+BITS, PHOTOMETRIC, SAMPLE_FORMAT, LOWEST, HIGHEST = 258, 262, 339, 340, 341
+SIGNED, WHITE_IS_ZERO = 2, 0
+STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # of what PIL multiplied by alpha
+
+
+class UnknownRange(ValueError):
+    """An image of numbers, of which nothing says which are black and which are white."""
+
+
+def open_rgb(data: bytes) -> Image.Image:
+    """The first picture in encoded `data`, decoded to 8-bit RGB, without its alpha and without EXIF rotation.
+
+    Raises UnknownRange, or whatever PIL raises.
+    """
+    return rgb(Image.open(io.BytesIO(data)))
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether pixels have more than 8 bits in PIL: `rgb` then must see the whole image, as PIL opened it."""
+    return image.mode == "F" or image.mode.split(";")[0] == "I"
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """`image` of any of PIL's modes as RGB. UnknownRange if it is deep and its range is unknown."""
+    if is_deep(image):
+        return _eight_bits(image).convert("RGB")
+    if image.mode in STRAIGHT:
+        image = image.convert(STRAIGHT[image.mode])
+    elif image.mode == "P" and "transparency" in image.info:  # straight to RGB it is the same, with a warning
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Deep grey as 8-bit grey."""
+    tags = getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    if image.mode == "I" and tags and tags.get(SAMPLE_FORMAT, (1,))[0] != SIGNED:
+        values = values.view(np.uint32)  # PIL has no unsigned 32 bits
+    values = values.astype(np.float64)
+    low, high = _range(image, tags, values)
+    if not np.isfinite(values).all():
+        raise UnknownRange("pixels that are no finite numbers")
+    grey = ((values - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
+    inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO  # PIL inverts 8 bits only
+    return Image.fromarray(255 - grey if inverted else grey)
+
+
+def _range(image: Image.Image, tags: dict, values: np.ndarray) -> tuple[float, float]:
+    """The numbers that are black and white."""
+    bits = tags.get(BITS, (16,))[0]
+    signed = tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED
+    if image.mode == "F" or bits > 16 or (image.mode == "I" and not tags and image.format not in ("PNG", "PPM")):
+        return _wide_range(image, tags, values, signed)
+    if signed and values.min() < 0:
+        raise UnknownRange("negative pixels: nothing says which number is black")
+    # Of PNM with any maximum, and of JPEG 2000, PIL makes 16 bits.
+    return 0, 2 ** (bits - signed) - 1
+
+
+def _wide_range(image: Image.Image, tags: dict, values: np.ndarray, signed: bool) -> tuple[float, float]:
+    """The range of floats and 32-bit integers: what the file says, or all of 32 bits if some of the upper 16 are used.
+
+    Most 32-bit files hold 8, 12 or 16 bits, which the full range would make black.
+    """
+    low, high = (np.ravel(tags.get(tag, np.nan))[0] for tag in (LOWEST, HIGHEST))
+    if low < high:
+        return float(low), float(high)
+    if image.mode == "F":
+        raise UnknownRange("floating-point pixels: nothing says which numbers are black and white")
+    if values.min() < 0 or values.max() < 2**16:
+        raise UnknownRange(
+            f"32-bit pixels from {values.min():.0f} to {values.max():.0f}: nothing says which are black and white"
+        )
+    return 0, 2 ** (32 - signed) - 1
