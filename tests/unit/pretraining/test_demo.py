@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from leap_dist.pretraining import demo
 from leap_dist.pretraining.demo import TeacherTraining, ensure_demo_teacher, train_teacher
 
+pytestmark = pytest.mark.seconds
+
 TINY = TeacherTraining(
     kwargs={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "mlp_ratio": 2}, epochs=6, batch=25, lr=3e-3
 )
