@@ -14,6 +14,7 @@ This file is also the server, one for each process that starts runs; it ends wit
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -122,7 +123,8 @@ def _server() -> socket.socket:
 def serve(requests: socket.socket) -> Optional[dict[str, Any]]:
     """Fork a run for every request. Returns in the server, when nobody is left to ask: None; in a rank: its task."""
     for module in WARM:
-        importlib.import_module(module)
+        with contextlib.suppress(ImportError):  # whatever is not there and is needed, the ranks will miss
+            importlib.import_module(module)
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
     gc.collect()
     gc.freeze()  # so that collections of the ranks copy no pages
