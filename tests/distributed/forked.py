@@ -165,7 +165,8 @@ def become(task: dict[str, Any], own: dict[str, str], output: int) -> None:
     os.environ.update(task["environment"] | own)
     sys.argv[:] = [task["script"], *task["arguments"]]
     added = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    sys.path[:1] = [str(Path(task["script"]).parent), *(path for path in added if path not in sys.path)]
+    del sys.path[0]  # this file's folder
+    sys.path[:0] = [str(Path(task["script"]).parent), *(path for path in added if path not in sys.path)]
     # As in every new process: a draw that nobody has seeded must not look as if somebody had.
     random.seed()
     sys.modules["numpy"].random.seed()
