@@ -23,7 +23,7 @@ demo: setup  ## distil a student on handwritten digits: minutes on two CPU cores
 test: setup  ## everything but the slow tests, two files at a time: 7 minutes on two cores
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
 
-test-fast: setup  ## what takes less than a second each, for the loop at the desk: 90 seconds
+test-fast: setup  ## what takes a second or so each at most, for the loop at the desk: 90 seconds
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not seconds" --ignore tests/distributed
 
 test-slow: setup  ## the slow tests only
