@@ -28,6 +28,8 @@ OPERATIONAL = (
     "engine.accumulation", "objective.impl", "teacher.compile",
 )  # fmt: skip
 
+MISFITS = (OmegaConfBaseException, TypeError)  # the latter for a list in a mapping's place
+
 # Stand-ins for the files that a YAML names.
 WITHOUT_FILES = (
     "data.train=digits", "data.val=null", "evaluation.every_epochs=0", "teacher.weights=random", "resume=none",
@@ -62,15 +64,20 @@ def merge(schema: type[_T], path: Optional[Path], overrides: list[str]) -> _T:
     """What `load` does for any dataclass of options, but for the checks. UserError likewise."""
     config, known = OmegaConf.structured(schema), option_fields(schema)
     for source, layer in (*_yaml_layers(path), *_override_layers(overrides, known)):
-        for key, value in _leaves(layer, known):
+        leaves = _leaves(layer, known)
+        for key, value in leaves:
             _require_known(key, source, list(known))
             if _is_text(known[key]) and isinstance(value, (bool, int, float)):
                 # What YAML takes for a number is not what was typed: 2026_07_01 would be 20260701.
                 raise UserError(f"{key}={value!r} ({source}): expected {_expected(known[key])}; put it in quotes")
-            try:
-                config = OmegaConf.merge(config, _nested(key, value))
-            except (OmegaConfBaseException, TypeError):  # the latter for a list in a mapping's place
-                raise UserError(f"{key}={value!r} ({source}): expected {_expected(known[key])}") from None
+        try:
+            config = _with(config, leaves)
+        except MISFITS:
+            for key, value in leaves:  # one by one, to name the first that does not fit
+                try:
+                    config = _with(config, [(key, value)])
+                except MISFITS:
+                    raise UserError(f"{key}={value!r} ({source}): expected {_expected(known[key])}") from None
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -78,6 +85,11 @@ def merge(schema: type[_T], path: Optional[Path], overrides: list[str]) -> _T:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise UserError(str(error).splitlines()[0]) from None
+
+
+def _with(config: Any, leaves: list[tuple[str, Any]]) -> Any:
+    """A copy with other values. Half a millisecond for each option there is, so better once for all leaves."""
+    return OmegaConf.merge(config, *(_nested(key, value) for key, value in leaves))
 
 
 def _is_text(option: dataclasses.Field) -> bool:

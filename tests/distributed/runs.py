@@ -1,8 +1,9 @@
-"""Real runs of the entry point under a launcher, and what they left in TensorBoard."""
+"""Real runs of the entry point, and what they left in TensorBoard."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "leap_dist" / "train.py"
@@ -52,15 +55,19 @@ def write_config(folder: Path, **sections: dict) -> Path:
     return path
 
 
-def command(config: Path, *overrides: str, processes: int = 2, launcher: str = "deepspeed") -> list[str]:
-    """The command line a user would type, with this interpreter and a free port."""
+def free_port() -> str:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+        return str(probe.getsockname()[1])
+
+
+def command(config: Path, *overrides: str, processes: int = 2, launcher: str) -> list[str]:
+    """The command line a user would type, with this interpreter and a free port."""
     if launcher == "deepspeed":
-        start = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", port]
+        start = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", free_port()]
     elif launcher == "torchrun":
-        start = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+        start = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}"]
     else:
         start = []
     return [sys.executable, *start, str(ENTRY), "--config", str(config), *overrides]
@@ -71,24 +78,47 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-def launch(
-    config: Path, *overrides: str, processes: int = 2, launcher: str = "deepspeed", timeout: float = HANG_S
-) -> subprocess.CompletedProcess[str]:
-    """Run to the end; stdout and stderr together in `.stdout`."""
-    return subprocess.run(
+def fork(script: Path, *arguments: str, processes: int) -> Forked:
+    """A script on ranks that need not import torch, under way."""
+    size = str(processes)
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return Forked(script, arguments, ranks, environment() | common)
+
+
+def start(
+    config: Path, *overrides: str, processes: int = 2, launcher: str = "forked"
+) -> subprocess.Popen[str] | Forked:
+    """A run under way, in a process group of its own; stdout and stderr are one pipe.
+
+    launcher: deepspeed, torchrun, python; forked, for tests that are about the run and not about what started it.
+    """
+    if launcher == "forked":
+        return fork(ENTRY, "--config", str(config), *overrides, processes=processes)
+    return subprocess.Popen(
         command(config, *overrides, processes=processes, launcher=launcher),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
 
 
-def run_ok(
-    config: Path, *overrides: str, processes: int = 2, launcher: str = "deepspeed", timeout: float = HANG_S
-) -> str:
+def finish(run: subprocess.Popen[str] | Forked, timeout: float = HANG_S) -> subprocess.CompletedProcess[str]:
+    """Wait for the end; stdout and stderr together in `.stdout`. What takes longer than `timeout` seconds is killed."""
+    try:
+        printed, _ = run.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess([], run.returncode, printed)
+
+
+def launch(
+    config: Path, *overrides: str, processes: int = 2, launcher: str = "forked", timeout: float = HANG_S
+) -> subprocess.CompletedProcess[str]:
+    """`start`, then `finish`."""
+    return finish(start(config, *overrides, processes=processes, launcher=launcher), timeout)
+
+
+def run_ok(config: Path, *overrides: str, processes: int = 2, launcher: str = "forked", timeout: float = HANG_S) -> str:
     """`launch`, which must succeed; returns what it printed."""
     done = launch(config, *overrides, processes=processes, launcher=launcher, timeout=timeout)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -96,14 +126,9 @@ def run_ok(
 
 
 def on_ranks(ranks: int, worker: str, *arguments: str) -> str:
-    """Run a worker script of this folder under torchrun, which must succeed; returns what it printed."""
-    script = Path(__file__).with_name(worker)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script),
-         *arguments],
-        env=environment(), capture_output=True, text=True, timeout=HANG_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Run a worker script of this folder on ranks, which must succeed; returns what it printed."""
+    done = finish(fork(Path(__file__).with_name(worker), *arguments, processes=ranks))
+    assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
 

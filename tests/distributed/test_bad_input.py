@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,17 +11,18 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
+from forked import Forked
 from leap_dist.data import write_shards
 from leap_dist.data.digits import digit_samples
-from runs import ENTRY, TINY, environment, launch, run_ok, scalars, write_config
+from runs import ENTRY, TINY, environment, free_port, launch, run_ok, scalars, write_config
 
 PROMPTLY_S = 60
 
 
-def refused(config: Path, *overrides: str, processes: int = 2) -> list[str]:
+def refused(config: Path, *overrides: str, processes: int = 2, launcher: str = "forked") -> list[str]:
     """The error lines of a run that must fail, one per rank that spoke, without a traceback."""
     began = time.monotonic()
-    done = launch(config, *overrides, processes=processes)
+    done = launch(config, *overrides, processes=processes, launcher=launcher)
     assert done.returncode != 0, done.stdout[-2000:]
     assert time.monotonic() - began < PROMPTLY_S
     assert "Traceback" not in done.stdout, done.stdout[-4000:]
@@ -37,7 +35,7 @@ def refused(config: Path, *overrides: str, processes: int = 2) -> list[str]:
 
 
 def test_a_mistyped_key_is_said_by_rank_0_alone(tmp_path: Path) -> None:
-    assert refused(write_config(tmp_path), "data.trian=x") == [
+    assert refused(write_config(tmp_path), "data.trian=x", launcher="deepspeed") == [
         "leap_dist [rank 0]: error: data.trian (command line): unknown key; did you mean data.train?"
     ]
 
@@ -48,7 +46,7 @@ def test_teacher_weights_of_another_shape(tmp_path: Path) -> None:
     )
     path = tmp_path / "teacher.safetensors"
     save_file(wider.state_dict(), path)
-    line = refused(write_config(tmp_path), f"teacher.weights={path}")[0]
+    line = refused(write_config(tmp_path), f"teacher.weights={path}", launcher="deepspeed")[0]
     assert str(path) in line and "60" in line and "48" in line
 
 
@@ -115,28 +113,26 @@ def test_ranks_that_were_started_differently(tmp_path: Path) -> None:
     assert "output: rank 1 was started with" in line and "rank 0 with" in line
 
 
-def start_by_hand(config: Path, *nodes: int) -> list[subprocess.Popen[str]]:
+def start_by_hand(config: Path, *nodes: int) -> list[Forked]:
     """A rank per process of each of `nodes`, all on this machine, as launchers start them on machines of their own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     places = [(local_rank, local_size) for local_size in nodes for local_rank in range(local_size)]
-    own = [
-        {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size)}
-        for rank, (local_rank, local_size) in enumerate(places)
-    ]
-    common = {"WORLD_SIZE": str(len(places)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {"WORLD_SIZE": str(len(places)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     # Two of the nodes would claim the same GPU.
     shared = environment() | common | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ENTRY), "--config", str(config)]
-    return [subprocess.Popen(command, env=shared | mine, stderr=subprocess.PIPE, text=True) for mine in own]
+    return [
+        Forked(
+            ENTRY, ["--config", str(config)],
+            [{"RANK": str(rank), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size)}], shared,
+        )
+        for rank, (local_rank, local_size) in enumerate(places)
+    ]  # fmt: skip
 
 
 def test_nodes_of_different_sizes(tmp_path: Path) -> None:
     """Each rank would lay out the batch for nodes like its own: images twice, others never, and a run that succeeds."""
     ranks = start_by_hand(write_config(tmp_path, data={"global_batch": 48}), 1, 2)
     try:
-        said = [rank.communicate(timeout=PROMPTLY_S)[1] for rank in ranks]
+        said = [rank.communicate(timeout=PROMPTLY_S)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -183,15 +179,14 @@ def test_a_loss_that_is_not_finite_names_rank_and_step_and_keeps_the_last_checkp
 def test_the_last_good_checkpoint_is_kept_and_continues(tmp_path: Path) -> None:
     """A good run, continued with a rate that destroys it, leaves the good checkpoint as the one to continue from."""
     config = write_config(tmp_path, checkpoint={"every_steps": 10})
-    one_process: dict[str, Any] = {"processes": 1, "launcher": "python"}
-    run_ok(config, **one_process)
+    run_ok(config, processes=1)
     good, spoilt = tmp_path / "run" / "checkpoints" / "step00000020", tmp_path / "spoilt"
     done = launch(
-        config, f"output={spoilt}", f"resume={good}", "optim.lr=1e25", "checkpoint.every_steps=1", **one_process
+        config, f"output={spoilt}", f"resume={good}", "optim.lr=1e25", "checkpoint.every_steps=1", processes=1
     )
     assert done.returncode != 0 and "non-finite loss on rank 0 at step 21" in done.stdout
     assert (spoilt / "checkpoints" / "latest").read_text() == "step00000020"
-    run_ok(config, f"output={tmp_path / 'third'}", f"resume={spoilt}", **one_process)
+    run_ok(config, f"output={tmp_path / 'third'}", f"resume={spoilt}", processes=1)
     assert scalars(tmp_path / "third", "loss/total")[22] == scalars(tmp_path / "run", "loss/total")[22]
 
 

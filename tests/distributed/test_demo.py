@@ -14,9 +14,9 @@ DEMO = ROOT / "launch_configs" / "demo.yaml"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The whole demo at ZeRO stage 0, teacher training included; its folder and what it printed."""
+    """What `make demo` runs, teacher training included, at ZeRO stage 0: its folder and what it printed."""
     output = tmp_path_factory.mktemp("demo") / "run"
-    return output, run_ok(DEMO, f"output={output}", "telemetry.every=1", timeout=600)
+    return output, run_ok(DEMO, f"output={output}", "telemetry.every=1", launcher="deepspeed", timeout=600)
 
 
 @pytest.mark.slow

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from runs import command, environment, launch, on_ranks, run_ok, scalars, write_config
+from runs import launch, on_ranks, run_ok, scalars, start, write_config
 
 SAVED = (5, 10, 15, 20, 23)
 PLAIN = {"checkpoint": {"every_steps": 5, "keep": len(SAVED)}}
@@ -45,13 +44,13 @@ def assert_same_run(run: Path, uncut: dict[str, dict[int, float]]) -> None:
 def follow(config: Path, legs: list[tuple[int, int]]) -> None:
     """An uncut run at 2 ranks, then continued at each (step, ranks) from what the leg before has saved."""
     run = config.parent / "run"
-    run_ok(config, launcher="torchrun")
+    run_ok(config)
     uncut = {tag: scalars(run, tag) for tag in ("loss/total", "curriculum/block")}
     assert len(set(uncut["curriculum/block"].values())) >= 3, "too few advances to show anything"
     about = (run / "config.yaml").read_text().replace("resume: none", "resume: auto")
     for step, ranks in legs:
         rewind(run, step)
-        output = run_ok(config, "resume=auto", processes=ranks, launcher="torchrun")
+        output = run_ok(config, "resume=auto", processes=ranks)
         assert f"step{step:08d} from" in output or "zero_stage: 0" in about, "nothing was converted"
         assert_same_run(run, uncut)
         assert (run / "config.yaml").read_text() == about
@@ -88,13 +87,11 @@ def test_weight_decay_and_adam_steps_survive_the_conversion(stage: int, tmp_path
 def test_a_kill_while_converting_and_a_damaged_part_leave_nothing(tmp_path: Path) -> None:
     config = elastic_config(tmp_path, stage=2)
     run = tmp_path / "run"
-    run_ok(config, processes=1, launcher="torchrun")
+    run_ok(config, processes=1)
     uncut = {tag: scalars(run, tag) for tag in ("loss/total", "curriculum/block")}
     path = rewind(run, 10)
 
-    process = subprocess.Popen(
-        command(config, "resume=auto"), env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    process = start(config, "resume=auto")
     deadline = time.monotonic() + 120
     while not list((run / "checkpoints").glob(".universal-*")):
         assert process.poll() is None and time.monotonic() < deadline, "no conversion"
@@ -105,7 +102,7 @@ def test_a_kill_while_converting_and_a_damaged_part_leave_nothing(tmp_path: Path
     part = next(path.glob("*_optim_states.pt"))
     whole = part.read_bytes()
     part.write_bytes(whole[:-100])
-    done = launch(config, "resume=auto", launcher="torchrun")
+    done = launch(config, "resume=auto")
     assert done.returncode != 0
     faults = re.findall(r"error: checkpoint \S+: cannot be converted for 2 ranks in \S+ \(RuntimeError: ", done.stdout)
     assert len(faults) == 2, done.stdout[-3000:]

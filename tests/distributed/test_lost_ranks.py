@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runs import command, environment, write_config
+from runs import command, environment, finish, fork, write_config
 
 PROMPTLY_S = 60
 SLOW = pytest.mark.slow
@@ -71,14 +70,10 @@ def test_a_lost_rank_ends_the_run(placement: str, launcher: str, victim: int, se
 def unequal(placement: str, fault: str) -> list[str]:
     """What the ranks of a worker with this fault complained of."""
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3",
-         str(Path(__file__).with_name("lost_worker.py")), placement, fault],
-        env=environment(), capture_output=True, text=True, timeout=2 * PROMPTLY_S, check=False,
-    )  # fmt: skip
+    done = finish(fork(Path(__file__).with_name("lost_worker.py"), placement, fault, processes=3), 2 * PROMPTLY_S)
     assert done.returncode != 0
     assert time.monotonic() - began < PROMPTLY_S
-    return [line for line in done.stderr.splitlines() if line.startswith("leap_dist [rank ")]
+    return [line for line in done.stdout.splitlines() if line.startswith("leap_dist [rank ")]
 
 
 @pytest.mark.parametrize(

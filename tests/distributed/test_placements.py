@@ -36,7 +36,7 @@ def replicated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int],
     def run(ranks: int, prefetch: int) -> Path:
         folder = tmp_path_factory.mktemp(f"replicated-{ranks}-{prefetch}")
         config = write_config(folder, teacher={"prefetch": prefetch}, data={"global_batch": BATCH[ranks]})
-        run_ok(config, processes=ranks, launcher="torchrun")
+        run_ok(config, processes=ranks)
         return folder / "run"
 
     return run
@@ -67,7 +67,7 @@ def test_runs_are_the_replicated_one(
 ) -> None:
     config = write_config(tmp_path, teacher=teacher, engine={"zero_stage": 2}, data={"global_batch": BATCH[ranks]})
     reference = replicated(ranks, teacher.get("prefetch", 0))
-    assert said in run_ok(config, processes=ranks, launcher="torchrun")
+    assert said in run_ok(config, processes=ranks)
     losses, expected = scalars(tmp_path / "run", "loss/total"), scalars(reference, "loss/total")
     assert losses.keys() == expected.keys()
     assert max(abs(losses[step] - expected[step]) for step in expected) < 1e-5
@@ -84,7 +84,7 @@ def test_the_teacher_is_evaluated_on_unequal_shares(placement: str, tmp_path: Pa
     for name in ("replicated", placement):
         (folder := tmp_path / name).mkdir()
         config = write_config(folder, teacher={"placement": name}, data={"val": "digits"}, evaluation=SHORT)
-        run_ok(config, launcher="torchrun")
+        run_ok(config)
         summary = json.loads((folder / "run" / "summary.json").read_text())
         accuracies.append((summary["teacher_knn"], summary["teacher_probe"]))
     # The blocks see other batches, which may round otherwise: one image that lies between two classes may change sides.

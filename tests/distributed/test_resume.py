@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from runs import HANG_S, command, environment, run_ok, scalars, write_config
+from forked import Forked
+from runs import HANG_S, finish, run_ok, scalars, start, write_config
 
 STEPS_PER_EPOCH = 23
 LONG = {"epochs": 2, "data": {"workers": 1}, "checkpoint": {"every_steps": 5, "every_epochs": 1}}
@@ -29,48 +30,30 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(config, *overrides),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_checkpoint(run: Path, process: subprocess.Popen[str], step: int) -> None:
+def wait_for_checkpoint(run: Path, process: subprocess.Popen[str] | Forked, step: int) -> None:
     deadline = time.monotonic() + HANG_S
     while not (run / "checkpoints" / f"step{step:08d}" / "run.json").exists():
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.02)
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes under the launcher, by rank; loader workers are their children, not they."""
-    found = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank" in " ".join(p.cmdline())]
-    ranks = [p for p in found if p.parent() not in found]
-    return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
-
-
 def killed(config: Path, *overrides: str) -> None:
-    """Start a run, and kill launcher, ranks and workers some time after the checkpoint of step 10."""
+    """Start a run, and kill ranks and workers some time after the checkpoint of step 10."""
     process = start(config, *overrides)
     wait_for_checkpoint(config.parent / "run", process, 10)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def told_to_stop(config: Path, tell: Callable[[subprocess.Popen[str]], None]) -> tuple[int, str]:
+def told_to_stop(config: Path, tell: Callable[[Any], None], launcher: str = "forked") -> tuple[int, str]:
     """Start a run, and `tell` it to stop after the checkpoint of step 5: status, output."""
-    process = start(config)
+    process = start(config, launcher=launcher)
     wait_for_checkpoint(config.parent / "run", process, 5)
     tell(process)
-    output, _ = process.communicate(timeout=HANG_S)
-    assert "continue with resume=auto" in output, output[-3000:]
+    done = finish(process)
+    assert "continue with resume=auto" in done.stdout, done.stdout[-3000:]
     assert not (config.parent / "run" / "summary.json").exists()
-    return process.returncode, output
+    return done.returncode, done.stdout
 
 
 def launcher_of(process: subprocess.Popen[str]) -> psutil.Process:
@@ -102,7 +85,7 @@ def test_killed_at_any_moment_it_continues_bitwise(uncut: Path, tmp_path: Path) 
 def test_sigterm_to_one_rank_saves_on_all_and_exits_0(uncut: Path, tmp_path: Path) -> None:
     """As a preempted node would."""
     config = write_config(tmp_path, **LONG)
-    status, output = told_to_stop(config, lambda process: ranks_of(process)[1].terminate())
+    status, output = told_to_stop(config, lambda process: os.kill(process.ranks[1], signal.SIGTERM))
     assert status == 0, output[-3000:]
     assert_continues(config, uncut)
 
@@ -110,7 +93,7 @@ def test_sigterm_to_one_rank_saves_on_all_and_exits_0(uncut: Path, tmp_path: Pat
 def test_sigterm_to_the_launcher_saves_with_loader_workers_running(uncut: Path, tmp_path: Path) -> None:
     """The deepspeed launcher signals loader workers too, before their rank."""
     config = write_config(tmp_path, **LONG)
-    _, output = told_to_stop(config, lambda process: launcher_of(process).terminate())
+    _, output = told_to_stop(config, lambda process: launcher_of(process).terminate(), "deepspeed")
     assert "Traceback" not in output
     assert_continues(config, uncut)
 
@@ -119,7 +102,7 @@ def test_sigterm_to_the_launcher_saves_with_loader_workers_running(uncut: Path, 
 def test_ctrl_c_saves_with_loader_workers_running(uncut: Path, tmp_path: Path) -> None:
     """A terminal signals launchers, ranks and loader workers all at once."""
     config = write_config(tmp_path, **LONG)
-    told_to_stop(config, lambda process: os.killpg(process.pid, signal.SIGINT))
+    told_to_stop(config, lambda process: os.killpg(process.pid, signal.SIGINT), "deepspeed")
     assert_continues(config, uncut)
 
 

@@ -12,6 +12,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from leap_kernels.feature_match import triton_kernel  # noqa: E402
 
+pytestmark = pytest.mark.seconds
+
 H100, L40S = 90, 89
 SHARED_BYTES = {H100: 227 * 1024, L40S: 99 * 1024}
 MATCH = {"HAS_BIAS": True, "AFFINE": False, "GRADIENTS": True, "STATS": False, "PRECISION": "tf32x3"}

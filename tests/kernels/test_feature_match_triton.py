@@ -17,6 +17,8 @@ from leap_dist.matching.cka import linear_cka, linear_cka_of_features
 from leap_kernels import Moments, feature_match
 from leap_kernels.feature_match import reference
 
+pytestmark = pytest.mark.seconds
+
 NAMES = ("loss", "student", "weight", "bias", *Moments._fields)
 # What the kernel may add to plain PyTorch's own error. bfloat16: the interpreter cuts bits off where a GPU rounds.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}

@@ -45,11 +45,12 @@ def wait_for(count: int, folder: Path) -> None:
 
 
 def main() -> int:
-    config = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+    asked = Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
+    config = yaml.safe_load(asked)
     folder = Path(config["output"])
     first = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "config.yaml").write_text(asked)
     with (folder.parent / "started").open("a") as started:
         started.write(f"{folder.name} {os.environ.get('SLOT', '-')}\n")
     if config["optim"]["lr"] == 13:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from safetensors.torch import save_file
 from leap_dist.config import StudentConfig
 from leap_dist.models.student import build_student
 from leap_dist.runtime.distributed import World
+from runs import finish, fork
 
 TOOL = Path(analyze.__file__)
 TEACHER = "vit_tiny_patch16_224=random"
@@ -43,15 +41,13 @@ def exported(model: str, folder: Path, remedy: str = "none") -> Path:
 
 
 def on_two_ranks(*arguments: str) -> str:
-    """What it printed on stdout."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(TOOL), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=250, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    """What it printed."""
+    done = finish(fork(TOOL, *arguments, processes=2))
+    assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
 
+@pytest.mark.seconds
 def test_two_ranks_find_what_one_finds(student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one").mkdir()  # empty: as good as none
     command = ["compare", str(student), str(student), "--teacher", TEACHER, *SMALL, "--out"]
@@ -79,6 +75,7 @@ def test_two_ranks_find_what_one_finds(student: Path, tmp_path: Path, capfd: pyt
     }
 
 
+@pytest.mark.seconds
 def test_students_with_and_without_a_remedy_are_compared_block_by_block(tmp_path: Path) -> None:
     """Blocks of other widths stand beside each other; with lift every block is seen through the lift."""
     widths = {"none": (24, 24), "lift": (36, 36), "wide_last": (24, 36)}

@@ -340,6 +340,7 @@ def start(*arguments: object, **options: object) -> subprocess.Popen:
     return subprocess.Popen([str(part) for part in command], start_new_session=True, **options)
 
 
+@pytest.mark.seconds
 def test_the_bar_on_a_terminal_shows_the_rate_and_the_time_left(tmp_path: Path) -> None:
     make_tree(tmp_path / "src")
     terminal, end = pty.openpty()
@@ -384,6 +385,7 @@ def kill_at_work(process: subprocess.Popen, whole_session: bool) -> bool:
     return killed
 
 
+@pytest.mark.seconds
 def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path: Path) -> None:
     make_slow_tree(tmp_path / "src", 100)
     assert make_shards(tmp_path / "src", tmp_path / "whole", *SLOW, "--workers", 2) == 0

@@ -10,6 +10,8 @@ import yaml
 
 from leap_dist.models.flops import teacher_costs, teacher_flops
 
+pytestmark = pytest.mark.seconds
+
 
 @pytest.mark.parametrize(("name", "billions"), [("vit-g14", 1.14), ("vit-7b", 6.7), ("vit-22b", 21.8)])
 def test_teachers_are_as_large_as_they_are_called(name: str, billions: float) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from leap_dist.benchmarking.skipping import Memory, Sample
 from leap_dist.config import Config, load
 from leap_dist.errors import UserError
 from leap_dist.models.flops import teacher_flops
+from runs import finish, fork
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPTH = 3
@@ -73,16 +71,13 @@ def test_blocks_are_checked_and_always_hold_the_last() -> None:
             skipping.chosen_blocks(wrong, 5)
 
 
+@pytest.mark.seconds
 def test_a_sweep_writes_csv_picture_and_board(tmp_path: Path) -> None:
     path, run = config(tmp_path)
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "tools/profile_skip.py"), "--config", str(path), "--out", str(out)]
-    done = subprocess.run(
-        [*command, "--batch", "2", "--rounds", "2", "--steps", "2"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["--config", str(path), "--out", str(out), "--batch", "2", "--rounds", "2", "--steps", "2"]
+    done = finish(fork(ROOT / "tools/profile_skip.py", *command, processes=1))
+    assert done.returncode == 0, done.stdout[-2000:]
     with (out / "skip.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["block"]) for row in rows] == [1, 2, 3]

@@ -59,6 +59,7 @@ def cells(folder: Path, row: str) -> list[str]:
     return next(line for line in lines if line.startswith(f"| {row} |")).strip("| ").split(" | ")
 
 
+@pytest.mark.seconds
 def test_tables_say_what_the_runs_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_sweep(tmp_path, {"fixed": ["curriculum.mode=fixed"], "leap": {"overrides": [], "seeds": [0, 1, 4]}})
     assert sweep.main([str(path), "optim.lr=0.2"]) == 0
@@ -79,6 +80,7 @@ def test_tables_say_what_the_runs_said(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| leap | 4 | done |" in capsys.readouterr().out
 
 
+@pytest.mark.seconds
 def test_a_failed_run_is_told_in_its_own_line_and_tried_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = write_sweep(tmp_path, {"bad": {"overrides": ["optim.lr=13"], "seeds": [0]}, "good": []})
     assert sweep.main([str(path)]) == 1
@@ -90,6 +92,7 @@ def test_a_failed_run_is_told_in_its_own_line_and_tried_anew(tmp_path: Path, cap
     assert started(tmp_path) == ["bad-s0", "good-s0", "good-s2", "bad-s0"]
 
 
+@pytest.mark.seconds
 def test_epochs_can_be_those_that_cost_as_much(tmp_path: Path) -> None:
     """leap costs two per epoch and seed-dependent unit, fixed three: ten epochs of the one are 6.67 of the other."""
     rows = {
@@ -109,6 +112,7 @@ def test_epochs_can_be_those_that_cost_as_much(tmp_path: Path) -> None:
     assert len(started(tmp_path)) == 4
 
 
+@pytest.mark.seconds
 def test_a_row_whose_measure_failed_is_not_made(tmp_path: Path) -> None:
     rows = {
         "fixed": ["curriculum.mode=fixed"],
@@ -120,6 +124,7 @@ def test_a_row_whose_measure_failed_is_not_made(tmp_path: Path) -> None:
     assert started(tmp_path) == ["fixed-s0", "leap-s0"]
 
 
+@pytest.mark.seconds
 def test_a_run_of_another_config_is_neither_taken_nor_overwritten(tmp_path: Path) -> None:
     assert sweep.main([str(write_sweep(tmp_path, {"a": [], "b": ["epochs=3"]}, seeds=[0]))]) == 0
     path = write_sweep(tmp_path, {"a": ["optim.lr=0.4"], "b": ["epochs=3", "data.workers=1"]}, seeds=[0])
@@ -132,6 +137,7 @@ def test_a_run_of_another_config_is_neither_taken_nor_overwritten(tmp_path: Path
     assert len(started(tmp_path)) == 2
 
 
+@pytest.mark.seconds
 def test_a_run_that_was_judged_again_by_hand_is_not_taken_for_the_sweeps(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, {"a": [], "b": ["teacher.weights=demo"]}, seeds=[0])
     assert sweep.main([str(path)]) == 0
@@ -153,6 +159,7 @@ def edit_config(run: Path, section: str, **values: Any) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(config))
 
 
+@pytest.mark.seconds
 def test_a_run_that_died_while_it_was_evaluated_is_gone_on_with(tmp_path: Path) -> None:
     """The student's accuracies are on disk before the rest."""
     path = write_sweep(tmp_path, {"a": []}, seeds=[0])
@@ -165,6 +172,7 @@ def test_a_run_that_died_while_it_was_evaluated_is_gone_on_with(tmp_path: Path) 
     assert json.loads(left.read_text()) == whole
 
 
+@pytest.mark.seconds
 def test_seeds_can_be_made_one_by_one_and_the_tables_are_of_all(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, {"a": [], "b": ["epochs=3"]})
     assert sweep.main([str(path), "--seeds", "2"]) == 0
@@ -175,6 +183,7 @@ def test_seeds_can_be_made_one_by_one_and_the_tables_are_of_all(tmp_path: Path) 
     assert sweep.main([str(path), "--seeds", "7"]) == 2, "nothing to make is not a success"
 
 
+@pytest.mark.seconds
 def test_jobs_run_beside_each_other_with_slots_and_ports_of_their_own(tmp_path: Path) -> None:
     """Each of these runs waits until two have started."""
     launcher = f"env SLOT={{slot}}:{{port}} python {FAKE}"
@@ -200,6 +209,7 @@ def start(path: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("between", ["", "bash -c '\"$@\" & wait' bash "], ids=["itself", "a launcher that ends first"])
 def test_sigterm_lets_the_run_save_and_the_next_sweep_goes_on(between: str, tmp_path: Path) -> None:
     launcher = f"{between}{sys.executable} {FAKE}"
@@ -213,6 +223,7 @@ def test_sigterm_lets_the_run_save_and_the_next_sweep_goes_on(between: str, tmp_
     assert started(tmp_path) == ["slow-s0", "slow-s0", "quick-s0"]
 
 
+@pytest.mark.seconds
 def test_a_killed_sweep_leaves_no_run_to_be_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its run goes on by itself; the next sweep makes the others and waits for that one's end."""
     monkeypatch.setattr(runner, "PATIENCE_S", 0.1)
@@ -309,6 +320,7 @@ def test_every_sweep_that_is_delivered_is_counted() -> None:
     assert {path.stem for path in (ROOT / "launch_configs" / "sweeps").glob("*.yaml")} == DELIVERED.keys()
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", DELIVERED)
 def test_the_sweeps_that_are_delivered_hold_together(name: str) -> None:
     path = ROOT / "launch_configs" / "sweeps" / f"{name}.yaml"

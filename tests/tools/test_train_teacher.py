@@ -16,6 +16,8 @@ import train_teacher
 from leap_dist.pretraining import demo
 from leap_dist.pretraining.demo import TeacherTraining
 
+pytestmark = pytest.mark.seconds
+
 SMALL = [
     "data.train=digits", "data.val=digits", "data.image_size=32", "data.global_batch=80", "data.workers=0",
     "kwargs={patch_size: 16, embed_dim: 16, depth: 2, num_heads: 1}", "evaluate_every=1", "data.augment=crop",

@@ -42,8 +42,9 @@ def config(folder: Path | str, **options: object) -> DataConfig:
 
 
 def helpers_on_path() -> dict[str, str]:
-    """The environment of a test file that runs as a script: one thread, and this folder's helpers at hand."""
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """The environment of a test file that runs as a script: one thread, and the helpers at hand that it imports."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent / "distributed"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 

@@ -183,6 +183,7 @@ def test_distillation_alone_needs_a_fixed_target() -> None:
         load(None, [*needed, *alone])
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", ["baseline", "leap_lift", "leap_wide_last"])
 def test_the_launched_pair_fits_together(name: str) -> None:
     """CaiT-S24 and DeiT-Tiny, without weights or memory; CaiT's class attention and classifier count at block 24."""

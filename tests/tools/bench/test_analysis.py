@@ -9,6 +9,7 @@ from bench import analysis
 SMALL = ["--model", "vit_tiny_patch16_224", "--image-size", "64", "--images", "8", "--batch", "2"]
 
 
+@pytest.mark.seconds
 def test_the_bar_decides(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert analysis.main(SMALL) == 0
     printed = capsys.readouterr().out

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from leap_dist.config import Config
 from leap_dist.errors import UserError
 from leap_dist.matching.cka import linear_cka_of_features
 from leap_dist.teacher.lazy_backbone import LazyBackbone
+from runs import finish, fork
 from stubs import StubTeacher, stub_config, stub_trainer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -93,14 +91,11 @@ def test_a_missing_deepspeed_is_said_in_one_line(
     assert capsys.readouterr().err.startswith("bench_step: error: deepspeed is not installed")
 
 
+@pytest.mark.seconds
 def test_one_run_compares_the_step_at_four_depths(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools/bench/step.py"), "--batch", "2", "--rounds", "2", "--csv", "rows.csv"]
-    done = subprocess.run(
-        [*command, *SMALL],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["--batch", "2", "--rounds", "2", "--csv", str(tmp_path / "rows.csv"), *SMALL]
+    done = finish(fork(ROOT / "tools/bench/step.py", *command, processes=1))
+    assert done.returncode == 0, done.stdout[-2000:]
     with (tmp_path / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))
     fp32 = [row for row in rows if row["teacher"] == "fp32"]

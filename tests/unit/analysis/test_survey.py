@@ -173,6 +173,7 @@ def test_what_is_kept_does_not_grow_with_the_images() -> None:
     assert kept(1) == kept(5)
 
 
+@pytest.mark.seconds
 def test_tables_and_figures_hold_what_was_found(found: Analysis, tmp_path: Path) -> None:
     write_tables(found, tmp_path)
     with (tmp_path / "blocks.csv").open() as file:

@@ -19,6 +19,8 @@ from leap_dist.data.streaming import STAND_INS, stand_ins
 from leap_dist.errors import UserError
 from small_sets import ALONE, FAULTS, SIZE, config, write
 
+pytestmark = pytest.mark.seconds
+
 Build = Callable[..., TrainLoader]
 
 

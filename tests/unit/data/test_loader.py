@@ -232,11 +232,23 @@ def hang(*_: object) -> None:
     time.sleep(60)
 
 
+def dawdle(*_: object) -> None:
+    time.sleep(4)  # too long, but not for the one who closes the loader
+
+
 def die(*_: object) -> None:
     os._exit(3)
 
 
-@pytest.mark.parametrize(("decode", "message"), [(hang, "timed out after 2 seconds"), (die, "exited unexpectedly")])
+@pytest.mark.seconds
+@pytest.mark.parametrize(
+    ("decode", "message"),
+    [
+        (dawdle, "timed out after 2 seconds"),
+        pytest.param(hang, "timed out after 2 seconds", marks=pytest.mark.slow),  # closing it takes 10 s
+        (die, "exited unexpectedly"),
+    ],
+)
 def test_a_worker_that_hangs_or_dies_ends_the_run(
     build: Build, folder: Path, monkeypatch: pytest.MonkeyPatch, decode: object, message: str
 ) -> None:
@@ -257,6 +269,7 @@ def abandon(folder: str) -> None:
         os._exit(1)
 
 
+@pytest.mark.seconds
 def test_a_worker_does_not_outlive_its_rank(folder: Path, tmp_path: Path) -> None:
     """It would hold the locks of the shards that it fetches, and the next run would wait for it."""
     said = tmp_path / "said"

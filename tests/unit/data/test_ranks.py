@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,12 +17,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from forked import Forked
 from leap_dist.config import DataConfig
 from leap_dist.data import BadSamples, build_eval_loader, build_train_loader, draw_mix, resolve
 from leap_dist.data.faults import BadSample
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World
 from small_sets import ALONE, SIZE, config, flat, helpers_on_path, write
+
+pytestmark = pytest.mark.seconds
 
 TIMEOUT_S = 120
 
@@ -148,13 +148,9 @@ def main(mode: str, folder: str, size: str, nodes: str, *jobs: str) -> None:
 
 def run_jobs(mode: str, folder: Path, *jobs: str, size: int = 2, nodes: int = 1) -> list[dict[str, Any]]:
     """The result of every rank of every job; whatever happens, no process outlives this."""
-    command = [sys.executable, __file__, mode, str(folder), str(size), str(nodes), *jobs]
-    host = subprocess.Popen(command, env=helpers_on_path(), stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        _, log = host.communicate(timeout=TIMEOUT_S)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(host.pid, signal.SIGKILL)
+    arguments = [mode, str(folder), str(size), str(nodes), *jobs]
+    with Forked(Path(__file__), arguments, [{}], helpers_on_path()) as host:
+        log, _ = host.communicate(timeout=TIMEOUT_S)
     assert host.returncode == 0, log[-3000:]
     return [json.loads((folder / f"{job}-{rank}.json").read_text()) for job in jobs for rank in range(size)]
 

@@ -208,6 +208,7 @@ def test_parallel_passes_errors_on(workers: int) -> None:
         list(parallel(square, [7], workers))
 
 
+@pytest.mark.seconds
 def test_a_killed_worker_is_an_error() -> None:
     with pytest.raises(UserError, match="a worker process was killed"):
         list(parallel(square, [1, 6], 1))

@@ -93,6 +93,7 @@ def test_an_export_of_before_the_remedies_loads(tmp_path: Path) -> None:
     assert torch.equal(load_student(path, torch.device("cpu"))(IMAGES).patch, student(IMAGES).patch)
 
 
+@pytest.mark.seconds
 def test_the_documented_control_has_the_papers_width(capsys: pytest.CaptureFixture[str]) -> None:
     text = DOCUMENTED.read_text()
     exec(re.findall(r"```python\n(.*?)```", text, re.S)[0], names := {})

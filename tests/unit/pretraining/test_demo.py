@@ -15,6 +15,8 @@ from leap_dist.models.export import load_student
 from leap_dist.pretraining import demo
 from leap_dist.pretraining.demo import TeacherTraining, demo_cache, ensure_demo_teacher, train_teacher
 
+pytestmark = pytest.mark.seconds
+
 TINY = TeacherTraining(
     kwargs={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "mlp_ratio": 2}, epochs=6, batch=25, lr=3e-3
 )

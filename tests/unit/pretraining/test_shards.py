@@ -26,6 +26,8 @@ from leap_dist.pretraining.session import Session, token_loss
 from leap_dist.pretraining.training import build_model, train_on_shards
 from leap_dist.teacher import build_teacher
 
+pytestmark = pytest.mark.seconds
+
 ROOT = Path(__file__).parents[3]
 TINY = (
     "kwargs={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2, mlp_ratio: 2}", "data.image_size=32", "epochs=4",

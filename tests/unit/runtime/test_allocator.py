@@ -43,6 +43,7 @@ def passes(policy: str) -> tuple[float, float]:
     return float(faults), float(kept)
 
 
+@pytest.mark.seconds
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
 def test_freed_memory_is_used_again_or_leaves() -> None:
     faults, kept = passes("keep_freed_memory")

@@ -287,6 +287,7 @@ def test_settings_are_the_configs_and_momenta_the_checkpoints(tmp_path: Path) ->
         assert mine["step"] == 1 and torch.equal(mine["exp_avg"], theirs["exp_avg"])
 
 
+@pytest.mark.seconds
 def test_a_failed_conversion_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     stage = "engine.zero_stage=2"
     claimed(tmp_path, stage, steps=(7,))

@@ -107,6 +107,7 @@ print("threads:", torch.get_num_threads())
 """
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(("told", "threads"), [(None, 1), ("3", 3)])
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="takes a core to leave out")
 def test_a_process_has_no_more_threads_than_cores_it_may_use(told: str | None, threads: int) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from leap_dist.config import OptimConfig
 from leap_dist.runtime.optim import build_optimizer, lr_factor, peak_lr
+from runs import finish, fork
 
 LARS = OptimConfig(name="lars", lr=2.0, weight_decay=1e-6)
 
@@ -152,55 +152,8 @@ def test_adamw_takes_its_options() -> None:
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["betas"]) == (0.3, (0.8, 0.95))
 
 
-DEEPSPEED_STAGE_0 = """
-import copy, sys
-import torch
-from torch import nn
-from leap_dist.runtime import distributed
-from leap_dist.config import OptimConfig, load
-from leap_dist.runtime.engine import build_engine
-from leap_dist.runtime.optim import build_optimizer
-from timm.optim import Lars
-
-precision = sys.argv[1]
-config = OptimConfig(name="lars", lr=2.0, weight_decay=1e-6)
-torch.manual_seed(0)
-world = distributed.initialise()
-model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).to(world.device)
-plain = copy.deepcopy(model)
-matrices, vectors = [[p for p in plain.parameters() if (p.ndim > 1) == wide] for wide in (True, False)]
-reference = Lars([{"params": matrices, "weight_decay": 1e-6}, {"params": vectors}], lr=2.0, momentum=0.9)
-needed = ["teacher.model=t", "student.model=s", "data.train=digits"]
-run = load(None, [*needed, f"engine.precision={precision}", "engine.clip=1.0"])
-dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-optimizer = build_optimizer(config, model)
-engine = build_engine(run, model, optimizer, 4)
-assert engine.optimizer is optimizer, type(engine.optimizer)
-assert not engine.tput_timer.config.enabled, "it waits for the device in every micro-batch"
-for step in range(4):
-    x, y = torch.randn(4, 8, device=world.device), torch.randn(4, 4, device=world.device)
-    loss = (engine(x).float() - y).square().mean() * 30  # gradients far above the clip
-    engine.backward(loss)
-    engine.step()
-    with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
-        out = plain(x)
-    scaler.scale((out.float() - y).square().mean() * 30).backward()
-    scaler.unscale_(reference)
-    nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-    scaler.step(reference)
-    scaler.update()
-    reference.zero_grad()
-for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
-distributed.shutdown()
-"""
-
-
+@pytest.mark.seconds
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_stage_0_runs_lars_unwrapped_clipped_and_exact(precision: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", DEEPSPEED_STAGE_0, precision], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = finish(fork(Path(__file__).with_name("lars_worker.py"), precision, processes=1))
+    assert done.returncode == 0, done.stdout[-2000:]
