@@ -92,6 +92,11 @@ class _Asked(dict[str, Any]):
     def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
         return dict, (dict(self),)  # DeepSpeed saves it in every checkpoint, which must not need this class
 
+    def __copy__(self) -> _Asked:
+        copied = _Asked(self)
+        copied.asked = self.asked  # DeepSpeed reads some keys from a copy
+        return copied
+
     def get(self, key: str, default: Any = None) -> Any:
         self.asked.add(key)
         return super().get(key, default)

@@ -15,6 +15,7 @@ from forked import Forked
 from leap_dist.data import write_shards
 from leap_dist.data.digits import digit_samples
 from runs import ENTRY, TINY, environment, free_port, launch, run_ok, scalars, write_config
+from small_sets import write
 
 PROMPTLY_S = 60
 
@@ -104,7 +105,8 @@ def test_shards_that_cannot_be_read(damage: Any, tmp_path: Path) -> None:
 
 def test_held_out_shards_are_checked_before_training(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "empty/index.json does not exist" in refused(write_config(tmp_path), f"data.val={tmp_path / 'empty'}")[0]
+    sets = f"data.train={write(tmp_path / 'train')}", f"data.val={tmp_path / 'empty'}"
+    assert "empty/index.json does not exist" in refused(write_config(tmp_path), *sets)[0]
 
 
 def test_ranks_that_were_started_differently(tmp_path: Path) -> None:

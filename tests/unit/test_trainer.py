@@ -194,7 +194,7 @@ def test_a_non_finite_loss_ends_the_run_before_anything_is_saved(tmp_path: Path)
 def test_a_students_own_fault_is_not_the_teachers(tmp_path: Path) -> None:
     trainer = stub_trainer(stub_config(tmp_path))
     with torch.no_grad():
-        next(trainer.engine.module.parameters()).fill_(math.nan)
+        next(trainer.learner.engine.module.parameters()).fill_(math.nan)
     with pytest.raises(UserError) as caught:
         trainer.run()
     trainer.close()

@@ -62,7 +62,7 @@ def test_what_the_library_says_of_failed_communication_is_told(
             "Exception raised from create at NCCLUtils.cpp:77 (most recent call first):\nframe #0: c10::Error"
         )
 
-    monkeypatch.setattr(train, "parse", lambda _: None)
+    monkeypatch.setattr(train, "parse", lambda *_: None)
     monkeypatch.setattr(train, "train", fail)
     assert train.main([]) == 1
     (line,) = capsys.readouterr().err.splitlines()
