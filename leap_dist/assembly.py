@@ -12,19 +12,16 @@ from pathlib import Path
 import torch
 
 from leap_dist.config import DEMO_TEACHER, Config, matching_head
+from leap_dist.curriculum import build_curriculum
 from leap_dist.curriculum.coordinator import Coordinator
 from leap_dist.curriculum.ledger import replayed_schedule
-from leap_dist.curriculum.policy import build_curriculum
 from leap_dist.data import BadSamples, build_train_loader, check_groups, check_sources, resolve
 from leap_dist.errors import UserError
-from leap_dist.evaluation.periodic import Validation
-from leap_dist.matching.heads import check_impl, check_widths
-from leap_dist.matching.objective import Objective
-from leap_dist.models.backbone import DTYPES
-from leap_dist.models.flops import step_flops
+from leap_dist.evaluation import Validation
+from leap_dist.matching import Objective, check_impl, check_widths
+from leap_dist.models import DTYPES, Student, build_student, step_flops
 from leap_dist.models.placement_plan import check_pipelines
-from leap_dist.models.student import Student, build_student
-from leap_dist.monitoring.profiling import check_window
+from leap_dist.monitoring import check_window
 from leap_dist.runtime.checkpoint import Checkpoints, find_resume
 from leap_dist.runtime.distributed import World, barrier, check_nodes
 from leap_dist.runtime.engine import build_engine, micro_batch

@@ -20,16 +20,10 @@ from leap_dist.analysis.live import Spectroscope
 from leap_dist.config import Config
 from leap_dist.curriculum.coordinator import Coordinator, Decision
 from leap_dist.data import BadSamples
-from leap_dist.evaluation.periodic import Validation
-from leap_dist.matching.calibration import best_block
-from leap_dist.matching.objective import Match
-from leap_dist.matching.reset import reset_heads
-from leap_dist.matching.score import Evidence
-from leap_dist.models.features import Features
-from leap_dist.models.flops import StepFlops
-from leap_dist.monitoring.accounting import Accountant, Costs, configured_peaks
-from leap_dist.monitoring.journal import Journal
-from leap_dist.monitoring.telemetry import memory_bytes
+from leap_dist.evaluation import Validation
+from leap_dist.matching import Evidence, Match, best_block, reset_heads
+from leap_dist.models import Features, StepFlops
+from leap_dist.monitoring import Accountant, Costs, Journal, configured_peaks, memory_bytes
 from leap_dist.runtime.distributed import World, device_name, sum_over_ranks
 from leap_dist.runtime.engine import update_numbers
 from leap_dist.runtime.host_copy import HostCopy

@@ -18,11 +18,10 @@ from leap_dist.config import Config
 from leap_dist.curriculum.coordinator import Coordinator, NonFiniteLoss
 from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, draw_mix, soft_labels
 from leap_dist.errors import UserError
-from leap_dist.evaluation.periodic import Validation
+from leap_dist.evaluation import Validation
 from leap_dist.learner import Learner
-from leap_dist.models.features import Features
-from leap_dist.models.flops import StepFlops
-from leap_dist.monitoring.profiling import ProfilerWindow
+from leap_dist.models import Features, StepFlops
+from leap_dist.monitoring import ProfilerWindow
 from leap_dist.runtime.checkpoint import Checkpoints
 from leap_dist.runtime.distributed import World
 from leap_dist.runtime.engine import weights_are_finite

@@ -12,13 +12,10 @@ import torch
 from torch import Tensor
 
 from leap_dist.config import Config
-from leap_dist.evaluation import evaluate
-from leap_dist.evaluation.features import FeatureSet
-from leap_dist.evaluation.held_out import HeldOut
-from leap_dist.matching.cka import linear_cka_of_features
-from leap_dist.models.export import export_student, load_student
-from leap_dist.models.student import Student
-from leap_dist.monitoring.telemetry import table
+from leap_dist.evaluation import FeatureSet, HeldOut, evaluate
+from leap_dist.matching import linear_cka_of_features
+from leap_dist.models import Student, export_student, load_student
+from leap_dist.monitoring import table
 from leap_dist.runtime.distributed import World, gather_objects
 from leap_dist.runtime.engine import micro_batch
 from leap_dist.runtime.files import write_json

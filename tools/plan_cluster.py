@@ -16,7 +16,7 @@ from pathlib import Path
 
 from leap_dist.config import TeacherConfig, load_without_files
 from leap_dist.errors import UserError
-from leap_dist.models.flops import teacher_costs, teacher_flops
+from leap_dist.models import teacher_costs, teacher_flops
 from leap_dist.models.placement_plan import GIB, Cluster, TeacherCosts, choose, cost
 
 CLUSTERS = {

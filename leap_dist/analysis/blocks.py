@@ -23,8 +23,8 @@ from leap_dist.analysis.survey import progress
 from leap_dist.config import EvaluationConfig
 from leap_dist.data import EvalLoader
 from leap_dist.errors import UserError
-from leap_dist.evaluation import evaluate
-from leap_dist.evaluation.features import FeatureSet, extract, labelled, merge
+from leap_dist.evaluation import FeatureSet, evaluate
+from leap_dist.evaluation.features import extract, labelled, merge
 from leap_dist.runtime.distributed import World, collect_objects, gather_objects
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leap_dist.matching.cka import constant
+from leap_dist.matching import constant
 from leap_dist.runtime.distributed import sum_over_ranks
 
 CHUNK = 4096  # columns of y at a time: for all blocks of two ViT-g the whole float32 product would be 15 GB

@@ -19,7 +19,7 @@ from leap_dist.analysis.spectra import CENTRINGS, LEVELS
 from leap_dist.analysis.subjects import Subject
 from leap_dist.data import Batch
 from leap_dist.errors import UserError
-from leap_dist.models.features import on_grid
+from leap_dist.models import on_grid
 from leap_dist.runtime.distributed import World, gather_objects, sum_over_ranks
 
 

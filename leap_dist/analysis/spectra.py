@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from leap_dist.matching.cka import constant
+from leap_dist.matching import constant
 
 LEVELS = (0.80, 0.90, 0.95, 0.99)
 # Shares of energy this close below a level count as reaching it: four of five equal singular values hold 80 %.

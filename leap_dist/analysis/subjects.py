@@ -19,7 +19,7 @@ from torch import Tensor
 
 from leap_dist.config import DataConfig, TeacherConfig
 from leap_dist.errors import UserError
-from leap_dist.models.export import load_student
+from leap_dist.models import load_student
 from leap_dist.teacher import build_teacher
 
 Colour = tuple[float, ...]

@@ -14,7 +14,7 @@ from leap_dist.analysis.results import Analysis, Cka, Model, build_block
 from leap_dist.analysis.subjects import Subject
 from leap_dist.data import EvalLoader
 from leap_dist.errors import UserError
-from leap_dist.monitoring.telemetry import bar_interval
+from leap_dist.monitoring import bar_interval
 from leap_dist.runtime.distributed import World, collect_objects
 
 

@@ -21,7 +21,7 @@ from leap_dist.benchmarking.harness import peak_watch, stopwatch
 from leap_dist.benchmarking.steps import aim, build_conducted, conduct, held_teacher, random_images
 from leap_dist.config import Config, flat
 from leap_dist.errors import UserError
-from leap_dist.models.flops import step_flops
+from leap_dist.models import step_flops
 from leap_dist.runtime.distributed import World
 from leap_dist.teacher import build_teacher
 

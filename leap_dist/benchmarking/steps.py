@@ -18,12 +18,12 @@ from torch import Tensor
 
 from leap_dist.assembly import build_objective, check_pair
 from leap_dist.config import Config, load_without_files
+from leap_dist.curriculum import build_curriculum
 from leap_dist.curriculum.coordinator import Coordinator
-from leap_dist.curriculum.policy import build_curriculum
 from leap_dist.data import BadSamples, Batch
 from leap_dist.errors import UserError
-from leap_dist.evaluation.periodic import Validation
-from leap_dist.models.flops import step_flops
+from leap_dist.evaluation import Validation
+from leap_dist.models import step_flops
 from leap_dist.runtime.allocator import keep_freed_memory
 from leap_dist.runtime.checkpoint import Checkpoints
 from leap_dist.runtime.distributed import World

@@ -2,3 +2,9 @@
 
 Numbers in, numbers out: no tensor of a model is seen here, and nothing is trained.
 """
+
+from __future__ import annotations
+
+from leap_dist.curriculum.policy import Curriculum, build_curriculum
+
+__all__ = ["Curriculum", "build_curriculum"]

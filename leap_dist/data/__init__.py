@@ -1,4 +1,7 @@
-"""The data room: MDS shards in, normalised batches out, in an order that is a function of (seed, epoch, position)."""
+"""The data room: MDS shards in, normalised batches out, in an order that is a function of (seed, epoch, position).
+
+Nothing here knows a model. What is done to a whole batch on the device is here too: mixup, colours, labels.
+"""
 
 from __future__ import annotations
 

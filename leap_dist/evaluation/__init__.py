@@ -1,4 +1,7 @@
-"""How good frozen features are: nearest neighbours and a linear probe."""
+"""How good frozen features are: nearest neighbours and a linear probe, at the end of a run and between its epochs.
+
+Nothing here trains what it judges; what tokens look like is in analysis/.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,12 @@ import torch
 
 from leap_dist.config import EvaluationConfig
 from leap_dist.evaluation.features import FeatureSet, check_finite
+from leap_dist.evaluation.held_out import HeldOut
 from leap_dist.evaluation.knn import knn_accuracy
+from leap_dist.evaluation.periodic import Validation
 from leap_dist.evaluation.probe import probe_accuracy
+
+__all__ = ["FeatureSet", "HeldOut", "Validation", "evaluate"]
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from typing import Any, Optional
 from leap_dist.config import Config
 from leap_dist.evaluation.held_out import HeldOut
 from leap_dist.evaluation.knn import knn_accuracy
-from leap_dist.models.export import export_student, load_student
+from leap_dist.models import export_student, load_student
 from leap_dist.runtime.distributed import World, gather_objects
 from leap_dist.runtime.files import write_text
 from leap_dist.runtime.progress import Progress

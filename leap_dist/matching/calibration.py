@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.matching.score import Evidence
-from leap_dist.models.features import Features
+from leap_dist.models import Features
 from leap_dist.runtime.host_copy import HostCopy
 
 

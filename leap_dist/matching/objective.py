@@ -20,8 +20,7 @@ from leap_dist.errors import UserError
 from leap_dist.matching.heads import build_head
 from leap_dist.matching.losses import soft_distillation
 from leap_dist.matching.score import Evidence
-from leap_dist.models.features import Features, on_grid
-from leap_dist.models.student import Student
+from leap_dist.models import Features, Student, on_grid
 
 
 class Match(NamedTuple):

@@ -2,3 +2,22 @@
 
 Nothing here changes what a run computes.
 """
+
+from __future__ import annotations
+
+from leap_dist.monitoring.accounting import Accountant, Costs, configured_peaks
+from leap_dist.monitoring.journal import Journal
+from leap_dist.monitoring.profiling import ProfilerWindow, check_window
+from leap_dist.monitoring.telemetry import bar_interval, memory_bytes, table
+
+__all__ = [
+    "Accountant",
+    "Costs",
+    "Journal",
+    "ProfilerWindow",
+    "bar_interval",
+    "check_window",
+    "configured_peaks",
+    "memory_bytes",
+    "table",
+]

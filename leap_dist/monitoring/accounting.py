@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 
 from leap_dist.config import Config, flat
-from leap_dist.models.flops import StepFlops
+from leap_dist.models import StepFlops
 from leap_dist.runtime.timing import CALIBRATION, PHASES
 
 # Dense peaks in TFLOP/s of the vendors' data sheets: bf16 and fp16, TF32, fp32 outside the tensor cores. A name is

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from leap_dist.config import Config
+from leap_dist.curriculum import Curriculum
 from leap_dist.curriculum.ledger import Ledger
-from leap_dist.curriculum.policy import Curriculum
 from leap_dist.monitoring.accounting import Costs
 from leap_dist.monitoring.telemetry import Telemetry
 from leap_dist.runtime.distributed import World

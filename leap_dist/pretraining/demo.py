@@ -28,7 +28,7 @@ from leap_dist.config import DIGITS, DataConfig, OptimConfig
 from leap_dist.data.crops import RATIO, decode
 from leap_dist.data.digits import digit_samples
 from leap_dist.data.transforms import eval_transform
-from leap_dist.monitoring.telemetry import bar_interval
+from leap_dist.monitoring import bar_interval
 from leap_dist.pretraining.initial import initialise
 from leap_dist.pretraining.recipe import InitialWeights
 from leap_dist.runtime.distributed import uses_gpus

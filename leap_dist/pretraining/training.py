@@ -37,8 +37,8 @@ from leap_dist.data import (
 )
 from leap_dist.errors import UserError
 from leap_dist.evaluation.held_out import BATCH
-from leap_dist.models.backbone import outline
-from leap_dist.monitoring.telemetry import bar_interval
+from leap_dist.models import outline
+from leap_dist.monitoring import bar_interval
 from leap_dist.pretraining.initial import initialise
 from leap_dist.pretraining.recipe import TeacherRecipe, changes, load_recipe
 from leap_dist.pretraining.session import Session

@@ -1,4 +1,7 @@
-"""The frozen teacher: a timm vision transformer that is run only as deep as the current target block."""
+"""The frozen teacher: a timm vision transformer that is run only as deep as the current target block.
+
+Weights, placements and what is made ahead are here; which block is the target is decided in curriculum/.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_dist.config import TeacherConfig
-from leap_dist.models.backbone import TeacherSpec, split
-from leap_dist.models.features import Features
-from leap_dist.models.flops import TeacherFlops, teacher_flops
+from leap_dist.models import Features, TeacherFlops, TeacherSpec, split, teacher_flops
 from leap_dist.runtime.allocator import keep_freed_memory
 from leap_dist.runtime.distributed import World
 from leap_dist.runtime.marks import Marks

@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from leap_dist.models.features import Features
+from leap_dist.models import Features
 from leap_dist.runtime.distributed import World, checked_gather
 from leap_dist.teacher.lazy_backbone import LazyBackbone
 

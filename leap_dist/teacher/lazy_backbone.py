@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_dist.config import TeacherConfig
-from leap_dist.models.backbone import DTYPES, Backbone, split
+from leap_dist.models import DTYPES, Backbone, split
 from leap_dist.runtime import allocator
 from leap_dist.runtime.marks import Marks
 from leap_dist.teacher.weights import Weights, build_skeleton, cast, fingerprint, open_weights

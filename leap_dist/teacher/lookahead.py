@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.data import Batch
-from leap_dist.models.features import Features
+from leap_dist.models import Features
 from leap_dist.teacher import Teacher
 
 

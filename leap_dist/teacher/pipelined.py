@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-from leap_dist.models.features import Features
+from leap_dist.models import Features
 from leap_dist.models.placement_plan import TeacherCosts
 from leap_dist.runtime.distributed import Pipeline, World, build_pipeline, gather_on_first, scatter_from
 from leap_dist.teacher.base import PlacedTeacher

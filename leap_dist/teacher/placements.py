@@ -9,8 +9,7 @@ from typing import Optional
 from torch import Tensor
 
 from leap_dist.config import TeacherConfig
-from leap_dist.models.features import Features
-from leap_dist.models.flops import TeacherFlops, teacher_costs
+from leap_dist.models import Features, TeacherFlops, teacher_costs
 from leap_dist.models.placement_plan import GIB, Choice, choose, pipeline_size
 from leap_dist.runtime.allocator import return_freed_memory
 from leap_dist.runtime.distributed import World, build_pipeline, own_group

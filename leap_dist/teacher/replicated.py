@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leap_dist.models.features import Features
+from leap_dist.models import Features
 from leap_dist.teacher.base import PlacedTeacher
 from leap_dist.teacher.lazy_backbone import LazyBackbone
 

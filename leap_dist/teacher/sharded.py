@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leap_dist.models.features import Features
+from leap_dist.models import Features
 from leap_dist.runtime.distributed import World
 from leap_dist.teacher.base import PlacedTeacher
 from leap_dist.teacher.lazy_backbone import LazyBackbone

@@ -132,7 +132,7 @@ def stub_config(output: Path, *overrides: str) -> Config:
 
 def stub_trainer(config: Config, teacher: StubTeacher | None = None, length: int = 3) -> Trainer:
     """A trainer whose student, objective, curriculum and optimizer are real. length: micro-batches an epoch."""
-    _let_a_second_begin(Path(config.output) / "tensorboard")
+    let_a_second_begin(Path(config.output) / "tensorboard")
     torch.manual_seed(config.seed)
     teacher = teacher or StubTeacher()
     timer, replay = PhaseTimer(ONE.device), config.curriculum.replay
@@ -153,7 +153,7 @@ def stub_trainer(config: Config, teacher: StubTeacher | None = None, length: int
     return Trainer(config, ONE, parts)
 
 
-def _let_a_second_begin(tensorboard: Path) -> None:
+def let_a_second_begin(tensorboard: Path) -> None:
     """Make a continued run's event file sort behind those of `tensorboard`.
 
     Their names hold the second and then a counter of the process, and 10 sorts before 9: real runs are continued by

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leap_dist.benchmarking.harness import Row, interleaved, peak_memory, peaks, quantiles, report, versions
-from leap_dist.matching.cka import linear_cka
+from leap_dist.matching import linear_cka
 from leap_dist.runtime.distributed import device_name
 from leap_kernels.feature_match import choose, feature_match
 

@@ -50,7 +50,7 @@ from leap_dist.data.colours import GREY, JITTER, RANGES
 from leap_dist.data.crops import RATIO
 from leap_dist.data.transforms import FLIP
 from leap_dist.errors import UserError
-from leap_dist.models.flops import step_flops
+from leap_dist.models import step_flops
 from leap_dist.runtime.distributed import World, device_name
 
 SUFFIXES = (".jpg", ".jpeg")

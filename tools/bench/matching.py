@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from leap_dist.assembly import build_objective
 from leap_dist.benchmarking.harness import interleaved, versions
 from leap_dist.config import load
-from leap_dist.matching.objective import Objective
-from leap_dist.models.features import Features
+from leap_dist.matching import Objective
+from leap_dist.models import Features
 from leap_dist.runtime.distributed import device_name
 from leap_dist.runtime.optim import build_optimizer
 from leap_dist.teacher import describe_teacher

@@ -50,8 +50,8 @@ from leap_dist.benchmarking.steps import (
 )
 from leap_dist.config import Config, OptimConfig
 from leap_dist.errors import UserError
-from leap_dist.matching.objective import Objective
-from leap_dist.models.backbone import DTYPES, build_model
+from leap_dist.matching import Objective
+from leap_dist.models import DTYPES, build_model
 from leap_dist.runtime.distributed import World, device_name, initialise, shutdown
 from leap_dist.runtime.optim import build_optimizer
 from leap_dist.teacher.lazy_backbone import LazyBackbone

@@ -18,7 +18,7 @@ import torch
 
 from leap_dist.benchmarking.harness import interleaved, versions
 from leap_dist.config import TeacherConfig
-from leap_dist.models.flops import teacher_flops
+from leap_dist.models import teacher_flops
 from leap_dist.runtime.distributed import device_name
 from leap_dist.teacher.lazy_backbone import LazyBackbone
 

@@ -13,7 +13,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from leap_dist.config import Config, hyperparameters
 from leap_dist.monitoring.dashboard import CARDS, layout
 from leap_dist.monitoring.telemetry import Telemetry, memory_bytes, table
-from stubs import stub_config
+from stubs import let_a_second_begin, stub_config
 
 
 def events(output: Path) -> EventAccumulator:
@@ -70,6 +70,7 @@ def test_a_resumed_run_hides_the_points_it_repeats(tmp_path: Path) -> None:
     for step in range(4):
         first.points(step, {"loss/total": -1.0})
     first.close()
+    let_a_second_begin(tmp_path / "tensorboard")
     second = Telemetry(config, total_steps=4, first_step=2)
     for step in range(2, 4):
         second.points(step, {"loss/total": 1.0})
