@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 
 # Tags of TIFF.
-BITS, PHOTOMETRIC, SAMPLE_FORMAT, LOWEST, HIGHEST = 258, 262, 339, 340, 341
-SIGNED, WHITE_IS_ZERO = 2, 0
+BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT, LOWEST, HIGHEST = 258, 259, 262, 284, 339, 340, 341
+SIGNED, WHITE_IS_ZERO, UNCOMPRESSED, SEPARATE = 2, 0, 1, 2
 STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # of what PIL multiplied by alpha
 
 
 class UnknownRange(ValueError):
-    """An image of numbers, of which nothing says which are black and which are white."""
+    """An image of numbers, of which nothing says which are black and which are white, or PIL reads the wrong ones."""
 
 
 def open_rgb(data: bytes) -> Image.Image:
@@ -30,8 +30,17 @@ def open_rgb(data: bytes) -> Image.Image:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether pixels have more than 8 bits in PIL: `rgb` then must see the whole image, as PIL opened it."""
-    return image.mode == "F" or image.mode.split(";")[0] == "I"
+    """Whether PIL alone would not make 8 bits of the pixels: `rgb` then must see the whole image, as PIL opened it."""
+    return image.mode == "F" or image.mode.split(";")[0] == "I" or (image.format == "TIFF" and _misread(image) != "")
+
+
+def _misread(image: Image.Image) -> str:
+    """What PIL (13.0) takes for 8 bits without a sign though it is not, in an open TIFF; empty for any other."""
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "L" and tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED:
+        return "8-bit pixels with a sign"
+    in_planes = tags.get(PLANES, 1) == SEPARATE and tags.get(COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
+    return "colours in planes of more than 8 bits" if in_planes and max(tags.get(BITS, (8,))) > 8 else ""
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -47,6 +56,8 @@ def rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Deep grey as 8-bit grey."""
+    if misread := _misread(image):
+        raise UnknownRange(f"{misread}, which PIL misreads; convert the image")
     tags = getattr(image, "tag_v2", {})
     values = np.asarray(image)
     if image.mode == "I" and tags and tags.get(SAMPLE_FORMAT, (1,))[0] != SIGNED:

@@ -83,6 +83,8 @@ def _look_at_labels(name: str, store: ShardStore, classes: int, option: str) -> 
         return
     until, seen = time.monotonic() + LOOK_SECONDS, []
     for sample_id in np.random.RandomState(0).permutation(store.size).tolist():
+        if time.monotonic() > until:
+            break
         try:
             seen.append(int(store.read(sample_id)["label"]))
         except Exception:  # what cannot be read is left out, and counted, later
@@ -93,7 +95,7 @@ def _look_at_labels(name: str, store: ShardStore, classes: int, option: str) -> 
                 f"from 0 to {classes - 1}"
             )
         labelled = 0 <= seen[-1] < MOST_CLASSES
-        if time.monotonic() > until or (labelled and not classes):
+        if labelled and not classes:
             break
     enough = len(seen) >= min(store.size, ENOUGH)
     if enough and not any(0 <= label < MOST_CLASSES for label in seen):

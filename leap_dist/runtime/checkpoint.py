@@ -283,6 +283,11 @@ class Checkpoints:
             if is_lost_peer(error):
                 raise
             reason = " ".join(str(error).split())[:300]
+            if isinstance(error, (ImportError, AttributeError)) and "leap_dist" in reason:  # of what torch unpickles
+                raise UserError(
+                    f"checkpoint {path}: was saved by another version of leap_dist ({reason}); go on with that "
+                    "version, or begin anew in another output"
+                ) from error
             what = f"cannot be read ({type(error).__name__}: {reason})"
             raise UserError(f"checkpoint {path}: {what}; {others(path)}") from error
         if loaded is None:

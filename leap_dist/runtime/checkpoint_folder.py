@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, Optional
@@ -25,10 +26,11 @@ def newest(folder: Path) -> Optional[Path]:
     Raises:
         UserError: there are some, and none is whole.
     """
-    every, named = checkpoints(folder), _named(folder)
-    if not every and named is None:
+    every, latest = checkpoints(folder), folder / LATEST
+    if not every and not latest.is_file():
         return None
-    passed_over = [f"{LATEST} is missing"] if named is None else []
+    named = _named(latest)
+    passed_over = [f"{LATEST} is {'garbled' if latest.is_file() else 'missing'}"] if named is None else []
     for path in _in_order(every, named):
         fault = fault_of(path)
         if fault is None:
@@ -66,13 +68,10 @@ def _age(path: Path) -> tuple[float, str]:
         return 0.0, path.name
 
 
-def _named(folder: Path) -> Optional[Path]:
-    """What `latest` names, whether it is there or not."""
-    latest = folder / LATEST
-    if not latest.is_file():
-        return None
-    name = latest.read_text(errors="replace").strip()
-    return folder / (Path(name).name or "(no name)")
+def _named(latest: Path) -> Optional[Path]:
+    """What `latest` names, whether it is there or not; None where it is missing or holds no such name."""
+    name = latest.read_text(encoding="utf-8-sig", errors="replace").strip() if latest.is_file() else ""
+    return latest.parent / name if re.fullmatch(r"step[\w.-]{1,99}", name) else None
 
 
 def fault_of(path: Path) -> Optional[str]:
@@ -108,9 +107,9 @@ def read_run(path: Path) -> dict[str, Any]:
         raise UserError(f"has no {RUN}")
     try:
         saved = json.loads(file.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"has {'a garbled' if file.stat().st_size else 'an empty'} {RUN}") from None
-    if not isinstance(saved, dict) or not isinstance(saved.get("step"), int) or "world_size" not in saved:
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), int) for key in ("step", "world_size")):
         raise UserError(f"has a {RUN} without step and world_size")
     return saved
 

@@ -57,6 +57,7 @@ def convert(stored: State, model: nn.Module, name: str, path: Path) -> Conversio
         UserError: it is of another model, or holds what `model` has no place for.
     """
     state, kernel = _bare(stored, model, name, path)
+    _check_dense(state, path)
     _check_patch(state.get(kernel), model, name, path)
     _check_classifier(state, model, path)
     biased = any(key.endswith("attn.q_bias") for key in model.state_dict())
@@ -116,7 +117,7 @@ def _bare(stored: State, model: nn.Module, name: str, path: Path) -> tuple[State
 def _without_wrappers(stored: State, path: Path) -> State:
     state: State = {}
     for key, value in stored.items():
-        bare = ".".join(part for part in key.split(".") if part not in _WRAPPED)
+        bare = ".".join(part for part in str(key).split(".") if part not in _WRAPPED)
         if bare in state:
             raise UserError(f"teacher.weights={path} holds {bare} twice, as {key} too; save one model by itself")
         state[bare] = value
@@ -214,6 +215,15 @@ def _check_shapes(state: Mapping[str, Any], wanted: Mapping[str, Tensor], name: 
     for key, value in state.items():
         if tuple(getattr(value, "shape", ())) != tuple(wanted[key].shape):
             _refuse_shape(key, value, wanted[key], name, path)
+        if wanted[key].is_floating_point() and not value.is_floating_point():  # quantized, often
+            raise UserError(f"teacher.weights={path}: {key} is of {value.dtype}; floating-point weights are needed")
+
+
+def _check_dense(state: State, path: Path) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
+            what = "was saved from the meta device, without numbers" if value.is_meta else "is sparse"
+            raise UserError(f"teacher.weights={path}: {key} {what}; dense weights are needed")
 
 
 def _refuse_shape(key: str, value: Any, wanted: Tensor, name: str, path: Path) -> None:
@@ -231,17 +241,19 @@ def _listed(keys: Iterable[str]) -> str:
 
 def _account(left_out: State, state: State, model: nn.Module, name: str, path: Path) -> None:
     """Refuse the file if a tensor that no part of the model was made of is not one that may be left out."""
-    strays = []
+    strays, faults = [], []
     for key, value in left_out.items():
         rule = next((check for pattern, check in _LEFT_OUT if re.search(pattern, key)), None)
         if rule is None:
             strays.append(key)
         elif fault := rule(key, value, state, model):
-            raise UserError(f"teacher.weights={path} is not for {name}: {fault}")
-    if strays:
+            faults.append(fault)
+    if strays:  # first: a block too many has a bias too
         raise UserError(
-            f"teacher.weights={path} is not for {name}: it has unknown {len(strays)} tensors: {_listed(strays)}"
+            f"teacher.weights={path} is not for {name}: it has {len(strays)} unknown tensors: {_listed(strays)}"
         )
+    if faults:
+        raise UserError(f"teacher.weights={path} is not for {name}: {faults[0]}")
     for key in state.keys() - left_out.keys():  # of these timm takes two thirds
         if _is_dinov3_bias(key, state) and (fault := _key_bias(key, state)):
             raise UserError(f"teacher.weights={path} is not for {name}: {fault}")

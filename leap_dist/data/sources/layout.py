@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -12,6 +13,11 @@ from leap_dist.errors import UserError
 
 Layout = Optional[Literal["splits", "classes"]]  # what the user says; None: as the names say
 KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")  # where Kaggle's copy of ILSVRC has train, val and test
+# A split by another name than those of SPLITS: train2012, val_set, test-images, dev.
+LIKE_SPLIT = re.compile(
+    r"(train(ing)?|val(id(ation)?)?|test(ing)?|eval(uation)?|dev)[-_. ]?(set|split|data|images|imgs|\d+)?",
+    re.IGNORECASE,
+)
 DEPTH = 4  # of folders with a single folder in them, as unpacking an archive leaves
 
 
@@ -35,8 +41,8 @@ def split_folders(folder: Path, layout: Layout = None) -> dict[str, str]:
     """Split -> name of its folder in `folder`, in the order train, val, test; empty if its folders are classes.
 
     UserError where folders that are named as splits lie beside others with images, where neither train nor val is among
-    them (a class may be called Test, or train), where two are the same split, and where they lie inside the classes:
-    `--layout` answers.
+    them (a class may be called Test, or train), where two are the same split, where all look like splits under other
+    names, and where they lie inside the classes: `--layout` answers.
     """
     names = visible_folders(folder)
     found: dict[str, list[str]] = {split: [] for split in ("train", "val", "test")}
@@ -51,6 +57,11 @@ def split_folders(folder: Path, layout: Layout = None) -> dict[str, str]:
             raise UserError(
                 f"{folder}: {_listed(names)} hold folders named as splits; put the classes into the splits, or say "
                 "--layout classes, which takes all splits of a class together"
+            )
+        if layout is None and len(names) > 1 and all(LIKE_SPLIT.fullmatch(name) for name in names):
+            raise UserError(
+                f"{folder}: {_listed(names)} look like splits; rename them to train, val or test, or say "
+                "--layout classes if these are names of classes"
             )
         return {}
     for split, same in found.items():

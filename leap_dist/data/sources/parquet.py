@@ -134,6 +134,11 @@ def _open_split(folder: Path, paths: list[Path]) -> Rows:
     columns = _columns(paths[0])
     labels, names, places, counts, sizes, weights = [], [], [], [], [], []
     for path in paths:
+        if _columns(path) != columns:
+            raise UserError(
+                f"{path}: its columns or the names of its classes are others than those of {paths[0]}, of the same "
+                "split; make both files alike"
+            )
         column, groups = _read_labels(path, columns.label)
         labels.append(column)
         names += [f"{path.relative_to(folder)}:{i}" for i in range(len(column))]

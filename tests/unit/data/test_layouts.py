@@ -60,6 +60,8 @@ def test_splits_are_known_by_their_usual_names(train: str, val: str, test: str, 
         (("val/a/0.jpg", "valid/a/0.jpg", "train/a/0.jpg"), "val, valid would both be the split 'val'"),
         (("cat/train/0.jpg", "cat/val/1.jpg", "dog/train/0.jpg"), "cat, dog hold folders named as splits"),
         (("Train/a/0.jpg", "train/a/0.jpg"), "Train, train would both be the split 'train'"),
+        (("train2012/a/0.jpg", "val2012/a/0.jpg"), "train2012, val2012 look like splits"),
+        (("training_set/a/0.jpg", "eval/a/0.jpg", "Test-Images/0.jpg"), "look like splits; rename them"),
     ],
 )
 def test_names_that_may_be_splits_or_classes_are_asked_about(names: tuple[str], message: str, tmp_path: Path) -> None:
@@ -67,6 +69,12 @@ def test_names_that_may_be_splits_or_classes_are_asked_about(names: tuple[str], 
     with pytest.raises(UserError, match=message):
         open_source(tmp_path, 0)
     assert list(opened(tmp_path, "classes")["."]) == sorted({name.split("/")[0] for name in names})
+
+
+@pytest.mark.parametrize("names", [("tester", "trainer"), ("test_tube", "train2"), ("dev",)])
+def test_classes_whose_names_only_resemble_splits_are_classes(names: tuple[str], tmp_path: Path) -> None:
+    tree(tmp_path, *(f"{name}/0.jpg" for name in names))
+    assert list(opened(tmp_path)["."]) == list(names)
 
 
 def test_layout_splits_leaves_out_and_counts_what_is_no_split(tmp_path: Path) -> None:
@@ -207,6 +215,16 @@ def test_parquet_with_paths_instead_of_bytes(struct: bool, tmp_path: Path) -> No
     assert [read(i) for i in range(3)] == [b"images/0.jpg", b"images/long name.jpg", b"data/beside.jpg"]
     with pytest.raises(FileNotFoundError):
         read(3)
+
+
+def test_files_of_one_split_that_number_classes_otherwise_are_refused(tmp_path: Path) -> None:
+    arrow, tables = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        told = json.dumps({"info": {"features": {"label": {"names": names}}}})
+        table = arrow.table({"image": [b"", b""], "label": [0, 1]}).replace_schema_metadata({"huggingface": told})
+        tables.write_table(table, tmp_path / f"train-{number}.parquet")
+    with pytest.raises(UserError, match=r"train-1\.parquet: its columns or the names of its classes"):
+        open_source(tmp_path, 0)
 
 
 def test_rows_without_a_label_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -19,7 +19,14 @@ from leap_dist.data.sharding import Recipe
 from small_sets import config
 
 GREY = np.linspace(0, 255, 24 * 20).reshape(24, 20)  # what every deep image below shows
-TIFF_NUMBERS = {np.uint16: (1, 16), np.int16: (2, 16), np.uint32: (1, 32), np.int32: (2, 32), np.float32: (3, 32)}
+TIFF_NUMBERS = {
+    np.uint16: (1, 16),
+    np.int16: (2, 16),
+    np.uint32: (1, 32),
+    np.int32: (2, 32),
+    np.float32: (3, 32),
+    np.int8: (2, 8),
+}
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -109,7 +116,28 @@ def test_every_way_to_read_an_image_sees_the_same_pixels(name: str) -> None:
     assert np.abs(small - expected).max() < 12
 
 
+def planar_16_bit_tiff() -> bytes:
+    """Red, green and blue of 16 bits, a plane each; by hand, as `tiff`."""
+    plane = of_depth(65535).astype("<u2").tobytes()
+    # Each plane has a strip; places and sizes of the three, and their bits, lie behind the entries.
+    entries, extra = [], b""
+    start = 8 + 2 + 12 * 11 + 4
+    for tag, kind, values in (
+        (256, 4, [20]), (257, 4, [24]), (258, 3, [16] * 3), (259, 3, [1]), (262, 3, [2]),
+        (273, 4, [start + 30 + i * len(plane) for i in range(3)]), (277, 3, [3]), (278, 4, [24]),
+        (279, 4, [len(plane)] * 3), (284, 3, [2]), (339, 3, [1]),
+    ):  # fmt: skip
+        packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        place = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", start + len(extra))
+        extra += packed if len(packed) > 4 else b""
+        entries.append(struct.pack("<HHI", tag, kind, len(values)) + place)
+    assert len(extra) == 30
+    return b"II*\0" + struct.pack("<IH", 8, 11) + b"".join(entries) + bytes(4) + extra + 3 * plane
+
+
 UNKNOWN = {
+    "8 bits with a sign": lambda: tiff(of_depth(127, np.int8)),
+    "16 bits a colour, in planes": planar_16_bit_tiff,
     "floats from 0 to 1": lambda: tiff((GREY / 255).astype(np.float32)),
     "floats from 0 to 255": lambda: tiff(GREY.astype(np.float32)),
     "floats, one of them no number, of a given range": lambda: tiff(

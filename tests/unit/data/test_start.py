@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from leap_dist.config import DataConfig
-from leap_dist.data import build_train_loader
+from leap_dist.data import build_train_loader, preflight
 from leap_dist.runtime.distributed import World
 
 SHARDS, SAMPLES, SHARD_BYTES = 1300, 985, 1 << 26
@@ -76,3 +76,17 @@ def test_a_rank_opens_imagenet_in_little_memory(tmp_path: Path, canonical_nodes:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+
+
+def test_a_look_at_labels_that_cannot_be_read_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreadable:
+        fetches, size, reads = False, 10**5, 0
+
+        def read(self, _: int) -> None:
+            self.reads += 1
+            raise OSError("bit rot")
+
+    store = Unreadable()
+    monkeypatch.setattr(preflight, "LOOK_SECONDS", 0)
+    preflight._look_at_labels("data.train=set", store, 10, "student.num_classes")
+    assert store.reads < store.size / 2

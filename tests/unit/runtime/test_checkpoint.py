@@ -316,6 +316,22 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_of_another_version_of_the_package_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies beside it is as old: nobody is sent there."""
+    checkpoints = claimed(tmp_path, steps=(3, 5))
+    engine = PlainEngine()
+
+    def load_checkpoint(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'leap_dist.gone'")
+
+    monkeypatch.setattr(engine, "load_checkpoint", load_checkpoint)
+    with pytest.raises(UserError, match="saved by another version of leap_dist") as caught:
+        checkpoints.load(engine, newest(tmp_path / "checkpoints"))
+    assert "beside" not in str(caught.value)
+
+
 def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -325,11 +341,15 @@ def emptied(path: Path) -> None:
     [
         (lambda folder: (folder / "latest").unlink(), 9, "latest is missing"),
         (lambda folder: (folder / "latest").write_text("step00000777"), 9, "step00000777 is not there"),
-        (lambda folder: (folder / "latest").write_bytes(b"\xff\xfe\x00"), 9, "is not there"),
-        (lambda folder: emptied(folder / "latest"), 9, r"\(no name\) is not there"),
+        (lambda folder: (folder / "latest").write_bytes(b"\xff\xfe\x00"), 9, "latest is garbled"),
+        (lambda folder: (folder / "latest").write_text("step00000005\nstep00000009\n"), 9, "latest is garbled"),
+        (lambda folder: (folder / "latest").write_text("x" * 5000), 9, "latest is garbled"),
+        (lambda folder: (folder / "latest").write_text("\ufeffstep00000009\r\n"), 9, None),
+        (lambda folder: emptied(folder / "latest"), 9, "latest is garbled"),
         (lambda folder: emptied(folder / "step00000009" / "run.json"), 5, "step00000009 has an empty run.json"),
         (lambda folder: (folder / "step00000009" / "run.json").write_text("{"), 5, "has a garbled run.json"),
         (lambda folder: (folder / "step00000009" / "run.json").write_text("[1]"), 5, "run.json without step"),
+        (lambda folder: (folder / "step00000009" / "run.json").write_text("[" * 10**5), 5, "has a garbled run.json"),
         (lambda folder: (folder / "step00000009" / "run.json").unlink(), 5, "has no run.json"),
         (lambda folder: (folder / "step00000009" / "model.json").unlink(), 5, "has no model states"),
         (lambda folder: emptied(folder / "step00000009" / "model.json"), 5, "has an empty model.json"),
