@@ -144,7 +144,7 @@ def warn_of_normalisation(config: Config, spec: TeacherSpec) -> None:
     seen = (tuple(config.data.mean), tuple(config.data.std))
     if config.teacher.weights != DEMO_TEACHER and seen != (tuple(spec.mean), tuple(spec.std)):
         log.warning(
-            "%s expects images of another normalisation; set data.mean=%s data.std=%s",
+            "teacher.model=%s expects images of another normalisation; set data.mean=%s data.std=%s",
             config.teacher.model,
             _typed(spec.mean),
             _typed(spec.std),

@@ -94,7 +94,9 @@ class CurriculumConfig:
     start: Optional[int] = option(None, "mode=leap: first target block; null = calibrate on the first batch")
     threshold: float = option(0.85, "advance when the score's EMA reaches this")
     ema_alpha: float = option(1.0, "weight of the newest score in the EMA; 1 = no smoothing")
-    max_epochs_per_block: int = option(5, "advance after this many epochs whatever the score")
+    max_epochs_per_block: int = option(
+        5, "advance after this many epochs whatever the score; the one in which a block was entered counts whole"
+    )
     snap_to_last_at: Optional[int] = option(None, "from this block on, jump to `block`, or the last; null = off")
     last_block_after: Optional[int] = option(
         None, "after this many epochs of the run the last block is the target, wherever the run is by then; null = off"

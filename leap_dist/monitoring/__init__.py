@@ -1,6 +1,7 @@
 """What a run writes and shows: the journal, TensorBoard, FLOPs and seconds, traces, and runs drawn side by side.
 
-Nothing here changes what a run computes.
+Nothing here changes what a run computes. Checkpoints are runtime/'s, the student's file is models/', and the summary at
+the end of a run wrapup.py's.
 """
 
 from __future__ import annotations

@@ -107,14 +107,16 @@ def column(lines: Sequence[dict[str, Any]], key: str) -> Series:
 
 
 def stairs(ledger: Sequence[dict[str, Any]]) -> Series:
-    """The target block by step: every line's own, and of an advance the next step's, which need not have a line."""
-    last = ledger[-1]["step"]
-    found = {}
+    """The target block by step: its first line's own, and of an advance the next step's, which need not have a line.
+
+    A step may have a second line, of the epoch that ended with it: then the block that it names was never trained on.
+    """
+    last, own, following = ledger[-1]["step"], {}, {}
     for line in ledger:
-        following = line.get("next_block", line["block"])
-        found[line["step"]] = line["block"]
-        if following != line["block"] and line["step"] < last:
-            found[line["step"] + 1] = following
+        own.setdefault(line["step"], line["block"])
+        if line.get("next_block", line["block"]) != line["block"] and line["step"] < last:
+            following[line["step"] + 1] = line["next_block"]
+    found = following | own
     return Series(np.array(sorted(found)), np.array([float(found[step]) for step in sorted(found)]))
 
 

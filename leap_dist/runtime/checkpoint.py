@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Optional
 
@@ -39,6 +40,15 @@ from leap_dist.runtime.run_lock import Claim, require_shared
 from leap_dist.runtime.universal import remove_leftovers, universal_copy
 
 log = logging.getLogger(__name__)
+
+
+# What makes the weights of a checkpoint fit.
+STUDENT = ("student.model", "student.kwargs", "student.remedy", "student.num_classes", "objective.head")
+# Beginnings of what no other run can go on with, see `Checkpoints.needs_conversion`.
+ANOTHER_RUN = (
+    *STUDENT, "seed", "engine.zero_stage", "engine.precision", "data.global_batch", "data.canonical_nodes",
+    "data.image_size", "optim.name", "curriculum.mode", "teacher.model", "teacher.kwargs", "teacher.dtype",
+)  # fmt: skip
 
 
 def find_resume(config: Config, world: World) -> Optional[Path]:
@@ -79,9 +89,13 @@ def _resume_from(config: Config) -> Optional[Path]:
     if held is not None:
         changed = differences(load(held, [f"resume={config.resume}"], check=False), config)
         if changed:
+            way = (
+                ""
+                if any(key.startswith(ANOTHER_RUN) for key in changed)
+                else (f", or go on from it in a new one with output=NEW resume={output}")
+            )
             raise UserError(
-                f"output={output}: holds a run of another config ({abridged(changed)}); choose another output, or "
-                f"go on from it in a new one with output=NEW resume={output}"
+                f"output={output}: holds a run of another config ({abridged(changed)}); choose another output{way}"
             )
         if config.resume == "none":
             raise UserError(f"output={output}: holds a run; continue it with resume=auto, or choose another output")
@@ -245,7 +259,7 @@ class Checkpoints:
         """Whether `path` is in parts for another number of ranks: ZeRO stages 1-3 save one per rank, stage 0 does not.
 
         Raises:
-            UserError: saved with another ZeRO stage, precision, batch, seed, set, optimizer, mode or teacher.
+            UserError: saved with another ZeRO stage, precision, batch, seed, set, optimizer, student, mode or teacher.
         """
         saved = read_run(path)
         for key, mine in self._identity().items():
@@ -311,6 +325,7 @@ class Checkpoints:
             "data.train": self.layout,
             "data.train's contents": self.contents,
             "data.image_size": self.config.data.image_size,
+            **{key: str(attrgetter(key)(self.config)) for key in STUDENT},
             "optim.name": self.config.optim.name,
             "curriculum.mode": self.config.curriculum.mode,
             "teacher": self.teacher,

@@ -1,6 +1,7 @@
-"""The frozen teacher: a timm vision transformer that is run only as deep as the current target block.
+"""The frozen teacher: a timm vision transformer that is run only as deep as the target block.
 
-Weights, placements and what is made ahead are here; which block is the target is decided in curriculum/.
+Deeper blocks are skipped here. Weights and placements are here too, and what is made ahead of a step. Which block is
+the target is decided in curriculum/.
 """
 
 from __future__ import annotations

@@ -33,6 +33,12 @@ def test_stairs_and_scores_are_the_ledgers(tmp_path: Path) -> None:
     assert threshold.tolist() == [[0, 0.75], [10, 0.75]], "at the last block it decides nothing"
 
 
+def test_a_block_entered_on_an_epochs_last_step_and_left_at_its_end_was_never_trained_on(tmp_path: Path) -> None:
+    write_ledger(tmp_path, [(0, 1, 0.5, 1), (1, 1, 0.8, 2), (1, 2, None, 3), (2, 3, 0.1, 3)])
+    blocks = climb.read(tmp_path).blocks
+    assert dict(zip(blocks.steps.tolist(), blocks.values.tolist(), strict=True)) == {0: 1, 1: 1, 2: 3}
+
+
 def test_a_run_in_mid_climb_has_its_threshold_to_the_end(tmp_path: Path) -> None:
     write_ledger(tmp_path, LINES[:3])
     (threshold,) = climb.draw(climb.read(tmp_path)).axes[1].collections[0].get_segments()

@@ -179,6 +179,8 @@ def test_a_folder_of_another_config_is_refused(resume: str, tmp_path: Path) -> N
     assert f"output=NEW resume={tmp_path}" in str(told.value)
     continued = config(tmp_path / "new", "optim.lr=0.5", f"resume={tmp_path}")
     assert find_resume(continued, ONE) == newest(tmp_path / "checkpoints"), "what the message says works"
+    with pytest.raises(UserError, match=r"student.kwargs: .*; choose another output$"):  # nothing can go on from there
+        find_resume(config(tmp_path, "student.kwargs.depth=6", f"resume={resume}"), ONE)
 
 
 def test_auto_starts_fresh_where_nothing_was_saved(tmp_path: Path) -> None:
@@ -224,6 +226,8 @@ def test_a_run_that_went_back_keeps_what_it_has_made_since(tmp_path: Path) -> No
         (("data.canonical_nodes=2",), "12", "canonical_nodes=8, this run has canonical_nodes=2"),
         (("data.image_size=32",), "12", "data.image_size=224, this run has data.image_size=32"),
         (("seed=3",), "12", "seed=0, this run has seed=3"),
+        (("student.kwargs.depth=6",), "12", "student.kwargs={.*}, this run has student.kwargs={.*'depth': 6"),
+        (("student.remedy=lift",), "12", "student.remedy=none, this run has student.remedy=lift"),
     ],
 )
 @pytest.mark.parametrize("size", [1, 2])
