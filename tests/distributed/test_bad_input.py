@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from forked import Forked
 from leap_dist.data import write_shards
 from leap_dist.data.digits import digit_samples
-from runs import ENTRY, TINY, environment, free_port, launch, run_ok, scalars, write_config
+from runs import ENTRY, TINY, environment, finish, free_port, launch, run_ok, scalars, write_config
 from small_sets import write
 
 PROMPTLY_S = 60
@@ -115,10 +116,10 @@ def test_ranks_that_were_started_differently(tmp_path: Path) -> None:
     assert "output: rank 1 was started with" in line and "rank 0 with" in line
 
 
-def start_by_hand(config: Path, *nodes: int) -> list[Forked]:
+def start_by_hand(config: Path, *nodes: int, port: str) -> list[Forked]:
     """A rank per process of each of `nodes`, all on this machine, as launchers start them on machines of their own."""
     places = [(local_rank, local_size) for local_size in nodes for local_rank in range(local_size)]
-    common = {"WORLD_SIZE": str(len(places)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    common = {"WORLD_SIZE": str(len(places)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     # Two of the nodes would claim the same GPU.
     shared = environment() | common | {"CUDA_VISIBLE_DEVICES": ""}
     return [
@@ -130,9 +131,19 @@ def start_by_hand(config: Path, *nodes: int) -> list[Forked]:
     ]  # fmt: skip
 
 
+def test_a_taken_port_is_one_line_that_says_how_to_choose_another(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = finish(*start_by_hand(write_config(tmp_path), 1, port=port), timeout=PROMPTLY_S)
+    assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert f"port {port} is in use" in line and "--master_port (deepspeed)" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_nodes_of_different_sizes(tmp_path: Path) -> None:
     """Each rank would lay out the batch for nodes like its own: images twice, others never, and a run that succeeds."""
-    ranks = start_by_hand(write_config(tmp_path, data={"global_batch": 48}), 1, 2)
+    ranks = start_by_hand(write_config(tmp_path, data={"global_batch": 48}), 1, 2, port=free_port())
     try:
         said = [rank.communicate(timeout=PROMPTLY_S)[0] for rank in ranks]
     finally:
