@@ -127,6 +127,7 @@ def test_calibration_starts_no_deeper_than_the_curriculum_ends(tmp_path: Path, m
     assert trainer.learner.costs.flops["teacher"] == 4 * 10 * (3 + 2 + 3 + 3)  # images, FLOPs a block, blocks
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("prefetch", [0, 1])
 def test_a_run_waits_for_the_last_block_also_across_a_resume(prefetch: int, tmp_path: Path) -> None:
     """Block 2 of 4 from the first score on, the last from the third epoch on; cut in the second."""
@@ -149,6 +150,7 @@ def test_a_run_waits_for_the_last_block_also_across_a_resume(prefetch: int, tmp_
     assert reasons[0] == reasons[1] and {"threshold", "held", "snap"} <= set(reasons[0])
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("remedy", ["none", "lift", "wide_last"])
 def test_a_resumed_run_does_not_calibrate_and_continues_to_the_same_end(remedy: str, tmp_path: Path) -> None:
     """Defect B2 of the published code: curriculum state and weights came from different moments."""

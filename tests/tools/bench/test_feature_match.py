@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.seconds
 def test_benchmark_writes_complete_rows_and_ratios(tmp_path: Path) -> None:
     shape = ["--rows", "96", "--student", "8", "--teacher", "24", "--repeats", "2"]
     command = [sys.executable, str(ROOT / "tools/bench/feature_match.py"), *shape, "--impls", "gram", "reference"]

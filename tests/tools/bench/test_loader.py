@@ -84,6 +84,7 @@ def test_a_slow_loader_stalls_its_consumer_for_what_is_left_of_a_batch() -> None
     assert shares == ["25.0%", "50.0%", "0.0%", "0.0%", "25.0%", "0.0%", "0.0%"]
 
 
+@pytest.mark.seconds
 def test_demand_falls_with_depth_as_the_flops_rise() -> None:
     model = {"model": "vit_tiny_patch16_224", "kwargs": {"embed_dim": 48, "depth": 8, "num_heads": 3}}
     run = Config(teacher=TeacherConfig(**model), student=StudentConfig(**model))

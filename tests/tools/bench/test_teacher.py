@@ -11,6 +11,7 @@ from leap_dist.models.flops import teacher_flops
 SMALL = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch", "1", "--repeats", "2"]
 
 
+@pytest.mark.seconds
 def test_shares_run_from_a_quarter_of_the_depth_to_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert teacher.main([*SMALL, "--tolerance", "1000"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:-1]

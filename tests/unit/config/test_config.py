@@ -86,6 +86,7 @@ def test_one_mistake_one_line(override: str, words: list[str]) -> None:
         assert word in message
 
 
+@pytest.mark.seconds
 def test_every_range_is_of_an_option_and_holds() -> None:
     """One number just outside each, in a tuple's last place where it is one; the whole value is in the complaint."""
     outside = {"at least 1": 0, "at least 0": -1, "above 0": 0, "between 0 and 1": 1.5, "in (0, 1]": 0, "in [0, 1)": 1}

@@ -144,6 +144,7 @@ def test_a_run_that_ends_within_an_epoch_can_be_replayed_to_its_end(tmp_path: Pa
     assert teacher.asked == [1, 2, 3, 4, 4]
 
 
+@pytest.mark.seconds
 def test_a_replay_that_is_interrupted_goes_on_where_it_was(tmp_path: Path) -> None:
     overrides = ["curriculum.threshold=2", "curriculum.max_epochs_per_block=1", "epochs=3"]
     run(tmp_path / "a", *overrides)

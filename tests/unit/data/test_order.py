@@ -22,6 +22,7 @@ def world(rank: int, size: int, nodes: int = 1) -> World:
     return World(rank, size, rank % local, local, torch.device("cpu"))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("canonical_nodes", [1, 2, 8])
 def test_the_order_is_streaming_datasets_own(tmp_path: Path, canonical_nodes: int) -> None:
     folder = write(tmp_path / "set")

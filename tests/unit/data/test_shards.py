@@ -36,6 +36,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.seconds
 def test_written_shards_hold_the_samples_in_order(tmp_path: Path) -> None:
     samples = [(bytes([i]) * (i + 1), i % 7) for i in range(50)]
     write_shards(samples, tmp_path / "a" / "set")

@@ -87,6 +87,7 @@ def test_it_changes_nothing_in_the_training(tmp_path: Path) -> None:
     assert scalars(tmp_path / "with", "loss/total") == scalars(tmp_path / "without", "loss/total")
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("fails_at", [0, 1])
 def test_a_run_killed_in_an_evaluation_makes_it_again_and_no_step(fails_at: int, tmp_path: Path) -> None:
     run(validated(tmp_path / "uncut"))

@@ -39,6 +39,7 @@ def mlp_flops(tokens: int, dim: int, hidden: int, matrices: int = 2) -> int:
 CAIT_HEADS = 2 * 2 * 196**2 * 8 * 8
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("model", "embed", "attention", "mlp", "depth"),
     [
@@ -153,6 +154,7 @@ def configured(*overrides: str):
     return load(None, [*models, *sizes, "data.image_size=32", *overrides])
 
 
+@pytest.mark.seconds
 def test_a_step_has_a_head_per_target_and_a_score_of_its_metric() -> None:
     one = step_flops(configured())  # 4 patch tokens and the class token; one head of 24 x 48
     assert one.match == 6 * 5 * 24 * 48

@@ -131,6 +131,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     return run(stub_config(tmp_path_factory.mktemp("uncut"), *LONG))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("where", ["one step in", "as an advance is on its way", "between two epochs"])
 def test_a_run_that_was_cut_continues_to_the_same_end(where: str, uncut: Trainer, tmp_path: Path) -> None:
     """A checkpoint may be taken while the next step's work is done, and with another block than is now decided."""

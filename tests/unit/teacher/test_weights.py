@@ -293,6 +293,7 @@ def marks(weights: Path | str, blocks: int = KWARGS["depth"], **options: Any) ->
     return lazy.marks.found
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("stored", [42, 70])
 def test_every_tensor_that_is_read_is_marked(stored, tmp_path):
     """One number of one tensor, the last one: whatever is made of it (position embeddings are resampled at 70)."""
