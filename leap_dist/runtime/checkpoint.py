@@ -89,14 +89,10 @@ def _resume_from(config: Config) -> Optional[Path]:
     if held is not None:
         changed = differences(load(held, [f"resume={config.resume}"], check=False), config)
         if changed:
-            way = (
-                ""
-                if any(key.startswith(ANOTHER_RUN) for key in changed)
-                else (f", or go on from it in a new one with output=NEW resume={output}")
-            )
-            raise UserError(
-                f"output={output}: holds a run of another config ({abridged(changed)}); choose another output{way}"
-            )
+            way = "choose another output"
+            if not any(key.startswith(ANOTHER_RUN) for key in changed):
+                way += f", or go on from it in a new one with output=NEW resume={output}"
+            raise UserError(f"output={output}: holds a run of another config ({abridged(changed)}); {way}")
         if config.resume == "none":
             raise UserError(f"output={output}: holds a run; continue it with resume=auto, or choose another output")
         if config.resume != "auto" and _is_inside(Path(config.resume), output):
