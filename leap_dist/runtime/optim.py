@@ -27,22 +27,25 @@ def peak_lr(config: OptimConfig, global_batch: int) -> float:
 def lr_factor(config: OptimConfig, *, step: int, total_steps: int, epochs: float, advanced_at: Optional[int]) -> float:
     """Share of the peak rate that the 0-based optimizer step `step` of `total_steps` uses.
 
-    advanced_at: the first step on the current target block, if the curriculum ever advanced; see `OptimConfig`.
+    advanced_at: the first step on the current target block, if the curriculum ever advanced; see `OptimConfig`. One
+    during the warm-up of the run does not change the schedule, as in the published code; only `warmup` begins anew.
     """
     final = config.final_lr_fraction
     warmup = min(total_steps, int(total_steps / epochs * min(config.warmup_epochs, epochs / 10)))
-    if advanced_at is None or config.on_advance in ("keep", "constant"):
+    if advanced_at is None or config.on_advance in ("keep", "constant") or _absorbed(config, advanced_at, warmup):
         if step >= warmup and config.on_advance == "constant":
             return 1.0
         return _warmup_cosine(step, total_steps, warmup, final)
     since, remaining = step - advanced_at, total_steps - advanced_at
     if config.on_advance == "warmup":
         return _warmup_cosine(since, remaining, min(warmup, remaining), final)
-    start = 1.0
-    if config.on_advance == "envelope":
-        # The run's cosine alone: an advance during the first warm-up must not freeze the rate at its low value.
-        start = _warmup_cosine(max(advanced_at, warmup), total_steps, warmup, final)
+    start = _warmup_cosine(advanced_at, total_steps, warmup, final) if config.on_advance == "envelope" else 1.0
     return _cosine(since / remaining, start, final)
+
+
+def _absorbed(config: OptimConfig, advanced_at: int, warmup: int) -> bool:
+    """Whether an advance fell into the run's warm-up, which goes on: it would end at once, or stop at a low rate."""
+    return config.on_advance in ("restart", "envelope") and advanced_at < warmup
 
 
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
