@@ -56,7 +56,7 @@ class Session:
         self._layout, self._contents = layout, contents
         self._checkpoint, self._saved_at = checkpoint, time.monotonic()
         self._device = next(model.parameters()).device
-        self._optimizer = build_optimizer(recipe.optim, model)
+        self._optimizer = build_optimizer(recipe.optim, model, recipe.layer_decay)
         self._losses, self._looked_at = torch.zeros((), device=self._device), 0
         if recipe.data.mixup:
             check_groups(recipe.data.mixup_group, recipe.data.global_batch)
@@ -153,7 +153,7 @@ class Session:
             recipe.optim, step=self.step, total_steps=self.total_steps, epochs=recipe.epochs, advanced_at=None
         )
         for group in self._optimizer.param_groups:
-            group["lr"] = factor * peak_lr(recipe.optim, recipe.data.global_batch)
+            group["lr"] = group.get("lr_scale", 1.0) * factor * peak_lr(recipe.optim, recipe.data.global_batch)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")

@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from tqdm import tqdm
 
-from leap_dist.config import abridged, to_yaml
+from leap_dist.config import RANDOM, TeacherConfig, abridged, to_yaml
 from leap_dist.data import (
     BadSamples,
     Batch,
@@ -46,6 +46,7 @@ from leap_dist.runtime.distributed import World, uses_gpus
 from leap_dist.runtime.files import write_json, write_text, write_whole
 from leap_dist.runtime.reporting import STDERR
 from leap_dist.runtime.signals import Interrupt
+from leap_dist.teacher.weights import build_skeleton, open_weights
 
 RECIPE, CHECKPOINT, WEIGHTS = "recipe.yaml", "checkpoint.pt", "teacher.safetensors"
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -114,7 +115,26 @@ def build_model(recipe: TeacherRecipe) -> VisionTransformer:
         torch.manual_seed(recipe.seed)
         model = timm.create_model(recipe.model, **_kwargs(recipe))
         initialise(model, recipe)
+    if recipe.init != RANDOM:
+        _load_backbone(model, recipe)
+    model.patch_embed.requires_grad_(not recipe.freeze_patch_embed)
     return model
+
+
+def _load_backbone(model: VisionTransformer, recipe: TeacherRecipe) -> None:
+    """Everything but the classifier, which is new, from timm's hub or a file, fitted to the image size as a teacher's.
+
+    Raises:
+        UserError: weights that cannot be reached, read or fitted, in full.
+    """
+    config = TeacherConfig(model=recipe.model, kwargs=recipe.kwargs, weights=recipe.init)
+    skeleton = build_skeleton(config, recipe.data.image_size)
+    try:
+        read = open_weights(config, skeleton).read(skeleton.state_dict())
+    except UserError as error:
+        raise UserError(f"init={recipe.init}: {error}") from None
+    left = model.load_state_dict(read, strict=False)
+    assert set(left.missing_keys) == {"head.weight", "head.bias"} and not left.unexpected_keys, left
 
 
 def _kwargs(recipe: TeacherRecipe) -> dict[str, Any]:
