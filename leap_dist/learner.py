@@ -25,7 +25,7 @@ from leap_dist.matching import Evidence, Match, best_block, reset_heads
 from leap_dist.models import Features, StepFlops
 from leap_dist.monitoring import Accountant, Costs, Journal, configured_peaks, memory_bytes
 from leap_dist.runtime.distributed import World, device_name, sum_over_ranks
-from leap_dist.runtime.engine import update_numbers
+from leap_dist.runtime.engine import check_scale, update_numbers
 from leap_dist.runtime.host_copy import HostCopy
 from leap_dist.runtime.optim import lr_factor, peak_lr
 from leap_dist.runtime.progress import Progress
@@ -233,14 +233,14 @@ class Learner:
         pending, self.pending = self.pending, None
         own_loss, loss, *terms, score, norm, scale = pending.values.read()
         target = self.curriculum.block
-        # Work that began before an advance says nothing about the new block.
-        judged = score if pending.block == target else math.nan
+        judged = score if pending.block == target else math.nan  # work begun before an advance is of the old block
         with self.timer.phase("decide", host=True):
             decision = self.coordinator.decide(
                 step=pending.step, loss=own_loss, score=judged, stop=stop, bad=len(bad_samples.fresh)
             )
         if decision.bad:
             bad_samples.share()
+        check_scale(scale, pending.step)
         self.accountant.charge(self.costs, pending.block, scored=not math.isnan(score))
         self.read_clocks()
         self.journal.decision(pending.step, pending.block, judged, advanced=self.curriculum.block != target)

@@ -34,6 +34,7 @@ from leap_dist.runtime.checkpoint_folder import (
     read_run,
 )
 from leap_dist.runtime.distributed import World, barrier, gather_objects, is_lost_peer
+from leap_dist.runtime.engine import gradscaler
 from leap_dist.runtime.files import disk_full, flush, write_json, write_text
 from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.run_lock import Claim, require_shared
@@ -167,7 +168,7 @@ def _own_settings(engine: Any) -> Iterator[None]:
 
 def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
     """State of the fp16 loss scaler, which DeepSpeed leaves out of its checkpoints under autocast (0.19)."""
-    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    scaler = gradscaler(engine)
     return None if scaler is None else scaler.state_dict()
 
 
@@ -303,7 +304,7 @@ class Checkpoints:
         if loaded is None:
             raise UserError(f"checkpoint {path}: cannot be read (DeepSpeed found no model state in it); {others(path)}")
         if client["scaler"] is not None:
-            engine.torch_autocast_z0_gradscaler.load_state_dict(client["scaler"])
+            gradscaler(engine).load_state_dict(client["scaler"])
         return client["leap"]
 
     def _all_marks(self) -> dict[str, str]:

@@ -32,6 +32,7 @@ class PlainEngine:
     def __init__(self, fails: Exception | None = None) -> None:
         self.fails = fails
         self.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+        self.torch_autocast_z0_gradscaler = None
 
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
         assert save_latest is False
