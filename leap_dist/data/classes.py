@@ -95,6 +95,28 @@ def explain(
     return f"{names[1]}: has {len(other)} of the {len(train)} classes of {names[0]}{how}"
 
 
+def check_outputs(
+    train: Optional[Mapping[str, int]], outputs: Optional[Mapping[str, int]], names: tuple[str, str]
+) -> Optional[str]:
+    """Compare the labels of a set with the `outputs` of a classifier, by the names of the classes.
+
+    names: of the set and of the classifier, for messages. Returns what is worth a line. UserError where a class of the
+    set is another output, or none.
+    """
+    if train is None or outputs is None:
+        nameless = " and ".join(name for name, known in zip(names, (train, outputs), strict=True) if known is None)
+        return f"{nameless}: nothing names the classes, so nobody can tell whether labels and logits are in one order"
+    moved = [name for name in train if outputs.get(name) != train[name]]
+    if moved:
+        name = moved[0]
+        place = f"output {outputs[name]}" if name in outputs else "no output"
+        raise UserError(
+            f"{names[1]}: class {printable(name)!r} is {place}, but label {train[name]} in {names[0]} "
+            f"({len(moved)} classes differ); make the shards with the teacher's {CLASSES}"
+        )
+    return None
+
+
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(printable(name) for name in names[:3]) + more

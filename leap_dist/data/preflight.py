@@ -158,6 +158,4 @@ def _told_of_images(train: tuple[str, ShardStore], val: tuple[str, ShardStore]) 
     """A line if both sets are the same images, as far as the index tells."""
     if train[1].layout() != val[1].layout() or train[1].contents() != val[1].contents():
         return []
-    return [
-        f"{val[0]}: holds the images of {train[0]}, so accuracies say how well these are known, not how well others"
-    ]
+    return [f"{val[0]}: holds the images of {train[0]}, so accuracies are of images that were trained on"]

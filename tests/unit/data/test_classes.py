@@ -180,7 +180,7 @@ def test_images_without_a_usable_label_are_left_out_and_counted_once(
     assert f"{val}: 2 images have no label of a class and are left out" in caplog.messages
 
 
-def test_a_teachers_accuracy_is_of_the_labelled_images(tmp_path: Path) -> None:
+def test_a_teachers_accuracy_is_of_the_labelled_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train = make(tmp_path / "train", [0, 1, 2, 3], ABCD)
     val = make(tmp_path / "val", [0, -1, 1, 10**9, 0], {"c": 0, "d": 1})
     data = config(train, val)
@@ -189,7 +189,8 @@ def test_a_teachers_accuracy_is_of_the_labelled_images(tmp_path: Path) -> None:
     def always_c(images: torch.Tensor) -> torch.Tensor:
         return torch.eye(4)[2].expand(len(images), 4)
 
-    assert accuracy(always_c, loader, torch.device("cpu")) == pytest.approx(2 / 3)
+    assert accuracy(always_c, loader, torch.device("cpu"), tell=True) == pytest.approx(2 / 3)
+    assert caplog.messages == [f"{val}: 2 images have no label of a class and are left out"]
     unlabelled = make(tmp_path / "none", [-1, -1], None)
     with pytest.raises(UserError, match="no image has a label, which an accuracy needs"):
         accuracy(always_c, build_eval_loader(str(unlabelled), data, batch=2, world=ALONE), torch.device("cpu"))

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from leap_dist.config import DataConfig
-from leap_dist.data import build_train_loader, check_sources, write_shards
-from leap_dist.data import store
+from leap_dist.data import build_train_loader, check_sources, store, write_shards
 from leap_dist.data.store import open_store
 from leap_dist.errors import UserError
 from leap_dist.runtime.checkpoint import Checkpoints
