@@ -116,16 +116,10 @@ def _is_of_unit_range(data: DataConfig) -> bool:
 def _pixel_problems(data: DataConfig) -> list[str]:
     low, high = data.crop_scale
     finite = all(map(math.isfinite, (*data.mean, *data.std)))
+    said = f"data.mean={list(data.mean)}, data.std={list(data.std)}"
     return [
         *([] if finite else ["data.mean, data.std: must be finite"]),
-        *(
-            []
-            if not finite or _is_of_unit_range(data)
-            else [
-                f"data.mean={list(data.mean)}, data.std={list(data.std)}: are of pixels from 0 to 1 here; divide by 255 what "
-                "is of 0 to 255"
-            ]
-        ),
+        *([f"{said}: must be of pixels from 0 to 1"] if finite and not _is_of_unit_range(data) else []),
         *([] if 0 < low <= high <= 1 else [f"data.crop_scale=[{low}, {high}]: must satisfy 0 < low <= high <= 1"]),
     ]
 
