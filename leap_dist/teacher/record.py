@@ -13,13 +13,15 @@ from leap_dist.errors import UserError
 from leap_dist.models import build_model
 
 CLASSES = "class_to_idx"  # of the record of a teacher that was trained here: name of a class -> its logit
-_HUB = "config.json"  # of timm's and of HF transformers' folders
+# timm's and HF transformers' folders have one file of weights, and its record; elsewhere a config may be anybody's.
+_HUB, _OF_HUB = "config.json", ("model.safetensors", "pytorch_model.bin")
 _OURS = ("num_classes", "img_size")  # arguments that follow from the run
 
 
 def read_record(weights: Path) -> tuple[Path, dict[str, Any]]:
     """The record beside `weights`, of this project, of timm or of HF transformers; empty where there is none."""
-    for path in (weights.with_suffix(".json"), weights.parent / _HUB):
+    beside = [weights.parent / _HUB] if weights.name in _OF_HUB else []
+    for path in (weights.with_suffix(".json"), *beside):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # somebody else's
@@ -35,6 +37,8 @@ def check_record(weights: Path, model: nn.Module, name: str) -> None:
     Two models may have the same tensors and another number of heads.
     """
     path, record = read_record(weights)
+    if not record:
+        return
     mine = _facts(model)
     for fact, value in _recorded(record, model.patch_embed.img_size[0]).items():
         if fact in mine and mine[fact] != value:
@@ -55,8 +59,14 @@ def _recorded(record: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     try:
         kwargs = {key: value for key, value in kwargs.items() if key not in _OURS}
         return _facts(build_model(name, kwargs, image_size, device="meta"))
-    except (UserError, TypeError):  # of another version, or no model that we know
-        return {}
+    except (
+        UserError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+    ):
+        return {}  # of another version, or no model that we know
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:

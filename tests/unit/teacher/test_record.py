@@ -53,8 +53,12 @@ def test_another_model_of_the_same_tensors_is_refused(
 ) -> None:
     path = weights.parent / file
     path.write_text(json.dumps(record))
+    hubs = weights.with_name("model.safetensors")  # what the hub's folders call it
+    hubs.write_bytes(weights.read_bytes())
     try:
         with pytest.raises(UserError, match=said):
+            opened(hubs if file == "config.json" else weights, **kwargs)
+        if file == "config.json":
             opened(weights, **kwargs)
     finally:
         path.unlink()
