@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from leap_dist.config import DEMO_TEACHER, Config, matching_head
+from leap_dist.config import DEMO_TEACHER, DIGITS, HUB, RANDOM, Config, matching_head
 from leap_dist.curriculum import build_curriculum
 from leap_dist.curriculum.coordinator import Coordinator
 from leap_dist.curriculum.ledger import replayed_schedule
 from leap_dist.data import BadSamples, build_train_loader, check_groups, check_sources, resolve
+from leap_dist.data.classes import check_outputs, numbered
 from leap_dist.errors import UserError
 from leap_dist.evaluation import Validation
 from leap_dist.matching import Objective, check_impl, check_widths
@@ -30,6 +31,7 @@ from leap_dist.runtime.progress import total_steps
 from leap_dist.runtime.run_lock import Claim
 from leap_dist.runtime.timing import PhaseTimer
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
+from leap_dist.teacher.record import CLASSES, read_record
 from leap_dist.trainer import Parts, Trainer
 
 BAD_SAMPLES = "bad_samples.jsonl"  # in the run folder
@@ -55,6 +57,8 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     curriculum = build_curriculum(config.curriculum, spec.depth)
     check_pair(config, spec, world.device)
     check_sources(config.data, world, config.student.num_classes)
+    if config.objective.kd_alpha and config.data.train != DIGITS:
+        check_class_order(config, world)
     if world.is_main:
         warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
@@ -132,6 +136,22 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
                 f"objective.cls_weight={config.objective.cls_weight}: {side}.model={model} has no class token at its "
                 "intermediate blocks; set objective.cls_weight=0"
             )
+
+
+def check_class_order(config: Config, world: World) -> None:
+    """UserError if the teacher's logits, which the student is to learn, are not in the order of data.train's labels."""
+    from leap_dist.data.store import class_names  # 3 s to import
+
+    known = config.teacher.weights not in (HUB, RANDOM, DEMO_TEACHER)
+    path, record = read_record(Path(config.teacher.weights)) if known else (None, {})
+    outputs = numbered(record[CLASSES], str(path)) if CLASSES in record else None
+    told = check_outputs(
+        class_names(config.data.train, config.data),
+        outputs,
+        (f"data.train={config.data.train}", f"teacher.weights={config.teacher.weights}"),
+    )
+    if told and world.is_main:
+        log.warning("objective.kd_alpha=%s: %s", config.objective.kd_alpha, told)
 
 
 def warn_of_normalisation(config: Config, spec: TeacherSpec) -> None:

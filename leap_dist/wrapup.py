@@ -188,11 +188,12 @@ class Judge:
             return teacher.features(images).patch.float().mean(1)
 
         results: dict[str, float] = {}
+        whose = f"block {teacher.spec.depth} of teacher.weights={self._config.teacher.weights}"
         if self._config.evaluation.teacher:
-            found = self._held_out.features(pooled)
+            found = self._held_out.features(pooled, whose)
             results, theirs = self._accuracies("teacher", found), found and found[1]
         else:
-            theirs = self._held_out.validation(pooled)
+            theirs = self._held_out.validation(pooled, whose)
         if self._ours and theirs:
             results["student_teacher_cka"] = linear_cka_of_features(self._ours.features, theirs.features).item()
         return results

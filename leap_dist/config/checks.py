@@ -108,11 +108,18 @@ def _range_problems(config: Config) -> list[str]:
     return found
 
 
+def _is_of_unit_range(data: DataConfig) -> bool:
+    """Whether mean and deviation can be those of numbers between 0 and 1."""
+    return all(0 <= mean <= 1 for mean in data.mean) and all(std <= 1 for std in data.std)
+
+
 def _pixel_problems(data: DataConfig) -> list[str]:
     low, high = data.crop_scale
     finite = all(map(math.isfinite, (*data.mean, *data.std)))
+    said = f"data.mean={list(data.mean)}, data.std={list(data.std)}"
     return [
         *([] if finite else ["data.mean, data.std: must be finite"]),
+        *([f"{said}: must be of pixels from 0 to 1"] if finite and not _is_of_unit_range(data) else []),
         *([] if 0 < low <= high <= 1 else [f"data.crop_scale=[{low}, {high}]: must satisfy 0 < low <= high <= 1"]),
     ]
 

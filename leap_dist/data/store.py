@@ -13,6 +13,7 @@ import functools
 import glob
 import hashlib
 import json
+import logging
 import os
 import queue
 import random
@@ -38,6 +39,7 @@ from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, on_first
 
 _T = TypeVar("_T")
+log = logging.getLogger(__name__)
 STAGING, LOCKS = ".staging", ".locks"  # in the folder that shards are fetched into
 INDEX_ATTEMPTS = 4  # to fetch the index, with pauses of 1, 2 and 4 s: somebody may be waiting to hear of a wrong name
 ATTEMPTS = 7  # to fetch a shard, with pauses of 1, 2, 4 ... s: the network may be away for a minute
@@ -279,17 +281,15 @@ def _folder(source: str, config: DataConfig) -> Path:
 def _fetch_index(source: str, folder: Path) -> None:
     """Bring the index into the cache, unless it is there. UserError if shards of another one lie there."""
     if (folder / INDEX).exists():
-        if not is_remote(source) and (Path(source) / INDEX).read_bytes() != (folder / INDEX).read_bytes():
-            raise UserError(
-                f"{source} has changed since its shards were copied to {folder}; remove that folder, or set another "
-                "data.cache, once no run reads it"
-            )
+        if is_remote(source):
+            _ask_for_changes(source.rstrip("/"), folder)
+        else:
+            _check_same(source, (Path(source) / INDEX).read_bytes(), folder)
         return
     staged = folder / STAGING / INDEX
 
     def download() -> None:
-        staged.unlink(missing_ok=True)
-        CloudDownloader.direct_download(f"{source.rstrip('/')}/{INDEX}", str(staged), DOWNLOAD_TIMEOUT_S)
+        _download_beside(source.rstrip("/"), staged)
         json.loads(staged.read_text())  # half an index must not get into the cache
 
     try:
@@ -302,15 +302,45 @@ def _fetch_index(source: str, folder: Path) -> None:
         _fetch_classes(source.rstrip("/"), folder)
 
 
+@functools.cache
+def _ask_for_changes(source: str, folder: Path) -> None:
+    """Compare the index in the cache with that of a remote source, once in a process; say so where nobody answers."""
+    staged = folder / STAGING / INDEX
+    try:
+        with _locked(folder, INDEX):
+            _download_beside(source, staged)
+            found = staged.read_bytes()
+            staged.unlink()
+    except Exception as error:  # as of `_fetch_index`; all of it may be in the cache, and the network away
+        log.warning("%s: cannot be asked whether it has changed since it was cached (%s)", source, one_line(error))
+        return
+    _check_same(source, found, folder)
+    _fetch_classes(source, folder)
+
+
+def _check_same(source: str, index: bytes, folder: Path) -> None:
+    """UserError unless the shards in `folder` are of the `index` that `source` has now."""
+    if index != (folder / INDEX).read_bytes():
+        raise UserError(
+            f"{source} has changed since its shards were copied to {folder}; remove that folder, or set another "
+            "data.cache, once no run reads it"
+        )
+
+
 def _fetch_classes(source: str, folder: Path) -> None:
     """Bring the names of the classes into the cache, if they lie beside the index or above it."""
     staged = folder / STAGING / CLASSES
     for place in (source, source.rpartition("/")[0]):
         with suppress(Exception):  # every cloud has its own way to say that there is none
-            staged.unlink(missing_ok=True)
-            CloudDownloader.direct_download(f"{place}/{CLASSES}", str(staged), DOWNLOAD_TIMEOUT_S)
+            _download_beside(place, staged)
             os.replace(staged, folder / CLASSES)
             return
+
+
+def _download_beside(place: str, staged: Path) -> None:
+    """Download the file of `staged`'s name that lies in `place`."""
+    staged.unlink(missing_ok=True)
+    CloudDownloader.direct_download(f"{place}/{staged.name}", str(staged), DOWNLOAD_TIMEOUT_S)
 
 
 def class_names(source: str, config: DataConfig) -> Optional[dict[str, int]]:

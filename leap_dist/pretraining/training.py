@@ -10,8 +10,9 @@ OUT/teacher.json             how to rebuild it, its accuracy at every evaluation
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -46,7 +47,10 @@ from leap_dist.runtime.distributed import World, uses_gpus
 from leap_dist.runtime.files import write_json, write_text, write_whole
 from leap_dist.runtime.reporting import STDERR
 from leap_dist.runtime.signals import Interrupt
+from leap_dist.teacher.record import CLASSES
 from leap_dist.teacher.weights import build_skeleton, open_weights
+
+log = logging.getLogger(__name__)
 
 RECIPE, CHECKPOINT, WEIGHTS = "recipe.yaml", "checkpoint.pt", "teacher.safetensors"
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -75,11 +79,14 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
     same call goes on. One process, one device. Raises UserError for a model, labels or a folder that do not fit, and
     where the loss is not finite or too many images cannot be read (the last checkpoint stays).
     """
+    from leap_dist.data.store import class_names  # 3 s to import
+
     output = Path(recipe.output)
     world = World(0, 1, 0, 1, torch.device("cuda" if uses_gpus() else "cpu"))
     model = build_model(recipe).to(world.device)
     check_sources(recipe.data, world, recipe.classes, option="classes")
     data = resolve(recipe.data, output, world)
+    names = class_names(data.train, data)
     loader = build_train_loader(data, seed=recipe.seed, micro_batch=data.global_batch, world=world)
     held_out = build_eval_loader(
         data.val, data, batch=min(BATCH, data.global_batch), world=world, numbered_as=data.train
@@ -98,7 +105,8 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
                     return None
                 if _is_evaluation_due(session):
                     session.look_at_loss()  # before spoilt weights become a teacher
-                    publish(session, accuracy(session.average.module, held_out, world.device), output)
+                    judged = accuracy(session.average.module, held_out, world.device, tell=not session.history)
+                    publish(session, judged, output, names)
                     session.save()
     finally:
         loader.close()
@@ -192,22 +200,28 @@ def _last_accuracy(session: Session) -> str:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, loader: EvalLoader, device: torch.device) -> float:
+def accuracy(model: nn.Module, loader: EvalLoader, device: torch.device, *, tell: bool = False) -> float:
     """Share of the set that `model`, images (B, 3, S, S) -> logits (B, classes), classifies correctly, 0 to 1.
 
-    Images without a label do not count. UserError if none has one.
+    Images without a label do not count; tell: say how many there are. UserError if none has one.
     """
-    right = total = 0
+    right = total = seen = 0
     for batch in loader:
         predicted = model(batch.images.to(device)).argmax(dim=1).cpu()
+        seen += len(batch.labels)
         right, total = right + int((predicted == batch.labels).sum()), total + int((batch.labels >= 0).sum())
     if not total:
         raise UserError(f"{loader.source}: no image has a label, which an accuracy needs")
+    if tell and seen > total:
+        log.warning("%s: %d images have no label of a class and are left out", loader.source, seen - total)
     return right / total
 
 
-def publish(session: Session, val_accuracy: float, output: Path) -> None:
-    """Add a row to the history; write the average of the weights and, last, its record."""
+def publish(session: Session, val_accuracy: float, output: Path, names: Optional[Mapping[str, int]] = None) -> None:
+    """Add a row to the history; write the average of the weights and, last, its record.
+
+    names: of the classes, and their outputs.
+    """
     batch = session.recipe.data.global_batch
     session.history.append(
         {
@@ -220,15 +234,16 @@ def publish(session: Session, val_accuracy: float, output: Path) -> None:
     )
     state = {key: value.cpu().contiguous() for key, value in session.average.module.state_dict().items()}
     write_whole(output / WEIGHTS, lambda partial: save_file(state, partial))
-    write_json((output / WEIGHTS).with_suffix(".json"), _record(session))
+    write_json((output / WEIGHTS).with_suffix(".json"), _record(session, names))
 
 
-def _record(session: Session) -> dict[str, Any]:
-    """What rebuilds the teacher, as of an exported student, and how it came about."""
+def _record(session: Session, names: Optional[Mapping[str, int]]) -> dict[str, Any]:
+    """What rebuilds the teacher, as of an exported student, its classes if they have names, and how it came about."""
     recipe = session.recipe
     return {
         "model": recipe.model,
         "kwargs": _kwargs(recipe),
+        **({} if names is None else {CLASSES: dict(names)}),
         "image_size": recipe.data.image_size,
         "mean": list(recipe.data.mean),
         "std": list(recipe.data.std),

@@ -27,6 +27,7 @@ from leap_dist.runtime.checkpoint_folder import (
     CONFIG,
     LATEST,
     RUN,
+    check_has_none,
     checkpoints,
     fault_of,
     newest,
@@ -99,6 +100,8 @@ def _resume_from(config: Config) -> Optional[Path]:
         if config.resume != "auto" and _is_inside(Path(config.resume), output):
             return _meant(Path(config.resume))
         own = newest(output / "checkpoints")
+        if own is None and config.resume == "auto":
+            log.warning("output=%s: holds a run without a checkpoint; begins at step 0", output)
         if config.resume == "auto" or own is not None:
             return own  # a queue that starts the same command again must not begin at the other run's checkpoint again
     if config.resume in ("none", "auto"):
@@ -118,6 +121,7 @@ def _held_config(output: Path) -> Optional[Path]:
             return path
     if of_checkpoints or (output / CONFIG).is_file():
         raise UserError(f"output={output}: holds a run whose {CONFIG} is missing or empty; put it back")
+    check_has_none(output / "checkpoints")
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -24,10 +25,11 @@ def newest(folder: Path) -> Optional[Path]:
     """The checkpoint to go on from, or None where the folder holds none.
 
     Raises:
-        UserError: there are some, and none is whole.
+        UserError: there are some, and none is whole, or none has its name; or the folder cannot be read.
     """
     every, latest = checkpoints(folder), folder / LATEST
     if not every and not latest.is_file():
+        check_has_none(folder)
         return None
     named = _named(latest)
     passed_over = [f"{LATEST} is {'garbled' if latest.is_file() else 'missing'}"] if named is None else []
@@ -42,6 +44,21 @@ def newest(folder: Path) -> Optional[Path]:
         f"{folder}: holds no whole checkpoint ({'; '.join(passed_over)[:400]}); put one back, or move the folder away "
         "to begin anew"
     )
+
+
+def check_has_none(folder: Path) -> None:
+    """UserError where a folder without a checkpoint of the usual name may hold some: a run would begin anew over them.
+
+    It is a link to a disk that is not there, say, or somebody has renamed what is in it.
+    """
+    there = folder.is_symlink() or folder.exists()
+    if there and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
+        raise UserError(f"{folder}: cannot be read as a folder, and may hold checkpoints; put it right, or remove it")
+    if renamed := sorted(path.parent.name for path in folder.glob(f"[!.]*/{RUN}")):
+        raise UserError(
+            f"{folder}: holds checkpoints under other names ({', '.join(renamed)[:200]}); call them stepNUMBER again, "
+            "or move the folder away to begin anew"
+        )
 
 
 def _in_order(every: list[Path], named: Optional[Path]) -> list[Path]:

@@ -56,8 +56,10 @@ _HARMLESS: list[Any] = [
 ]  # fmt: skip
 
 
-def read_weights(path: Path) -> dict[str, Any]:
+def read_weights(path: Path, *, silent: bool = False) -> dict[str, Any]:
     """The state dict in `path`: a torch checkpoint or safetensors, under any name. Tensors are mapped, not read.
+
+    silent: it has been said which of several sets of weights is taken.
 
     Raises:
         UserError: no such file, it is something else or damaged, or it does not say which weights it means.
@@ -72,7 +74,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     except _UNREADABLE as error:
         reason = _why(error)
         raise UserError(f"teacher.weights={path} is truncated, damaged or no plain state dict ({reason})") from error
-    return _state_in(content, path)
+    return _state_in(content, path, silent)
 
 
 def _reader(path: Path) -> Callable[[Path], Any]:
@@ -124,7 +126,7 @@ def _why(error: BaseException) -> str:
     return repr(error)[:160]
 
 
-def _state_in(content: Any, path: Path) -> dict[str, Any]:
+def _state_in(content: Any, path: Path, silent: bool) -> dict[str, Any]:
     """Descend to the mapping that holds the weights, and say which was taken where there were several."""
     while isinstance(content, Mapping):
         inside = {key: value for key, value in content.items() if isinstance(key, str) and _holds_tensors(value)}
@@ -137,7 +139,7 @@ def _state_in(content: Any, path: Path) -> dict[str, Any]:
                 "save the one you mean by itself"
             )
         key = key or next(iter(inside))
-        if len(inside) > 1:
+        if len(inside) > 1 and not silent:
             said = ", a moving average," if any(word in key for word in _AVERAGES) else ""
             log.info("teacher.weights=%s: takes '%s'%s of %s", path, key, said, ", ".join(sorted(inside)))
         content = inside[key]

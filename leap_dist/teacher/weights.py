@@ -19,6 +19,7 @@ from leap_dist.config import DEMO_TEACHER, HUB, RANDOM, TeacherConfig
 from leap_dist.errors import UserError
 from leap_dist.models import build_model
 from leap_dist.teacher.layouts import check_classifier, convert
+from leap_dist.teacher.record import check_record
 from leap_dist.teacher.weight_files import read_weights
 
 SAMPLE = 1024  # numbers of each tensor that a sample looks at: a page or two of a mapped file
@@ -55,7 +56,10 @@ def open_weights(config: TeacherConfig, model: nn.Module) -> Weights:
     if config.weights == RANDOM:
         return RandomWeights(model)
     path = _hub_file(config, model) if config.weights == HUB else Path(config.weights)
-    return FileWeights(path, model, config.model)
+    weights = FileWeights(path, model, config.model)
+    if config.weights != HUB:
+        check_record(path, model, config.model)
+    return weights
 
 
 def build_skeleton(config: TeacherConfig, image_size: int, classes: int = 0) -> nn.Module:
@@ -143,7 +147,7 @@ class FileWeights:
         self.computed = frozenset(self._computed)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        stored = read_weights(self._path)
+        stored = read_weights(self._path, silent=True)
         return {
             name: stored[self._stored_as[name]] if name in self._stored_as else self._computed[name] for name in names
         }
@@ -152,10 +156,10 @@ class FileWeights:
         """Of the tensors, and of the stored ones that the computed among them were made of."""
         plain = {name: tensor for name, tensor in tensors.items() if name not in self.computed}
         computed = self.computed & tensors.keys()
-        return _quick_mark(plain | (self._origins(computed, read_weights(self._path)) if computed else {}))
+        return _quick_mark(plain | (self._origins(computed, read_weights(self._path, silent=True)) if computed else {}))
 
     def samples(self, parts: Mapping[str, list[str]], dtype: torch.dtype) -> dict[str, str]:
-        stored, samples = read_weights(self._path), {}
+        stored, samples = read_weights(self._path, silent=True), {}
         for part, names in parts.items():
             plain = {name: stored[self._stored_as[name]] for name in names if name not in self.computed}
             found = {f"{name} {tuple(t.shape)}": cast(_middle(t), dtype) for name, t in plain.items()}

@@ -52,7 +52,12 @@ def size_of(path: str | Path) -> int:
 def visible_folders(folder: Path) -> list[str]:
     """Names of the folders in `folder`, sorted, without those that are hidden."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+        return sorted(entry.name for entry in entries if _is_folder(entry) and not is_hidden(entry.name))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or leads to one; a link that leads to itself does not."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def holds_images(folder: Path) -> bool:
@@ -88,7 +93,7 @@ def _folders(
     seen.add((about.st_dev, about.st_ino))
     files = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):  # what is read first must not be chance
-        if not entry.is_dir():
+        if not _is_folder(entry):
             files.append(entry.name)
         elif is_hidden(entry.name):
             left_out[HIDDEN] += sum(len(names) for _, _, names in os.walk(entry.path))

@@ -53,6 +53,8 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("data.crop_pct=1.2", ["data.crop_pct=1.2", "(0, 1]"]),
         ("data.crop_scale=[0.9,0.1]", ["data.crop_scale=[0.9, 0.1]", "low <= high"]),
         ("data.mean=[0.5,.nan,0.5]", ["data.mean, data.std", "finite"]),
+        ("data.mean=[123.7,116.3,103.5]", ["data.mean=[123.7, 116.3, 103.5]", "pixels from 0 to 1"]),
+        ("data.std=[58.4,57.1,57.4]", ["data.std=[58.4, 57.1, 57.4]", "pixels from 0 to 1"]),
         ("data.mixup_group=1", ["data.mixup_group=1", "at least 2", "data.mixup=false"]),
         ("data.cache_limit=200gb", ["data.cache_limit=200gb", "only used with data.cache"]),
         ("output=runs/${x}", ["Interpolation key 'x' not found"]),

@@ -184,10 +184,42 @@ def test_a_folder_of_another_config_is_refused(resume: str, tmp_path: Path) -> N
         find_resume(config(tmp_path, "student.kwargs.depth=6", f"resume={resume}"), ONE)
 
 
-def test_auto_starts_fresh_where_nothing_was_saved(tmp_path: Path) -> None:
+def test_auto_starts_fresh_where_nothing_was_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert find_resume(config(tmp_path, "resume=auto"), ONE) is None
+    assert not caplog.messages
     claimed(tmp_path)
     assert find_resume(config(tmp_path, "resume=auto"), ONE) is None
+    assert caplog.messages == [f"output={tmp_path}: holds a run without a checkpoint; begins at step 0"]
+
+
+def renamed(folder: Path) -> None:
+    (folder / "step00000005").rename(folder / "backup-step00000005")
+    (folder / "latest").unlink()
+
+
+def unmounted(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to(folder.with_name("nowhere"))
+
+
+def a_file(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.write_text("")
+
+
+@pytest.mark.parametrize("config_kept", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(renamed, "under other names .backup-step00000005"), (unmounted, "cannot be read as"), (a_file, "cannot be read")],
+)
+def test_nothing_begins_anew_over_checkpoints_that_cannot_be_seen(damage, said, config_kept, tmp_path) -> None:
+    claimed(tmp_path, steps=(5,))
+    damage(tmp_path / "checkpoints")
+    if not config_kept:
+        (tmp_path / "config.yaml").unlink()
+    for resume in ("auto", *(["none"] if not config_kept else [])):
+        with pytest.raises(UserError, match=said):
+            find_resume(config(tmp_path, f"resume={resume}"), ONE)
 
 
 def test_resume_from_a_path_takes_run_folder_or_checkpoint(tmp_path: Path) -> None:
