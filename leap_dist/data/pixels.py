@@ -1,7 +1,7 @@
 """Images as 8-bit RGB: the one place that knows PIL's formats and modes.
 
-Files come from strangers. So only FORMATS are opened: of PIL's others some start programs (EPS: Ghostscript), and nobody
-means them by an image. What has too many pixels is refused by its header, before any memory is taken for them.
+Files come from strangers. So only FORMATS are opened: of PIL's others some start programs (EPS: Ghostscript), and
+nobody means them by an image. What has too many pixels is refused by its header, before memory is taken for them.
 
 Grey of more than 8 bits is scaled by its format's full range, which PIL's own conversion cuts off at 255. Where nothing
 says what white is (floats, most 32-bit integers), the image is refused rather than guessed at.
