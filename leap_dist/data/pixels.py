@@ -18,7 +18,8 @@ from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM")  # PIL's words
 MOST_PIXELS = 2**26  # 8192 x 8192; the largest image of ImageNet-1K has 6 x 10^7. Decoded it takes 256 MiB
-MOST_IN_PLANES = 2**24  # of a JPEG 2000, which is decoded to 32 bits a colour first
+MOST_OF = {"WEBP": 2**25, "AVIF": 2**25, "JPEG2000": 2**24}  # whose decoders take two and four times as much a pixel
+MOST_DEEP = 2**25  # 4 bytes a pixel, and as many again for what is read
 STRIP_PIXELS = 2**20  # deep grey is scaled so many at a time
 
 # Tags of TIFF.
@@ -53,7 +54,7 @@ def open_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise TooManyPixels(f"{error}".partition(",")[0]) from None
-    most = MOST_IN_PLANES if image.format == "JPEG2000" else MOST_PIXELS
+    most = min(MOST_OF.get(image.format or "", MOST_PIXELS), MOST_DEEP if is_deep(image) else MOST_PIXELS)
     if image.width * image.height > most:
         raise TooManyPixels(f"{image.width} x {image.height} pixels, at most {most} are decoded; store it smaller")
     return image
