@@ -1,17 +1,22 @@
 """Hostile files: no code of theirs runs, nothing outside is touched, memory and time are bounded, a line says why.
 
-A dozen in `make test`, all in `make test-slow`. `hostile_files.py` makes them.
+A dozen in `make test`, all in `make test-slow`. The modules beside this make them.
 """
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 
 import pytest
 
+import hostile_images  # noqa: F401  # each adds its cases
+import hostile_models  # noqa: F401
+import hostile_shards  # noqa: F401
+import hostile_sources  # noqa: F401
 from contained import GROWTH_MIB, contained
-from hostile_files import CANARY, CASES, Case
+from hostile import CANARY, CASES, Case, Evil
 
 PRECIOUS = "precious"
 
@@ -33,6 +38,11 @@ def harm(case: Case, folder: Path) -> str:
     if case.refused is None:
         return f"was refused: {refusal}" if refusal else ""
     return "" if re.search(case.refused, refusal) else f"was told as {refusal!r}"
+
+
+def test_the_canary_shows_code_that_ran(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Evil(tmp_path / "case")))
+    assert (tmp_path / CANARY).exists()
 
 
 @pytest.mark.seconds
