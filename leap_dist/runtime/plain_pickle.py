@@ -24,7 +24,7 @@ MOST_BYTES = 4 << 30
 _BUILTINS = {
     (package, name): kind
     for package in ("builtins", "__builtin__")
-    for name, kind in (("set", set), ("frozenset", frozenset), ("complex", complex), ("bytearray", bytearray))
+    for name, kind in (("set", set), ("frozenset", frozenset), ("complex", complex))
 } | {("collections", "OrderedDict"): collections.OrderedDict}
 _KINDS = "biufcSU"  # of a dtype: no objects, no records
 _NDARRAY = "ndarray"  # what stands for NumPy's class where a pickle names it
@@ -100,6 +100,8 @@ class _PlainUnpickler(pickle.Unpickler):
             return _BUILTINS[module, name]
         mine = {
             ("_codecs", "encode"): self._encode,
+            **{(package, "bytes"): self._bytes for package in ("builtins", "__builtin__")},
+            **{(package, "bytearray"): self._bytearray for package in ("builtins", "__builtin__")},
             ("numpy", "ndarray"): _NDARRAY,
             ("numpy", "dtype"): self._dtype,
             **{
@@ -120,6 +122,12 @@ class _PlainUnpickler(pickle.Unpickler):
         if encoding not in ("latin1", "latin-1"):
             raise pickle.UnpicklingError(f"it asks for the codec {encoding}")
         return text.encode("latin1")
+
+    def _bytes(self) -> bytes:
+        return b""  # of a size there would be no end
+
+    def _bytearray(self, content: bytes | str = b"", encoding: str = "latin-1") -> bytearray:
+        return bytearray(content if isinstance(content, (bytes, bytearray)) else self._encode(content, encoding))
 
     def _dtype(self, code: Any, *_: Any) -> _Dtype:
         return _Dtype(code)

@@ -41,7 +41,7 @@ def test_plain_data_comes_back(protocol: int, tmp_path: Path) -> None:
     assert found["scalar"] == np.float32(1.25) and found["again"] is found["arrays"]
     for array, expected in zip(found["arrays"], ARRAYS, strict=True):
         np.testing.assert_array_equal(array, expected)
-        assert array.dtype == expected.dtype.newbyteorder("=") and array.shape == expected.shape
+        assert array.dtype.newbyteorder("=") == expected.dtype.newbyteorder("=") and array.shape == expected.shape
 
 
 def test_what_python_2_wrote_is_read(tmp_path: Path) -> None:
