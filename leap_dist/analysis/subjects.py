@@ -7,7 +7,6 @@ remedy see `Student.every_layer`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from leap_dist.config import DataConfig, TeacherConfig
 from leap_dist.errors import UserError
 from leap_dist.models import load_student
+from leap_dist.models.records import read_record
 from leap_dist.teacher import build_teacher
 
 Colour = tuple[float, ...]
@@ -54,7 +54,7 @@ def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
     """A student that a run exported: `student.safetensors` with its .json beside it. UserError if they do not load."""
     record = path.with_suffix(".json")
     try:
-        about = json.loads(record.read_text())
+        about = read_record(record)
         size, crop_pct = int(about["image_size"]), about.get("crop_pct", Preprocessing.crop_pct)
         preprocessing = Preprocessing(tuple(about["mean"]), tuple(about["std"]), crop_pct)
         student = load_student(path, device).requires_grad_(False)

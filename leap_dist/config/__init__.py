@@ -38,6 +38,7 @@ from leap_dist.config.options import (
     matching_head,
     option,
 )
+from leap_dist.config.yaml_files import read_yaml
 
 __all__ = [
     "DEMO_TEACHER",
@@ -69,6 +70,7 @@ __all__ = [
     "option",
     "option_fields",
     "problems",
+    "read_yaml",
     "tables",
     "to_yaml",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Optional
 
 from leap_dist.data.names import printable
 from leap_dist.errors import UserError
+from leap_dist.runtime.files import read_json
 
 CLASSES = "class_to_idx.json"  # name -> label, beside the shards or beside the folders of their splits
 INDEX = "index.json"
@@ -30,7 +30,7 @@ def read_classes(folder: Path) -> Optional[dict[str, int]]:
     above = folder.absolute().parent
     for place in (folder, *([] if (above / INDEX).exists() else [above])):
         try:
-            classes = json.loads((place / CLASSES).read_text(encoding="utf-8"))
+            classes = read_json(place / CLASSES)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:

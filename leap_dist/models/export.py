@@ -5,16 +5,18 @@ docs/students.md has the lines that load it, without and with a remedy.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from leap_dist.config import Config
+from leap_dist.errors import UserError
+from leap_dist.models.records import read_record, require_weights_of
 from leap_dist.models.student import Student, StudentRecipe, assemble
 from leap_dist.runtime.distributed import World, barrier
 from leap_dist.runtime.files import write_json, write_whole
@@ -58,15 +60,21 @@ def load_student(path: str | Path, device: torch.device | str = "cpu") -> Studen
 
     Raises:
         FileNotFoundError: there is no such file.
+        UserError: its record names anything but a model of timm with plain arguments, or the file is not of that model.
     """
     path = Path(path)
     if path.is_dir():
         path = path / STUDENT
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the end of a run exports its student as RUN/{STUDENT}")
-    about = json.loads(path.with_suffix(".json").read_text())
-    student = assemble(
-        StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})
-    )
-    student.backbone.load_state_dict(load_file(path))
+    about = read_record(path.with_suffix(".json"))
+    recipe = StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})
+    try:
+        with torch.device("meta"):
+            require_weights_of(assemble(recipe).backbone, path)  # before there is any memory for a model of any size
+        student = assemble(recipe)
+        student.backbone.load_state_dict(load_file(path))
+    except (SafetensorError, TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, OSError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: cannot be loaded as its record describes it ({reason})") from error
     return student.to(device).eval()

@@ -34,10 +34,11 @@ from leap_dist.runtime.checkpoint_folder import (
     others,
     read_run,
 )
-from leap_dist.runtime.distributed import World, barrier, gather_objects, is_lost_peer
+from leap_dist.runtime.distributed import World, barrier, gather_objects, is_lost_peer, on_first
 from leap_dist.runtime.engine import gradscaler
 from leap_dist.runtime.files import disk_full, flush, write_json, write_text
 from leap_dist.runtime.marks import Marks
+from leap_dist.runtime.plain_checkpoint import require_plain
 from leap_dist.runtime.run_lock import Claim, require_shared
 from leap_dist.runtime.universal import remove_leftovers, universal_copy
 
@@ -281,6 +282,7 @@ class Checkpoints:
         """
         if self.world.is_main:
             remove_leftovers(self.folder)
+        on_first(lambda: require_plain(path), self.world)
         if not self.needs_conversion(path):
             return self._read(engine, path, path)
         saved_ranks = read_run(path)["world_size"]

@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from omegaconf import OmegaConf
-
-from leap_dist.config import DEMO_TEACHER, Config, abridged, differences, load, problems, to_yaml
+from leap_dist.config import DEMO_TEACHER, Config, abridged, differences, load, problems, read_yaml, to_yaml
 from leap_dist.errors import UserError
 
 KEYS = {"base", "output", "launcher", "seeds", "common", "rows", "show"}
@@ -182,12 +180,7 @@ def _listed(spec: dict[str, Any], key: str, kind: type, where: str) -> tuple[Any
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        spec = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # yaml has no common base for what a broken file raises
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    spec = read_yaml(path, str(path))
     if not isinstance(spec, dict):
         raise UserError(f"{path}: expected a mapping with base and rows")
     return spec

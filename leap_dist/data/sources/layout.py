@@ -105,4 +105,4 @@ def _has_splits(folder: Path) -> bool:
 
 
 def _has_images(folder: Path) -> bool:
-    return bool(sort_out(path.name for path in folder.iterdir() if not path.is_dir())[0])
+    return bool(sort_out(folder, (path.name for path in folder.iterdir() if not path.is_dir()))[0])

@@ -119,7 +119,7 @@ def _classes(folder: Path) -> tuple[list[str], Counter[str]]:
     names, left_out = [], Counter()
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if not path.is_dir():
-            left_out += sort_out([path.name])[1]
+            left_out += sort_out(folder, [path.name])[1]
         elif is_hidden(path.name):
             left_out[HIDDEN] += sum(len(files) for _, _, files in os.walk(path))
         elif path.is_symlink() and leads_back(os.path.realpath(path), real):
@@ -131,7 +131,9 @@ def _classes(folder: Path) -> tuple[list[str], Counter[str]]:
 
 def _loose_images(folder: Path) -> list[Path]:
     """Images that lie in `folder` itself."""
-    return [folder / name for name in sort_out(path.name for path in folder.iterdir() if not path.is_dir())[0]]
+    return [
+        folder / name for name in sort_out(folder, (path.name for path in folder.iterdir() if not path.is_dir()))[0]
+    ]
 
 
 def _tell_of_loose(folder: Path, loose: list[Path], neighbours: str) -> None:

@@ -330,7 +330,7 @@ def test_a_failed_conversion_is_one_line_and_leaves_nothing(tmp_path: Path) -> N
     claimed(tmp_path, stage, steps=(7,))
     folder = tmp_path / "checkpoints"
     path = newest(folder)
-    (path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_text("half a checkpoint")
+    torch.save({}, path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")  # half a checkpoint
     saved = json.loads((path / "run.json").read_text())
     (folder / ".universal-0").mkdir()  # of a conversion that was killed
     # One process cannot be two ranks: the checkpoint says that it was two that saved it.
