@@ -16,6 +16,7 @@ from leap_dist.config import Config, load
 from leap_dist.errors import UserError
 from leap_dist.runtime.checkpoint import Checkpoints, find_resume, newest
 from leap_dist.runtime.distributed import World
+from leap_dist.runtime.integrity import write_sealed
 from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.run_lock import Claim
 
@@ -301,7 +302,7 @@ def test_a_failed_conversion_is_one_line_and_leaves_nothing(tmp_path: Path) -> N
     saved = json.loads((path / "run.json").read_text())
     (folder / ".universal-0").mkdir()  # of a conversion that was killed
     # One process cannot be two ranks: the checkpoint says that it was two that saved it.
-    (path / "run.json").write_text(json.dumps(saved | {"world_size": 2}))
+    write_sealed(path / "run.json", saved | {"world_size": 2})
     checkpoints = Checkpoints(config(tmp_path, stage), ONE, "12", "t")
     with pytest.raises(
         UserError, match=r"step00000007: cannot be converted for 1 ranks in .*1 of 2 ranks' parts"
@@ -352,7 +353,7 @@ def emptied(path: Path) -> None:
         (lambda folder: emptied(folder / "latest"), 9, "latest is garbled"),
         (lambda folder: emptied(folder / "step00000009" / "run.json"), 5, "step00000009 has an empty run.json"),
         (lambda folder: (folder / "step00000009" / "run.json").write_text("{"), 5, "has a garbled run.json"),
-        (lambda folder: (folder / "step00000009" / "run.json").write_text("[1]"), 5, "run.json without step"),
+        (lambda folder: (folder / "step00000009" / "run.json").write_text("[1]"), 5, "has a garbled run.json"),
         (lambda folder: (folder / "step00000009" / "run.json").write_text("[" * 10**5), 5, "has a garbled run.json"),
         (lambda folder: (folder / "step00000009" / "run.json").unlink(), 5, "has no run.json"),
         (lambda folder: (folder / "step00000009" / "model.json").unlink(), 5, "has no model states"),
@@ -441,7 +442,7 @@ def test_another_block_of_the_teacher_is_refused_when_it_is_known(tmp_path: Path
         marks.note("block 1", "x")
     before = json.loads((path / "run.json").read_text())
     del before["teacher_marks"]  # a checkpoint of before there were any
-    (path / "run.json").write_text(json.dumps(before))
+    write_sealed(path / "run.json", before)
     resumed(block_1="x")
 
 

@@ -1,0 +1,255 @@
+"""Whether a file is what was written: no bit of it is believed before that is known.
+
+    whole file     its size and XXH128, kept by whoever names it: `Mark`, `fault_in`
+    JSON           a seal over its own content: `write_sealed`, `read_sealed`
+    JSON lines     each with a check of itself and of all lines before it: `Chain`, `read_chain`
+    file + record  a JSON beside it that knows its mark: `write_recorded`, `check_recorded`
+
+Against disks, networks and hands that slip, not against forgers: whoever can write the file can seal it too. What an
+older version of this package wrote has no marks. It is taken as it is, and a line says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import xxhash
+
+from leap_dist.errors import UserError
+from leap_dist.runtime.files import write_json, write_text, write_whole
+from leap_dist.runtime.schema import misfit
+
+log = logging.getLogger(__name__)
+
+SEAL, CHECK, FILE = "seal", "check", "file"  # keys of a sealed JSON, of a chained line, of a record
+LARGEST_JSON = 2**26  # bytes; ours have some thousands
+_CHECKED = re.compile(rf',"{CHECK}":"([0-9a-f]{{16}})"\}}$')
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A file's size and hash; the hash as `xxh128sum` prints it."""
+
+    bytes: int
+    xxh128: str
+
+
+def mark_of(path: Path) -> Mark:
+    """Of a file as it lies there; reads all of it, at about 10 GB/s where it is in memory. Raises OSError."""
+    with path.open("rb", buffering=0) as file:
+        digest = hashlib.file_digest(file, xxhash.xxh3_128)
+        return Mark(file.tell(), digest.hexdigest())
+
+
+def fault_in(path: Path, *marks: Mark) -> Optional[str]:
+    """What is wrong with a file that had one of the marks when it was written, in a few words; None if nothing is."""
+    try:
+        size = path.stat().st_size
+        if size not in {mark.bytes for mark in marks}:
+            return f"has {size} bytes where {marks[0].bytes} were written"
+        return None if mark_of(path) in marks else "is damaged: its hash is not that of what was written"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+# -- JSON ---------------------------------------------------------------------------------------------------------------
+
+
+class Damaged(UserError):
+    """A file that is not what was written. The message names it."""
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with its seal, at the end."""
+    bare = {key: value for key, value in content.items() if key != SEAL}
+    return {**bare, SEAL: _seal(bare)}
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    told = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(told.encode(errors="surrogatepass"))
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object whole, with its seal."""
+    write_json(path, sealed(content))
+
+
+def read_sealed(path: Path, *, marked: str = SEAL) -> tuple[dict[str, Any], str]:
+    """The object in a JSON file without its seal, and what is wrong with it, as before 'file'; empty: nothing.
+
+    marked: a key that only sealed ones have. An object with neither is an older version's, and nothing is wrong.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(LARGEST_JSON + 1)
+    if not data:
+        return {}, "an empty"
+    if len(data) > LARGEST_JSON:
+        return {}, "an overlong"
+    try:
+        content = json.loads(data, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError):
+        return {}, "a garbled"
+    if not isinstance(content, dict):
+        return {}, "a garbled"
+    seal = content.pop(SEAL, None)
+    if seal is None and marked not in content:
+        return content, ""
+    return content, "" if seal == _seal(content) else "a damaged"
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key twice")
+    return found
+
+
+# -- JSON lines ---------------------------------------------------------------------------------------------------------
+
+
+class Chain:
+    """Makes lines of JSON, each with a check of itself and all before it. last: the newest check, which tells them all.
+
+    So a line that is changed, lost, doubled or moved is found, and so is the first that was written behind it.
+    """
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def line(self, content: Mapping[str, Any]) -> str:
+        """The next line, with its end."""
+        bare = {key: value for key, value in content.items() if key != CHECK}
+        text = json.dumps(bare, separators=(",", ":"), allow_nan=False)
+        self.last = _link(self.last, text)
+        return f'{text[:-1]},"{CHECK}":"{self.last}"}}\n'
+
+
+def _link(last: str, text: str) -> str:
+    return xxhash.xxh3_64_hexdigest(f"{last}{text}".encode(errors="surrogatepass"))
+
+
+def write_chain(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write all lines anew, whole."""
+    chain = Chain()
+    write_text(path, "".join(map(chain.line, lines)))
+
+
+def read_chain(path: Path, shape: Any = dict) -> list[dict[str, Any]]:
+    """The objects of a file of chained lines, or of an older version's lines without checks.
+
+    shape: that each has, see `schema.misfit`.
+
+    Raises:
+        Damaged: a line is not what was written; of which, and why.
+        OSError: it cannot be read.
+    """
+    return parsed_chain(path.read_bytes().splitlines(), path, shape)
+
+
+def parsed_chain(texts: list[bytes], path: Path, shape: Any = dict) -> list[dict[str, Any]]:
+    """As `read_chain`, of lines that have been read from `path`."""
+    last, lines = "", []
+    chained = any(f'"{CHECK}":'.encode() in text for text in texts)
+    for number, text in enumerate(texts, 1):
+        try:
+            line, last = _parsed(text.decode(), last, chained)
+        except (ValueError, RecursionError) as error:
+            raise Damaged(f"{path}: line {number} is damaged ({str(error)[:100]})") from None
+        fault = misfit(line, shape)
+        if fault:
+            raise Damaged(f"{path}: line {number} is none of it ({fault})")
+        lines.append(line)
+    return lines
+
+
+def _parsed(text: str, last: str, chained: bool) -> tuple[Any, str]:
+    """A line's object without its check, and the check. ValueError if that is not the one of what is there."""
+    found = _CHECKED.search(text)
+    bare = f"{text[: found.start()]}}}" if found else text
+    if chained and (found is None or found[1] != _link(last, bare)):
+        raise ValueError("it is not the line that was written here")
+    return json.loads(bare, object_pairs_hook=_without_repeats), found[1] if found else ""
+
+
+# -- a file and its record ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a record says of its file. file: marks of which it has one; the newest first."""
+
+    file: list[Mark]
+
+
+def write_recorded(path: Path, write: Callable[[Path], Any], record: Mapping[str, Any]) -> None:
+    """Let `write` fill a file; its record, the JSON of the same stem, says `record` and the file's mark.
+
+    A kill at any moment leaves a file and a record that go together, and so does a reader find them: while the one is
+    replaced the other knows both, the new and the old.
+    """
+    noted = record_of(path)
+    before = _known(noted)
+
+    def fill(partial: Path) -> None:
+        write(partial)
+        write_sealed(noted, {**record, FILE: [asdict(mark_of(partial)), *before]})
+
+    write_whole(path, fill)
+    write_sealed(noted, {**record, FILE: [asdict(mark_of(path))]})
+
+
+def record_of(path: Path) -> Path:
+    """Where the record of a file lies."""
+    return path.with_suffix(".json")
+
+
+def _known(noted: Path) -> list[dict[str, Any]]:
+    """Marks that a record knows already; none where there is no sound one."""
+    try:
+        content, fault = read_sealed(noted, marked=FILE)
+    except OSError:
+        return []
+    return [] if fault or misfit(content, Recorded) else content[FILE][:2]
+
+
+def check_recorded(path: Path, shape: Any = dict) -> dict[str, Any]:
+    """What the record of a file says, once it is known that both are what was written. Reads all of the file.
+
+    shape: that the record has.
+
+    Raises:
+        Damaged: file or record are not, or one of them is not there.
+    """
+    noted = record_of(path)
+    for needed in (path, noted):
+        if not needed.is_file():
+            raise Damaged(f"{path}: {needed.name} is missing")
+    try:
+        content, fault = read_sealed(noted, marked=FILE)
+    except OSError as error:
+        raise Damaged(f"{noted}: cannot be read ({error.strerror})") from None
+    if fault:
+        raise Damaged(f"{noted} is {fault.split()[-1]}; put a whole copy back")
+    if FILE not in content:
+        log.warning("%s was written by an older version and has no hash: it is taken unchecked", path)
+    else:
+        fault = misfit(content, Recorded)
+        if fault or not content[FILE]:
+            raise Damaged(f"{noted} does not say what {path.name} is ({fault})")
+        if fault := fault_in(path, *(Mark(**mark) for mark in content[FILE])):
+            raise Damaged(f"{path} {fault}; put a whole copy back")
+    fault = misfit(content, shape)
+    if fault:
+        raise Damaged(f"{noted} is no record of {path.name} ({fault})")
+    return content
