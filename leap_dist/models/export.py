@@ -1,23 +1,26 @@
 """The trained student as a file that plain timm loads: safetensors plus a JSON with the arguments that rebuild it.
 
+The JSON also has the size and hash of the weights, and a seal on itself: `leap_dist.runtime.integrity`.
+
 docs/students.md has the lines that load it, without and with a remedy.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from leap_dist.config import Config
+from leap_dist.errors import UserError
 from leap_dist.models.student import Student, StudentRecipe, assemble
 from leap_dist.runtime.distributed import World, barrier
-from leap_dist.runtime.files import write_json, write_whole
+from leap_dist.runtime.integrity import check_recorded, write_recorded
 
 STUDENT = "student.safetensors"
 
@@ -38,7 +41,6 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
     student: Student = engine.module.student
     state = gathered_state(student.backbone, world)
     if world.is_main:
-        write_whole(path, lambda partial: save_file(state, partial))
         about = {
             **asdict(replace(student.recipe, width=student.width)),
             "image_size": config.data.image_size,
@@ -46,7 +48,7 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
             "std": list(config.data.std),
             "crop_pct": config.data.crop_pct,
         }
-        write_json(path.with_suffix(".json"), about)
+        write_recorded(path, lambda partial: save_file(state, partial), about)
     barrier(world)
     return path
 
@@ -58,15 +60,19 @@ def load_student(path: str | Path, device: torch.device | str = "cpu") -> Studen
 
     Raises:
         FileNotFoundError: there is no such file.
+        UserError: it, or the JSON beside it, is not what was written.
     """
     path = Path(path)
     if path.is_dir():
         path = path / STUDENT
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the end of a run exports its student as RUN/{STUDENT}")
-    about = json.loads(path.with_suffix(".json").read_text())
+    about = check_recorded(path, StudentRecipe)
     student = assemble(
         StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})
     )
-    student.backbone.load_state_dict(load_file(path))
+    try:
+        student.backbone.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:  # of an older version, without a hash; or a record of another
+        raise UserError(f"{path}: not the weights of the {student.recipe.model} beside it ({error!r:.200})") from error
     return student.to(device).eval()

@@ -22,6 +22,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+
 from leap_dist.config import Config, abridged, differences, flat, load, to_yaml
 from leap_dist.errors import UserError
 from leap_dist.runtime.checkpoint_folder import (
@@ -33,7 +35,6 @@ from leap_dist.runtime.checkpoint_folder import (
     choose,
     damage,
     fault_of,
-    newest,
     others,
     read_run,
     seal,
@@ -41,6 +42,7 @@ from leap_dist.runtime.checkpoint_folder import (
 from leap_dist.runtime.distributed import World, barrier, gather_objects, is_lost_peer
 from leap_dist.runtime.files import disk_full, flush, write_text
 from leap_dist.runtime.marks import Marks
+from leap_dist.runtime.reporting import is_lost_worker
 from leap_dist.runtime.run_lock import Claim, require_shared
 from leap_dist.runtime.universal import remove_leftovers, universal_copy
 
@@ -188,6 +190,19 @@ def _own_settings(engine: Any) -> Iterator[None]:
             state["step"] = state["step"].to(parameter.device if fused else "cpu", copy=True)
 
 
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """Save tensors in this block: without the zip's CRCs, which cost torch three times what `seal`'s hash does, over
+    the same bytes, and which it never looks at when it loads.
+    """
+    wanted = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(wanted)
+
+
 def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
     """State of the fp16 loss scaler, which DeepSpeed leaves out of its checkpoints under autocast (0.19)."""
     scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
@@ -246,11 +261,13 @@ class Checkpoints:
         if self.world.is_main:
             for left in self.folder.glob(".step*"):  # by a save that was killed
                 shutil.rmtree(left, ignore_errors=True)
-        barrier(self.world)
+        if fault := gather_objects(self._claim.fault(), self.world)[0]:
+            raise UserError(fault)
         client = {"leap": state, "scaler": _scaler_state(engine)}
         marks = self._all_marks()
         try:
-            engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
+            with _without_crc():
+                engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
             if self.world.is_main:
                 write_text(partial / CONFIG, to_yaml(self.config))
             position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
@@ -260,7 +277,7 @@ class Checkpoints:
             if self.world.is_main:
                 _put(partial, path)
         except (OSError, RuntimeError) as error:  # torch.save says a full disk in its own words
-            if is_lost_peer(error):
+            if is_lost_peer(error) or is_lost_worker(error):
                 raise
             reason = disk_full(error, self.folder) or " ".join(str(error).split())[:300]
             raise UserError(f"checkpoint {path}: cannot be written ({reason}); the previous one is intact") from error
@@ -317,7 +334,7 @@ class Checkpoints:
             with _own_settings(engine):
                 loaded, client = engine.load_checkpoint(str(files.parent), tag=files.name)
         except Exception as error:  # torch, pickle, zip and DeepSpeed each raise their own
-            if is_lost_peer(error):
+            if is_lost_peer(error) or is_lost_worker(error):
                 raise
             reason = " ".join(str(error).split())[:300]
             if isinstance(error, (ImportError, AttributeError)) and "leap_dist" in reason:  # of what torch unpickles

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple, Optional
 
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, gather_objects
-from leap_dist.runtime.integrity import Mark, fault_in, mark_of, read_sealed, write_sealed
+from leap_dist.runtime.integrity import FILES, Mark, fault_in, mark_of, read_sealed, write_sealed
 from leap_dist.runtime.schema import misfit
 
 log = logging.getLogger(__name__)
 
-LATEST, CONFIG, RUN, FILES = "latest", "config.yaml", "run.json", "files"
+LATEST, CONFIG, RUN = "latest", "config.yaml", "run.json"
 NOTHING: Mapping[Path, str] = {}
 _RANKS_PART = re.compile(r"zero_pp_rank_(\d+)_")  # in the names of files that one rank writes, and reads, alone
 

@@ -2,7 +2,7 @@
 
     whole file     its size and XXH128, kept by whoever names it: `Mark`, `fault_in`
     JSON           a seal over its own content: `write_sealed`, `read_sealed`
-    JSON lines     each with a check of itself and of all lines before it: `Chain`, `read_chain`
+    JSON lines     as whole files, by a sealed JSON beside them: `named_files`, `check_named`, `read_lines`
     file + record  a JSON beside it that knows its mark: `write_recorded`, `check_recorded`
 
 Against disks, networks and hands that slip, not against forgers: whoever can write the file can seal it too. What an
@@ -14,23 +14,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 import xxhash
 
 from leap_dist.errors import UserError
-from leap_dist.runtime.files import write_json, write_text, write_whole
+from leap_dist.runtime.files import write_json, write_whole
 from leap_dist.runtime.schema import misfit
 
 log = logging.getLogger(__name__)
 
-SEAL, CHECK, FILE = "seal", "check", "file"  # keys of a sealed JSON, of a chained line, of a record
+SEAL, FILE, FILES = "seal", "file", "files"  # keys of a sealed JSON: of itself, its own file, the files that it names
 LARGEST_JSON = 2**26  # bytes; ours have some thousands
-_CHECKED = re.compile(rf',"{CHECK}":"([0-9a-f]{{16}})"\}}$')
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def fault_in(path: Path, *marks: Mark) -> Optional[str]:
         return f"cannot be read ({error.strerror})"
 
 
-# -- JSON ---------------------------------------------------------------------------------------------------------------
+# -- JSON -------------------------------------------------------------------------------------------------------------
 
 
 class Damaged(UserError):
@@ -115,74 +113,59 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# -- JSON lines ---------------------------------------------------------------------------------------------------------
+# -- JSON lines --------------------------------------------------------------------------------------------------------
 
 
-class Chain:
-    """Makes lines of JSON, each with a check of itself and all before it. last: the newest check, which tells them all.
-
-    So a line that is changed, lost, doubled or moved is found, and so is the first that was written behind it.
-    """
-
-    def __init__(self) -> None:
-        self.last = ""
-
-    def line(self, content: Mapping[str, Any]) -> str:
-        """The next line, with its end."""
-        bare = {key: value for key, value in content.items() if key != CHECK}
-        text = json.dumps(bare, separators=(",", ":"), allow_nan=False)
-        self.last = _link(self.last, text)
-        return f'{text[:-1]},"{CHECK}":"{self.last}"}}\n'
-
-
-def _link(last: str, text: str) -> str:
-    return xxhash.xxh3_64_hexdigest(f"{last}{text}".encode(errors="surrogatepass"))
-
-
-def write_chain(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write all lines anew, whole."""
-    chain = Chain()
-    write_text(path, "".join(map(chain.line, lines)))
-
-
-def read_chain(path: Path, shape: Any = dict) -> list[dict[str, Any]]:
-    """The objects of a file of chained lines, or of an older version's lines without checks.
-
-    shape: that each has, see `schema.misfit`.
+def read_lines(path: Path, shape: Any = dict) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines. shape: that each has, see `schema.misfit`.
 
     Raises:
-        Damaged: a line is not what was written; of which, and why.
+        Damaged: one is not; which, and why.
         OSError: it cannot be read.
     """
-    return parsed_chain(path.read_bytes().splitlines(), path, shape)
-
-
-def parsed_chain(texts: list[bytes], path: Path, shape: Any = dict) -> list[dict[str, Any]]:
-    """As `read_chain`, of lines that have been read from `path`."""
-    last, lines = "", []
-    chained = any(f'"{CHECK}":'.encode() in text for text in texts)
-    for number, text in enumerate(texts, 1):
+    lines = []
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            line, last = _parsed(text.decode(), last, chained)
+            line = json.loads(text, object_pairs_hook=_without_repeats)
         except (ValueError, RecursionError) as error:
-            raise Damaged(f"{path}: line {number} is damaged ({str(error)[:100]})") from None
-        fault = misfit(line, shape)
-        if fault:
-            raise Damaged(f"{path}: line {number} is none of it ({fault})")
+            raise Damaged(f"{path}: line {number} is not JSON ({str(error)[:100]})") from None
+        if fault := misfit(line, shape):
+            raise Damaged(f"{path}: line {number} does not belong there ({fault})")
         lines.append(line)
     return lines
 
 
-def _parsed(text: str, last: str, chained: bool) -> tuple[Any, str]:
-    """A line's object without its check, and the check. ValueError if that is not the one of what is there."""
-    found = _CHECKED.search(text)
-    bare = f"{text[: found.start()]}}}" if found else text
-    if chained and (found is None or found[1] != _link(last, bare)):
-        raise ValueError("it is not the line that was written here")
-    return json.loads(bare, object_pairs_hook=_without_repeats), found[1] if found else ""
+def named_files(folder: Path, *names: str) -> dict[str, Any]:
+    """For a JSON of this folder that is to be sealed: the marks of those of the files beside it that are there."""
+    there = [folder / name for name in names if (folder / name).is_file()]
+    return {FILES: {path.name: asdict(mark_of(path)) for path in there}}
 
 
-# -- a file and its record ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Naming:
+    files: dict[str, Mark] = field(default_factory=dict)
+
+
+def check_named(path: Path, by: Path) -> None:
+    """Compare a file with what the sealed JSON `by` beside it says of it, if that is there and says anything.
+
+    Raises:
+        Damaged: it is not what it was when that was written.
+    """
+    if not by.is_file():
+        return
+    try:
+        content, fault = read_sealed(by)
+    except OSError as error:
+        raise Damaged(f"{by}: cannot be read ({error.strerror})") from None
+    if fault or misfit(content, _Naming):
+        raise Damaged(f"{by} is {fault.split()[-1] if fault else 'damaged'}, which says what {path.name} is")
+    mark = content.get(FILES, {}).get(path.name)
+    if mark is not None and (fault := fault_in(path, Mark(**mark))):
+        raise Damaged(f"{path} {fault} (says {by.name}); put it back, or let the run that has gone on since end")
+
+
+# -- a file and its record --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Whether plain data, as JSON gives it, has the shape that a dataclass says: every file that is read back is checked so.
+"""Whether plain data, as JSON gives it, has the shape that a dataclass says: the check of every file that is read.
 
     @dataclass(frozen=True)
     class Shard:
@@ -19,7 +19,9 @@ from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 
 QUOTED = 60  # characters of a file that a message repeats
 LARGEST = 2**63  # what no count, size or step comes to
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a table", list: "a list"}
+_WORDS = {
+    int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a table", list: "a list",
+}  # fmt: skip
 
 
 def misfit(value: Any, shape: Any) -> Optional[str]:

@@ -14,7 +14,8 @@ import torch
 
 from leap_dist.config import Config, load
 from leap_dist.errors import UserError
-from leap_dist.runtime.checkpoint import Checkpoints, find_resume, newest
+from leap_dist.runtime.checkpoint import Checkpoints, find_resume
+from leap_dist.runtime.checkpoint_folder import newest
 from leap_dist.runtime.distributed import World
 from leap_dist.runtime.integrity import write_sealed
 from leap_dist.runtime.marks import Marks
