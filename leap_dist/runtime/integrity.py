@@ -128,7 +128,7 @@ def read_lines(path: Path, shape: Any = dict) -> list[dict[str, Any]]:
         try:
             line = json.loads(text, object_pairs_hook=_without_repeats)
         except (ValueError, RecursionError) as error:
-            raise Damaged(f"{path}: line {number} is not JSON ({str(error)[:100]})") from None
+            raise Damaged(f"{path}: cannot be read as JSON lines (line {number}: {str(error)[:100]})") from None
         if fault := misfit(line, shape):
             raise Damaged(f"{path}: line {number} does not belong there ({fault})")
         lines.append(line)

@@ -189,7 +189,7 @@ GOOD = [
         (lambda good: [good[0], good[1] | {"next_block": 5}, good[2] | {"block": 5}], ["line 2", "1 to 4"]),
         (lambda good: [*good, good[1]], ["line 4", "step 0", "after step 1", "must rise"]),
         (lambda good: good[2:], ["line 1", "must rise from 0"]),
-        (lambda good: [*good[:2], {"step": 1.5, "block": 2, "next_block": 2}], ["line 3", "whole step"]),
+        (lambda good: [*good[:2], {"step": 1.5, "block": 2, "next_block": 2}], ["line 3", "step: a whole number"]),
         (lambda good: [*good[:2], ["no", "line"]], ["line 3"]),
     ],
 )
