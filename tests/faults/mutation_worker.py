@@ -62,14 +62,14 @@ def read_back(config: Config, world: World) -> dict[str, str]:
     client = next(state for state in states if "leap" in state)["leap"]
     run = Path(config.output)
     lines = known_lines(run / LEDGER, client["ledger_lines"], client["ledger_mark"])
-    told = comparison.read(run, "run")
+    decided, summary = comparison.read_ledger(run), comparison.read_summary(run / comparison.SUMMARY)
     return {
         "checkpoint": path.name,
         "state": digest(states),
         "position": digest({key: value for key, value in read_run(path).items() if key != "files"}),
         "ledger": digest([line.decode() for line in lines]),
         "student": digest(load_student(run).state_dict()),
-        "results": digest([{key: series.values.tolist() for key, series in told.series.items()}, told.accuracies]),
+        "results": digest([decided, summary]),
     }
 
 

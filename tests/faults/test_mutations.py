@@ -46,9 +46,11 @@ def tried(run: Path, mutations: list[Mutation], ranks: int, task: Path) -> list[
     return [entry[2] for entry in found]
 
 
-def test_a_dozen_mutations_are_each_one_line_or_harmless(tmp_path: Path) -> None:
-    run, other = (finished_run(tmp_path / name, 2, 2, seed) for seed, name in enumerate("ab"))
-    outcomes = tried(run, drawn(files_of(run, other), 24, SEED), 2, tmp_path / "task.json")
+def test_two_dozen_mutations_are_each_one_line_or_harmless(tmp_path: Path) -> None:
+    """Files are swapped with those of an older checkpoint of the same run, which is the hardest to tell."""
+    run = finished_run(tmp_path / "a", 2, 2)
+    files = {name: name.replace("step00000023", "step00000010") for name in files_of(run, run)}
+    outcomes = tried(run, drawn(files, 24, SEED), 2, tmp_path / "task.json")
     print(tell("ZeRO 2, 2 ranks", outcomes))
     assert outcomes.count("refused") + outcomes.count("passed over") >= 12, outcomes
 

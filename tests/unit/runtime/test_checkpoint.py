@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -375,6 +376,71 @@ def test_a_damaged_folder_goes_on_from_its_newest_whole_checkpoint_and_says_so(d
     else:
         (line,) = caplog.messages
         assert re.search(said, line) and f"goes on from {found.name}" in line and "\n" not in line
+
+
+def flipped(path: Path) -> None:
+    """One bit of it, which neither names nor sizes show."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_bit_that_has_flipped_is_found_before_anything_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    claimed(tmp_path, "checkpoint.keep=3", steps=(5, 7, 9))
+    folder = tmp_path / "checkpoints"
+    for step in (7, 9):
+        flipped(folder / f"step0000000{step}" / "model.json")
+    assert find_resume(config(tmp_path, "checkpoint.keep=3", "resume=auto"), ONE) == folder / "step00000005"
+    (line,) = caplog.messages
+    assert "goes on from step00000005 (step00000009 has a model.json that is damaged" in line and "step00000007" in line
+    wanted = folder / "step00000009"
+    with pytest.raises(UserError, match=r"resume=.*step00000009: has a model.json that is damaged"):
+        find_resume(config(tmp_path / "new", f"resume={wanted}"), ONE)
+    flipped(folder / "step00000005" / "model.json")
+    with pytest.raises(UserError, match="holds no whole checkpoint") as caught:
+        find_resume(config(tmp_path, "checkpoint.keep=3", "resume=auto"), ONE)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_without_hashes_is_taken_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    claimed(tmp_path, steps=(5,))
+    path = newest(tmp_path / "checkpoints")
+    saved = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(
+        json.dumps({key: value for key, value in saved.items() if key not in ("files", "seal")})
+    )
+    assert find_resume(config(tmp_path, "resume=auto"), ONE) == path
+    (line,) = caplog.messages
+    assert "has no hashes: it is taken unchecked" in line
+
+
+def test_latest_that_names_an_older_one_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By hand, or by a bit that has flipped."""
+    claimed(tmp_path, "checkpoint.keep=3", steps=(5, 7))
+    (tmp_path / "checkpoints" / "latest").write_text("step00000005")
+    found = find_resume(config(tmp_path, "checkpoint.keep=3", "resume=auto"), ONE)
+    assert found.name == "step00000005" and "though step00000007 is newer" in caplog.text
+
+
+def test_an_output_folder_that_is_removed_ends_the_run_at_its_next_save(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    checkpoints = claimed(output, steps=(5,))
+    shutil.rmtree(output)
+    with pytest.raises(UserError, match=r"output=.*/run: was removed or replaced while this run was at it"):
+        checkpoints.save(PlainEngine(), 6, {})
+    assert not output.exists()
+    checkpoints.release()
+
+
+def test_a_loader_worker_that_is_killed_in_a_save_is_not_the_saves_fault(tmp_path: Path) -> None:
+    checkpoints = claimed(tmp_path, steps=(5,))
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        checkpoints.save(PlainEngine(fails=killed), 6, {})
 
 
 def test_an_older_one_goes_before_a_newer_one_that_no_loss_has_confirmed(tmp_path: Path) -> None:
