@@ -63,6 +63,8 @@ def read_back(config: Config, world: World) -> dict[str, str]:
     run = Path(config.output)
     lines = known_lines(run / LEDGER, client["ledger_lines"], client["ledger_mark"])
     decided, summary = comparison.read_ledger(run), comparison.read_summary(run / comparison.SUMMARY)
+    if not summary:
+        logging.getLogger("leap_dist").warning("summary.json is missing")  # tools/plot_run.py says that
     return {
         "checkpoint": path.name,
         "state": digest(states),
@@ -78,7 +80,7 @@ def outcome(config: Config, world: World, whole: dict[str, str], said: Said) -> 
     said.lines.clear()
     try:
         found, fault = read_back(config, world), ""
-    except UserError as error:
+    except (UserError, FileNotFoundError) as error:  # the latter of `load_student`, in its words
         found, fault = {}, str(error)
     except Exception as error:
         found, fault = {}, f"\n{type(error).__name__}: {error}"  # a traceback
