@@ -191,7 +191,7 @@ def _own_settings(engine: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _without_crc() -> Iterator[None]:
+def without_crc() -> Iterator[None]:
     """Save tensors in this block: without the zip's CRCs, which cost torch three times what `seal`'s hash does, over
     the same bytes, and which it never looks at when it loads.
     """
@@ -266,7 +266,7 @@ class Checkpoints:
         client = {"leap": state, "scaler": _scaler_state(engine)}
         marks = self._all_marks()
         try:
-            with _without_crc():
+            with without_crc():
                 engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
             if self.world.is_main:
                 write_text(partial / CONFIG, to_yaml(self.config))
