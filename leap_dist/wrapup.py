@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import statistics
 import time
 from pathlib import Path
@@ -16,12 +16,15 @@ from leap_dist.evaluation import FeatureSet, HeldOut, evaluate
 from leap_dist.matching import linear_cka_of_features
 from leap_dist.models import Student, export_student, load_student
 from leap_dist.monitoring import table
+from leap_dist.monitoring.comparison import LEDGER, SUMMARY, VALIDATION
 from leap_dist.runtime.distributed import World, gather_objects
 from leap_dist.runtime.engine import micro_batch
-from leap_dist.runtime.files import write_json
+from leap_dist.runtime.integrity import named_files, read_sealed, write_sealed
 from leap_dist.runtime.timing import CALIBRATION, PHASES
 from leap_dist.teacher import Teacher
 from leap_dist.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 TIMED_PASSES = 5
 TIMES = (
@@ -57,15 +60,25 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
 
 def _write(summary: dict[str, Any], config: Config, world: World) -> None:
     if world.is_main:
-        write_json(Path(config.output) / "summary.json", summary)
+        folder = Path(config.output)
+        write_sealed(folder / SUMMARY, summary | named_files(folder, LEDGER, VALIDATION))
 
 
 def _earlier_times(config: Config, world: World, trainer: Trainer) -> Optional[dict[str, Any]]:
     """What the end of this very run said of its time, if this session made no step. Rank 0's for all; collective."""
-    path = Path(config.output) / "summary.json"
-    earlier = json.loads(path.read_text()) if world.is_main and path.is_file() else {}
+    earlier = _earlier_summary(Path(config.output) / SUMMARY) if world.is_main else {}
     same = trainer.first_step == trainer.progress.step == earlier.get("steps") and "time_saved" in earlier
     return gather_objects({key: earlier[key] for key in TIMES if key in earlier} if same else None, world)[0]
+
+
+def _earlier_summary(path: Path) -> dict[str, Any]:
+    """What is there of an earlier end; nothing of it is believed where it is damaged."""
+    if not path.is_file():
+        return {}
+    earlier, fault = read_sealed(path)
+    if fault:
+        log.warning("%s is %s: what it said is worked out anew", path, fault.split()[-1])
+    return earlier if not fault else {}
 
 
 def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from leap_dist.config import DataConfig, TeacherConfig
 from leap_dist.errors import UserError
 from leap_dist.models import load_student
 from leap_dist.models.records import read_record
+from leap_dist.runtime.integrity import check_recorded, record_of
 from leap_dist.teacher import build_teacher
 
 Colour = tuple[float, ...]
@@ -50,14 +51,26 @@ class Subject:
     layers: Callable[[Tensor], list[Tensor]]
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a record says of the images that its model takes."""
+
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    crop_pct: float = Preprocessing.crop_pct
+
+
 def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
     """A student that a run exported: `student.safetensors` with its .json beside it. UserError if they do not load."""
-    record = path.with_suffix(".json")
+    record = record_of(path)
     try:
         about = read_record(record)
-        size, crop_pct = int(about["image_size"]), about.get("crop_pct", Preprocessing.crop_pct)
-        preprocessing = Preprocessing(tuple(about["mean"]), tuple(about["std"]), crop_pct)
-        student = load_student(path, device).requires_grad_(False)
+        check_recorded(path, _Seen)
+        preprocessing = Preprocessing(
+            tuple(about["mean"]), tuple(about["std"]), about.get("crop_pct", Preprocessing.crop_pct)
+        )
+        size, student = about["image_size"], load_student(path, device).requires_grad_(False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} and {record.name} are no exported student ({error!r:.160})") from error
 

@@ -53,7 +53,7 @@ class Validation:
 
     def write(self, lines: list[dict[str, float]]) -> None:
         """Write, on rank 0, all of the run's evaluations so far: those of a checkpoint, and those since."""
-        if not self._world.is_main:
+        if not lines or not self._world.is_main:
             return
         text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines)
         write_text(Path(self._config.output) / VALIDATION, text)

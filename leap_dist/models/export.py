@@ -1,5 +1,7 @@
 """The trained student as a file that plain timm loads: safetensors plus a JSON with the arguments that rebuild it.
 
+The JSON also has the size and hash of the weights, and a seal on itself: `leap_dist.runtime.integrity`.
+
 docs/students.md has the lines that load it, without and with a remedy.
 """
 
@@ -19,7 +21,7 @@ from leap_dist.errors import UserError
 from leap_dist.models.records import read_record, require_weights_of
 from leap_dist.models.student import Student, StudentRecipe, assemble
 from leap_dist.runtime.distributed import World, barrier
-from leap_dist.runtime.files import write_json, write_whole
+from leap_dist.runtime.integrity import check_recorded, record_of, write_recorded
 
 STUDENT = "student.safetensors"
 
@@ -40,7 +42,6 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
     student: Student = engine.module.student
     state = gathered_state(student.backbone, world)
     if world.is_main:
-        write_whole(path, lambda partial: save_file(state, partial))
         about = {
             **asdict(replace(student.recipe, width=student.width)),
             "image_size": config.data.image_size,
@@ -48,7 +49,7 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
             "std": list(config.data.std),
             "crop_pct": config.data.crop_pct,
         }
-        write_json(path.with_suffix(".json"), about)
+        write_recorded(path, lambda partial: save_file(state, partial), about)
     barrier(world)
     return path
 
@@ -60,14 +61,16 @@ def load_student(path: str | Path, device: torch.device | str = "cpu") -> Studen
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: its record names anything but a model of timm with plain arguments, or the file is not of that model.
+        UserError: it, or the JSON beside it, is not what was written, or not what an export writes: a model of timm
+            with plain arguments, and its weights.
     """
     path = Path(path)
     if path.is_dir():
         path = path / STUDENT
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the end of a run exports its student as RUN/{STUDENT}")
-    about = read_record(path.with_suffix(".json"))
+    about = read_record(record_of(path))
+    check_recorded(path, StudentRecipe)
     recipe = StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})
     try:
         with torch.device("meta"):

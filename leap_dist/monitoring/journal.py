@@ -6,7 +6,7 @@ Rank 0 writes. On the other ranks the same calls do nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -38,18 +38,17 @@ class Journal:
         *,
         steps_per_epoch: int,
         total_steps: int,
-        lines: int = 0,
-        source: Optional[Path] = None,
+        ledger: Sequence[bytes] = (),
     ) -> None:
         """Begin, or go on from a checkpoint. The run keeps `progress` and `costs` up to date for what is written.
 
-        lines, source: of the ledger that a resumed run continues, see `Ledger`.
+        ledger: the lines that a resumed run continues, see `Ledger`.
         """
         self._progress, self._costs = progress, costs
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         if self._world.is_main:
             self._telemetry = Telemetry(self._config, total_steps, progress.step)
-            self._ledger = Ledger(Path(self._config.output), lines, source)
+            self._ledger = Ledger(Path(self._config.output), ledger)
 
     def close(self) -> None:
         """Give the terminal back; safe at any time."""
@@ -73,10 +72,12 @@ class Journal:
             decision = "advance" if advanced else "stay"
             self._write(step, block, score, ema=ema, decision=decision, reason=reason)
 
-    def lines(self) -> int:
-        """Of the ledger so far, all of them on disk."""
+    def state_dict(self) -> dict[str, Any]:
+        """How many lines the ledger has so far, all of them on disk, and what tells them apart from others."""
         self.flush()
-        return 0 if self._ledger is None else self._ledger.lines
+        if self._ledger is None:
+            return {"ledger_lines": 0, "ledger_mark": ""}
+        return {"ledger_lines": self._ledger.lines, "ledger_mark": self._ledger.mark}
 
     def _next_block(self) -> int:
         """The block of the step after the one that is settled: the curriculum's, unless its work has begun."""

@@ -2,6 +2,7 @@
 
 OUT/recipe.yaml              the recipe this folder belongs to
 OUT/checkpoint.pt            where the training stands; replaced by renaming
+OUT/checkpoint.json          its step, recipe, size and hash
 OUT/bad_samples.jsonl        training images that cannot be read; absent if there are none
 OUT/teacher.safetensors      the average of the weights: backbone, and head.* for the class token
 OUT/teacher.json             how to rebuild it, its accuracy at every evaluation, the recipe
@@ -44,7 +45,8 @@ from leap_dist.pretraining.initial import initialise
 from leap_dist.pretraining.recipe import TeacherRecipe, changes, load_recipe
 from leap_dist.pretraining.session import Session
 from leap_dist.runtime.distributed import World, uses_gpus
-from leap_dist.runtime.files import write_json, write_text, write_whole
+from leap_dist.runtime.files import write_text
+from leap_dist.runtime.integrity import write_recorded
 from leap_dist.runtime.reporting import STDERR
 from leap_dist.runtime.signals import Interrupt
 from leap_dist.teacher.record import CLASSES
@@ -218,7 +220,7 @@ def accuracy(model: nn.Module, loader: EvalLoader, device: torch.device, *, tell
 
 
 def publish(session: Session, val_accuracy: float, output: Path, names: Optional[Mapping[str, int]] = None) -> None:
-    """Add a row to the history; write the average of the weights and, last, its record.
+    """Add a row to the history; write the average of the weights and its record.
 
     names: of the classes, and their outputs.
     """
@@ -233,8 +235,7 @@ def publish(session: Session, val_accuracy: float, output: Path, names: Optional
         }
     )
     state = {key: value.cpu().contiguous() for key, value in session.average.module.state_dict().items()}
-    write_whole(output / WEIGHTS, lambda partial: save_file(state, partial))
-    write_json((output / WEIGHTS).with_suffix(".json"), _record(session, names))
+    write_recorded(output / WEIGHTS, lambda partial: save_file(state, partial), _record(session, names))
 
 
 def _record(session: Session, names: Optional[Mapping[str, int]]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     output/config.yaml                  the run this folder belongs to
     output/.lock                        held by the run that is at it, see `leap_dist.runtime.run_lock`
-    output/checkpoints/step00000120/    DeepSpeed's files, config.yaml, run.json (step, world size, ZeRO stage)
+    output/checkpoints/step00000120/    DeepSpeed's files, config.yaml, and, sealed, run.json: what run and step it is
+                                        of, and size and hash of every other file
     output/checkpoints/latest           name of the newest good checkpoint; written last, by renaming
 
 `latest` moves on only when the step after a checkpoint has shown a finite loss (or the run ends there; or, before an
@@ -15,11 +16,13 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Optional
+
+import torch
 
 from leap_dist.config import Config, abridged, differences, flat, load, to_yaml
 from leap_dist.errors import UserError
@@ -27,18 +30,22 @@ from leap_dist.runtime.checkpoint_folder import (
     CONFIG,
     LATEST,
     RUN,
+    Choice,
     check_has_none,
     checkpoints,
+    choose,
+    damage,
     fault_of,
-    newest,
     others,
     read_run,
+    seal,
 )
 from leap_dist.runtime.distributed import World, barrier, gather_objects, is_lost_peer, on_first
 from leap_dist.runtime.engine import gradscaler
-from leap_dist.runtime.files import disk_full, flush, write_json, write_text
+from leap_dist.runtime.files import disk_full, flush, write_text
 from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.plain_checkpoint import require_plain
+from leap_dist.runtime.reporting import is_lost_worker
 from leap_dist.runtime.run_lock import Claim, require_shared
 from leap_dist.runtime.universal import remove_leftovers, universal_copy
 
@@ -57,24 +64,41 @@ ANOTHER_RUN = (
 def find_resume(config: Config, world: World) -> Optional[Path]:
     """The checkpoint this run starts from, or None for a fresh start: rank 0 looks, and all ranks do as it says.
 
+    Every byte of it that is going to be used has been found to be what was written. A damaged one is passed over for
+    the one before, which rank 0 says; one that was asked for by its own path is refused.
+
     Raises:
-        UserError: `output` holds a run and may not be touched, or another config, `resume` holds no checkpoint, or a
-            rank does not see the one that rank 0 found.
+        UserError: `output` holds a run and may not be touched, or another config, `resume` holds no checkpoint or a
+            damaged one, none is whole, or a rank does not see the one that rank 0 found.
     """
     _require_one_config(config, world)
-    found: Optional[Path] = None
-    fault = ""
+    damaged: dict[Path, str] = {}
+    while True:
+        choice = _told_by_main(lambda: _resume_from(config, damaged), world)
+        if choice is None:
+            return None
+        require_shared(choice.path / RUN, Path(config.output), world)
+        fault = damage(choice.path, world)
+        if fault is None:
+            break
+        damaged[choice.path] = fault
+    if choice.remark and world.is_main:
+        log.warning(choice.remark)
+    return choice.path
+
+
+def _told_by_main(look: Callable[[], Optional[Choice]], world: World) -> Optional[Choice]:
+    """What rank 0 finds, on all ranks, or the UserError that it meets. Collective."""
+    found: tuple[str, Optional[Choice]] = ("", None)
     if world.is_main:
         try:
-            found = _resume_from(config)
+            found = "", look()
         except UserError as error:
-            fault = str(error)
-    fault, found = gather_objects((fault, found), world)[0]
+            found = str(error), None
+    fault, choice = gather_objects(found, world)[0]
     if fault:
         raise UserError(fault)
-    if found is not None:
-        require_shared(found / RUN, Path(config.output), world)
-    return found
+    return choice
 
 
 def _require_one_config(config: Config, world: World) -> None:
@@ -86,7 +110,8 @@ def _require_one_config(config: Config, world: World) -> None:
                 raise UserError(f"{key}: rank {rank} was started with {value}, rank 0 with {flats[0][key]}")
 
 
-def _resume_from(config: Config) -> Optional[Path]:
+def _resume_from(config: Config, damaged: Mapping[Path, str]) -> Optional[Choice]:
+    """damaged: see `choose`."""
     output = Path(config.output)
     held = _held_config(output)
     if held is not None:
@@ -99,15 +124,15 @@ def _resume_from(config: Config) -> Optional[Path]:
         if config.resume == "none":
             raise UserError(f"output={output}: holds a run; continue it with resume=auto, or choose another output")
         if config.resume != "auto" and _is_inside(Path(config.resume), output):
-            return _meant(Path(config.resume))
-        own = newest(output / "checkpoints")
+            return _meant(Path(config.resume), damaged)
+        own = choose(output / "checkpoints", damaged)
         if own is None and config.resume == "auto":
             log.warning("output=%s: holds a run without a checkpoint; begins at step 0", output)
         if config.resume == "auto" or own is not None:
             return own  # a queue that starts the same command again must not begin at the other run's checkpoint again
     if config.resume in ("none", "auto"):
         return None
-    return _meant(Path(config.resume))
+    return _meant(Path(config.resume), damaged)
 
 
 def _held_config(output: Path) -> Optional[Path]:
@@ -130,14 +155,14 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def _meant(path: Path) -> Path:
+def _meant(path: Path, damaged: Mapping[Path, str]) -> Choice:
     """A checkpoint from what a user may point at: itself, its `checkpoints` folder, or a run's folder."""
     is_step = path.name.startswith("step") and path.is_dir() and not (path / "checkpoints").is_dir()
     if is_step or (path / RUN).is_file():
-        if fault := fault_of(path):
+        if fault := damaged.get(path) or fault_of(path):
             raise UserError(f"resume={path}: {fault}; {others(path)}")
-        return path
-    found = newest(path) or newest(path / "checkpoints")
+        return Choice(path)
+    found = choose(path, damaged) or choose(path / "checkpoints", damaged)
     if found is None:
         raise UserError(f"resume={path}: holds no checkpoint")
     return found
@@ -169,6 +194,19 @@ def _own_settings(engine: Any) -> Iterator[None]:
     for parameter, state in optimizer.state.items():
         if "step" in state:
             state["step"] = state["step"].to(parameter.device if fused else "cpu", copy=True)
+
+
+@contextmanager
+def without_crc() -> Iterator[None]:
+    """Save tensors in this block: without the zip's CRCs, which cost torch three times what `seal`'s hash does, over
+    the same bytes, and which it never looks at when it loads.
+    """
+    wanted = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(wanted)
 
 
 def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
@@ -229,21 +267,23 @@ class Checkpoints:
         if self.world.is_main:
             for left in self.folder.glob(".step*"):  # by a save that was killed
                 shutil.rmtree(left, ignore_errors=True)
-        barrier(self.world)
+        if fault := gather_objects(self._claim.fault(), self.world)[0]:
+            raise UserError(fault)
         client = {"leap": state, "scaler": _scaler_state(engine)}
         marks = self._all_marks()
         try:
-            engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
+            with without_crc():
+                engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
             if self.world.is_main:
                 write_text(partial / CONFIG, to_yaml(self.config))
-                position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
-                write_json(partial / RUN, self._identity() | position | {"teacher_marks": marks})
+            position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
+            seal(partial, self._identity() | position | {"teacher_marks": marks}, self.world)
             flush(self.folder)
             barrier(self.world)
             if self.world.is_main:
                 _put(partial, path)
         except (OSError, RuntimeError) as error:  # torch.save says a full disk in its own words
-            if is_lost_peer(error):
+            if is_lost_peer(error) or is_lost_worker(error):
                 raise
             reason = disk_full(error, self.folder) or " ".join(str(error).split())[:300]
             raise UserError(f"checkpoint {path}: cannot be written ({reason}); the previous one is intact") from error
@@ -261,9 +301,13 @@ class Checkpoints:
         """Whether `path` is in parts for another number of ranks: ZeRO stages 1-3 save one per rank, stage 0 does not.
 
         Raises:
-            UserError: saved with another ZeRO stage, precision, batch, seed, set, optimizer, student, mode or teacher.
+            UserError: saved with another ZeRO stage, precision, batch, seed, set, optimizer, student, mode or teacher,
+                or it does not say with what.
         """
-        saved = read_run(path)
+        try:
+            saved = read_run(path)
+        except UserError as error:
+            raise UserError(f"checkpoint {path}: {error}; {others(path)}") from None
         for key, mine in self._identity().items():
             if saved.get(key, mine) != mine:
                 raise UserError(
@@ -297,7 +341,7 @@ class Checkpoints:
             with _own_settings(engine):
                 loaded, client = engine.load_checkpoint(str(files.parent), tag=files.name)
         except Exception as error:  # torch, pickle, zip and DeepSpeed each raise their own
-            if is_lost_peer(error):
+            if is_lost_peer(error) or is_lost_worker(error):
                 raise
             reason = " ".join(str(error).split())[:300]
             if isinstance(error, (ImportError, AttributeError)) and "leap_dist" in reason:  # of what torch unpickles

@@ -132,7 +132,7 @@ def lock(path: Path, patience: float, mode: str = "w") -> IO[Any]:
         file = path.open(mode)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(file, path):
+            if is_at(file, path):
                 return file
             file.close()  # its holder has removed it: a lock on what has no name holds nobody off
         except BlockingIOError:
@@ -147,8 +147,9 @@ def lock(path: Path, patience: float, mode: str = "w") -> IO[Any]:
             raise
 
 
-def _is_at(file: IO[Any], path: Path) -> bool:
+def is_at(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is the one that lies at `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
+    except OSError:
         return False

@@ -9,7 +9,7 @@ from typing import IO, Any, Optional
 
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, gather_objects
-from leap_dist.runtime.files import lock, write_text
+from leap_dist.runtime.files import is_at, lock, write_text
 
 LOCK = ".lock"
 LOCK_SECONDS = 60  # a run that was told to stop may still be saving
@@ -53,11 +53,17 @@ class Claim:
         self._on_main(lambda: (self._lock(), write_text(self._output / name, text)))
         require_shared(self._output / name, self._output, self._world)
 
+    def fault(self) -> str:
+        """What has become of the folder that is held, on rank 0; empty where it is as it was."""
+        if self._held is None or is_at(self._held, self._output / LOCK):
+            return ""
+        return f"output={self._output}: was removed or replaced while this run was at it; nothing more is written there"
+
     def release(self) -> None:
         """Let others have the folder; safe at any time. What `hold` has made and nobody has used is removed."""
         if self._held is None:
             return
-        if self._made and {path.name for path in self._output.iterdir()} == {LOCK}:
+        if self._made and not self.fault() and {path.name for path in self._output.iterdir()} == {LOCK}:
             (self._output / LOCK).unlink()
             for folder in reversed(self._made):
                 with suppress(OSError):  # somebody else has put something beside it meanwhile

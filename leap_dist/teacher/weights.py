@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from leap_dist.config import DEMO_TEACHER, HUB, RANDOM, TeacherConfig
 from leap_dist.errors import UserError
 from leap_dist.models import build_model
+from leap_dist.runtime.integrity import FILE, Damaged, check_recorded, read_sealed, record_of
 from leap_dist.teacher.layouts import check_classifier, convert
 from leap_dist.teacher.record import check_record
 from leap_dist.teacher.weight_files import read_weights
@@ -55,11 +56,24 @@ def open_weights(config: TeacherConfig, model: nn.Module) -> Weights:
         raise UserError(f"teacher.weights={DEMO_TEACHER} is only known to the training script; give a file's path")
     if config.weights == RANDOM:
         return RandomWeights(model)
-    path = _hub_file(config, model) if config.weights == HUB else Path(config.weights)
+    if config.weights == HUB:
+        return FileWeights(_hub_file(config, model), model, config.model)
+    path = Path(config.weights)
+    check_own(path)
     weights = FileWeights(path, model, config.model)
-    if config.weights != HUB:
-        check_record(path, model, config.model)
+    check_record(path, model, config.model)
     return weights
+
+
+def check_own(path: Path) -> None:
+    """Raise UserError where this project wrote the file, as the record beside it says, and it is not that any more."""
+    if path.is_file() and record_of(path).is_file():
+        try:
+            record, _ = read_sealed(record_of(path))
+            if FILE in record:
+                check_recorded(path)
+        except (OSError, Damaged) as error:
+            raise UserError(f"teacher.weights={error}") from None
 
 
 def build_skeleton(config: TeacherConfig, image_size: int, classes: int = 0) -> nn.Module:
