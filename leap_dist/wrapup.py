@@ -16,7 +16,7 @@ from leap_dist.evaluation import FeatureSet, HeldOut, evaluate
 from leap_dist.matching import linear_cka_of_features
 from leap_dist.models import Student, export_student, load_student
 from leap_dist.monitoring import table
-from leap_dist.runtime.distributed import World, gather_objects
+from leap_dist.runtime.distributed import World, gather_objects, on_main
 from leap_dist.runtime.engine import micro_batch
 from leap_dist.runtime.files import write_json
 from leap_dist.runtime.timing import CALIBRATION, PHASES
@@ -56,8 +56,7 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
 
 
 def _write(summary: dict[str, Any], config: Config, world: World) -> None:
-    if world.is_main:
-        write_json(Path(config.output) / "summary.json", summary)
+    on_main(lambda: write_json(Path(config.output) / "summary.json", summary), world)
 
 
 def _earlier_times(config: Config, world: World, trainer: Trainer) -> Optional[dict[str, Any]]:

@@ -20,13 +20,13 @@ from typing import Any, Optional
 
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, gather_objects
-from leap_dist.runtime.files import write_text
+from leap_dist.runtime.files import write_text, writing
 
 LEDGER = "curriculum.jsonl"
 
 
 class Ledger:
-    """Appends to the ledger of one run; on rank 0 only.
+    """Appends to the ledger of one run; on rank 0 only. A line that the disk refuses waits in memory for the next try.
 
     Args:
         lines: that are kept, from the run this one continues: those that its checkpoint knew of.
@@ -34,25 +34,34 @@ class Ledger:
     """
 
     def __init__(self, output: Path, lines: int = 0, source: Optional[Path] = None) -> None:
-        path, old = output / LEDGER, (source or output) / LEDGER
+        self._path, old = output / LEDGER, (source or output) / LEDGER
         kept: list[str] = []
         if lines and old.is_file():
             with old.open() as file:
                 kept = list(itertools.islice(file, lines))
-        write_text(path, "".join(kept))
-        self._file = path.open("a")
+        write_text(self._path, "".join(kept))
+        self._file = self._path.open("ab", buffering=0)
+        self._waiting = bytearray()
         self.lines = len(kept)
 
     def write(self, **line: Any) -> None:
         """Add a line; it reaches the disk with the next `flush`."""
-        self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
+        self._waiting += (json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n").encode()
         self.lines += 1
 
     def flush(self) -> None:
-        self._file.flush()
+        """Write what waits. UserError if the disk refuses; what it did not take waits on."""
+        with writing(self._path.parent):
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
 
     def close(self) -> None:
-        self._file.close()
+        """Safe at any time. UserError as `flush`."""
+        try:
+            self.flush()
+        finally:
+            self._waiting.clear()
+            self._file.close()
 
 
 @dataclass(frozen=True)

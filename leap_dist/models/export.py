@@ -16,7 +16,7 @@ from torch import nn
 
 from leap_dist.config import Config
 from leap_dist.models.student import Student, StudentRecipe, assemble
-from leap_dist.runtime.distributed import World, barrier
+from leap_dist.runtime.distributed import World, on_main
 from leap_dist.runtime.files import write_json, write_whole
 
 STUDENT = "student.safetensors"
@@ -33,21 +33,27 @@ def gathered_state(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
 
 
 def export_student(engine: Any, config: Config, world: World) -> Path:
-    """Write `student.safetensors` and `student.json` to the run folder. Collective."""
+    """Write `student.safetensors` and `student.json` to the run folder. Collective.
+
+    Raises:
+        UserError: on every rank, the disk refuses.
+    """
     path = Path(config.output) / STUDENT
     student: Student = engine.module.student
     state = gathered_state(student.backbone, world)
-    if world.is_main:
+    about = {
+        **asdict(replace(student.recipe, width=student.width)),
+        "image_size": config.data.image_size,
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "crop_pct": config.data.crop_pct,
+    }
+
+    def write() -> None:
         write_whole(path, lambda partial: save_file(state, partial))
-        about = {
-            **asdict(replace(student.recipe, width=student.width)),
-            "image_size": config.data.image_size,
-            "mean": list(config.data.mean),
-            "std": list(config.data.std),
-            "crop_pct": config.data.crop_pct,
-        }
         write_json(path.with_suffix(".json"), about)
-    barrier(world)
+
+    on_main(write, world)
     return path
 
 

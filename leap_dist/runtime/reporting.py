@@ -101,8 +101,10 @@ def failed(error: Exception) -> int:
     if isinstance(error, UserError):
         complain(str(error), error)
         return 2
-    if full := _full_disk(error):
-        complain(full, error)
+    from leap_dist.runtime.files import refusal
+
+    if refused := refusal(error, Path.cwd(), probe=False):  # by an error that names no file: here, if anywhere
+        complain(refused, error)
         return 2
     # torch: seconds that a mistyped key must not take
     from leap_dist.runtime.distributed import hint_of_communication, is_lost_peer
@@ -116,13 +118,3 @@ def failed(error: Exception) -> int:
         traceback.print_exception(error, file=STDERR)
         complain(f"{type(error).__name__}, see above", error)
     return 1
-
-
-def _full_disk(error: Exception) -> str:
-    """Words for an error that says that a disk is full, wherever it was written to; empty for any other."""
-    from leap_dist.runtime.files import NO_ROOM, disk_full
-
-    if getattr(error, "errno", None) not in NO_ROOM and "No space left" not in str(error):
-        return ""
-    written = Path(str(getattr(error, "filename", None) or "."))
-    return disk_full(error, next(folder for folder in (written, *written.absolute().parents) if folder.is_dir()))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from leap_dist.config import to_yaml
 from leap_dist.errors import UserError
-from leap_dist.runtime.files import lock, write_text
+from leap_dist.runtime.files import lock, write_text, writing
 from leap_dist.sweeps.plan import Plan, Run, conflict, result, with_budget
 from leap_dist.sweeps.results import write_results
 
@@ -116,7 +116,15 @@ class Sweep:
 
 
 def launch(run: Run, launcher: str, slot: int) -> Optional[subprocess.Popen[bytes]]:
-    """Start the run, with its log as its output; None while processes of another sweep still hold that."""
+    """Start the run, with its log as its output; None while processes of another sweep still hold that.
+
+    UserError if the disk refuses the log.
+    """
+    with writing(run.log.parent):
+        return _launched(run, launcher, slot)
+
+
+def _launched(run: Run, launcher: str, slot: int) -> Optional[subprocess.Popen[bytes]]:
     run.log.parent.mkdir(parents=True, exist_ok=True)
     try:
         # The run's processes inherit the lock, and hold it also when the sweep is killed.
