@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from leap_dist.config import Config
+from leap_dist.config.ranges import RANGES, complaint
+from leap_dist.errors import UserError
 from leap_dist.models.student import Student, StudentRecipe, assemble
 from leap_dist.runtime.distributed import World, on_main
 from leap_dist.runtime.files import write_json, write_whole
@@ -57,6 +59,14 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
     return path
 
 
+def _check_record(about: dict[str, Any], record: Path) -> None:
+    """UserError where a number of the record is none that a run could have had."""
+    for name in ("image_size", "crop_pct", "mean", "std"):
+        fault = complaint(f"data.{name}", about[name], RANGES) if name in about else None
+        if fault:
+            raise UserError(f"{record}: {fault.removeprefix('data.')}")
+
+
 def load_student(path: str | Path, device: torch.device | str = "cpu") -> Student:
     """The exported student, or a teacher of `tools/train_teacher.py`, ready to extract features.
 
@@ -71,6 +81,7 @@ def load_student(path: str | Path, device: torch.device | str = "cpu") -> Studen
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the end of a run exports its student as RUN/{STUDENT}")
     about = json.loads(path.with_suffix(".json").read_text())
+    _check_record(about, path.with_suffix(".json"))
     student = assemble(
         StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})
     )
