@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from leap_dist.config import HUB, Config, DataConfig, EvaluationConfig, TeacherConfig, is_remote, load
 from leap_dist.config.ranges import RANGES, Range
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from leap_dist.analysis import Analysis, Subject
@@ -273,7 +273,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         analyse(parse(argv))
     except UserError as error:
-        say(f"error: {error}")
+        say(f"error: {one_line(str(error))}")
         return 2
     except Exception:
         traceback.print_exc()

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, one_line
 from leap_dist.monitoring import climb
 from leap_dist.monitoring.comparison import draw, names, read
 from leap_dist.runtime.files import write_whole
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         kind = args.out.suffix.removeprefix(".") or "png"
         write_whole(args.out, lambda partial: figure.savefig(partial, dpi=120, format=kind))
     except UserError as error:
-        print(f"plot_run: error: {error}", file=sys.stderr)
+        print(f"plot_run: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     print(f"written to {args.out}")
     return 0

@@ -241,15 +241,17 @@ class Checkpoints:
             if is_lost_peer(error):
                 raise
             fault = refusal(error, self.folder) or " ".join(str(error).split())[:300]
-        self._agree(fault, path)
+        self._agree(fault, path, partial)
         on_main(lambda: _put(partial, path), self.world)
         self._unconfirmed = path
         return path
 
-    def _agree(self, fault: str, path: Path) -> None:
+    def _agree(self, fault: str, path: Path, partial: Path) -> None:
         """Raise UserError on every rank if one has a fault. Collective: nobody goes on before all have written."""
         faults = gather_objects(fault, self.world)
         if any(faults):
+            if self.world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)  # what little room there is
             told = next(filter(None, faults))
             raise UserError(f"checkpoint {path}: cannot be written ({told}); the previous one is intact")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, one_line
 
 WORD_OF_RANK_0_S = 5.0
 
@@ -72,7 +72,7 @@ def complain(message: str, error: BaseException | None = None) -> None:
     """One line on stderr that says which rank speaks, with what was noted on the error."""
     notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
     # One write: what ranks print in pieces can end up in one line.
-    STDERR.write(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {message}{notes}\n")
+    STDERR.write(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {one_line(message + notes)}\n")
     STDERR.flush()
 
 

@@ -294,7 +294,7 @@ def main_elsewhere(argv: list[str], **environment: str) -> subprocess.CompletedP
     """`main` in a process of its own, in which no rank waits long for rank 0's word and nothing is trained."""
     code = (
         "import sys; from leap_dist import train; from leap_dist.runtime import reporting; "
-        "reporting.WORD_OF_RANK_0_S = 0.01; train.train = lambda config: None; "
+        "reporting.WORD_OF_RANK_0_S = 0.01; train.train = lambda *_: None; "
         f"sys.exit(train.main({argv!r}))"
     )
     return subprocess.run(
