@@ -66,6 +66,9 @@ def main(argv: Optional[list[str]] = None) -> int:
     except UserError as error:
         print(f"train_teacher: error: {one_line(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train_teacher: stopped before its first step; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

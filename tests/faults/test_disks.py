@@ -10,6 +10,7 @@ import errno
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import matplotlib.figure
@@ -29,7 +30,7 @@ from leap_dist.models.export import export_student
 from leap_dist.monitoring.board import Board
 from leap_dist.runtime.files import REFUSALS, refusal, write_json, write_whole, writing
 from leap_dist.runtime.run_lock import Claim
-from runs import launch, run_ok, write_config
+from runs import command, environment, launch, run_ok, write_config
 from stubs import ONE, stub_config, stub_trainer
 from trials import LIMIT_S, Tally, complaints, files_of_at_most, results, small_disk
 
@@ -220,3 +221,18 @@ def test_a_cache_without_room_is_told_within_seconds(processes: int, tmp_path: P
     assert re.search(
         rf"No space left: the disk of {tmp_path}/cache.*{FREE} are free", "\n".join(complaints(done.stdout))
     )
+
+
+@pytest.mark.slow
+def test_shared_memory_without_room_is_told_at_once(tmp_path: Path) -> None:
+    """In a container with little of it; a mount of its own stands for that."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("a mount that others do not see is not allowed here")
+    config = write_config(tmp_path, data={"workers": 1, "global_batch": 512, "image_size": 64})
+    run = ["sh", "-c", 'mount -t tmpfs -o size=100k tmpfs /dev/shm && exec "$@"', "sh"]
+    line = command(config, "student.kwargs.patch_size=32", processes=1, launcher="python")
+    done = subprocess.run(
+        ["unshare", "-m", *run, *line], capture_output=True, text=True, timeout=LIMIT_S, env=environment()
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert re.search(rf"shared memory. No space left: the disk of /dev/shm is full, {FREE}", done.stderr)
