@@ -26,7 +26,7 @@ from leap_dist.data.order import Share, epoch_order
 from leap_dist.data.transforms import Whole, eval_transform, train_transform
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World
-from leap_dist.runtime.files import refusal
+from leap_dist.runtime.files import refusal, takes_no_more
 from leap_dist.runtime.signals import STOPPING
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ def _guarded(batches: Iterable[Batch], source: str) -> Iterator[Batch]:
         message = str(error).rstrip().splitlines()[-1]
         raise UserError(message.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
     except RuntimeError as error:
+        if "shared memory" in str(error) and takes_no_more(error):
+            raise UserError(
+                f"loader workers pass images through shared memory. {refusal(error, SHARED_MEMORY, probe=False)} "
+                "(fewer data.workers take less; in a container --shm-size or --ipc=host gives more)"
+            ) from None
         if not str(error).startswith("DataLoader"):  # 'DataLoader timed out ...', 'DataLoader worker (pid 7) ...'
             raise
         raise UserError(f"{source}: {' '.join(str(error).split())} (data.workers, data.timeout_s)") from error
@@ -89,15 +94,8 @@ def _shared(batch: Batch) -> Batch:
     if get_worker_info() is None:
         return batch
     pixels = batch.images.pixels if isinstance(batch.images, Crops) else batch.images
-    try:
-        for tensor in (pixels, batch.labels, batch.ids, batch.positions):
-            tensor.share_memory_()
-    except RuntimeError as error:
-        reason = refusal(error, SHARED_MEMORY, probe=False) or str(error)
-        raise UserError(
-            f"loader workers pass images through shared memory. {reason} (fewer data.workers take less; in a "
-            "container --shm-size or --ipc=host gives more)"
-        ) from error
+    for tensor in (pixels, batch.labels, batch.ids, batch.positions):
+        tensor.share_memory_()
     return batch
 
 

@@ -54,8 +54,6 @@ class Interrupt:
         self._previous: list[tuple[int, object]] = []
 
     def __enter__(self) -> Interrupt:
-        if self._previous:  # listens already
-            return self
         self._told, written = os.pipe()
         os.set_blocking(written, False)
         _silence_children()
