@@ -24,7 +24,7 @@ from leap_dist.models import DTYPES, Student, build_student, step_flops
 from leap_dist.models.placement_plan import check_pipelines
 from leap_dist.monitoring import check_window
 from leap_dist.runtime.checkpoint import Checkpoints, find_resume
-from leap_dist.runtime.distributed import World, barrier, check_nodes
+from leap_dist.runtime.distributed import World, check_nodes, on_first
 from leap_dist.runtime.engine import build_engine, micro_batch
 from leap_dist.runtime.optim import build_optimizer
 from leap_dist.runtime.progress import total_steps
@@ -183,7 +183,5 @@ def with_demo_teacher(config: Config, world: World) -> Config:
     from leap_dist.pretraining.demo import demo_cache, ensure_demo_teacher
 
     cache = demo_cache(Path(config.output))
-    if world.local_rank == 0:
-        ensure_demo_teacher(cache)
-    barrier(world)
+    on_first(lambda: ensure_demo_teacher(cache), world)
     return replace(config, teacher=replace(config.teacher, weights=str(ensure_demo_teacher(cache))))

@@ -17,7 +17,7 @@ from leap_dist.matching import linear_cka_of_features
 from leap_dist.models import Student, export_student, load_student
 from leap_dist.monitoring import table
 from leap_dist.monitoring.comparison import LEDGER, SUMMARY, VALIDATION
-from leap_dist.runtime.distributed import World, gather_objects
+from leap_dist.runtime.distributed import World, gather_objects, on_main
 from leap_dist.runtime.engine import micro_batch
 from leap_dist.runtime.integrity import named_files, read_sealed, write_sealed
 from leap_dist.runtime.timing import CALIBRATION, PHASES
@@ -59,9 +59,11 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
 
 
 def _write(summary: dict[str, Any], config: Config, world: World) -> None:
-    if world.is_main:
+    def write() -> None:
         folder = Path(config.output)
         write_sealed(folder / SUMMARY, summary | named_files(folder, LEDGER, VALIDATION))
+
+    on_main(write, world)
 
 
 def _earlier_times(config: Config, world: World, trainer: Trainer) -> Optional[dict[str, Any]]:

@@ -30,12 +30,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from leap_dist.config import HUB, Config, DataConfig, EvaluationConfig, TeacherConfig, is_remote, load
-from leap_dist.errors import UserError
+from leap_dist.config.ranges import RANGES, Range
+from leap_dist.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from leap_dist.analysis import Analysis, Subject
     from leap_dist.runtime.distributed import World
 
+OPTION_RANGES = {
+    **{option: Range(1, 10**9) for option in ("images", "train_images")},
+    **{option: Range(1, 10**6) for option in ("pairs", "subspace", "batch")},
+    **{option: RANGES[f"data.{option}"] for option in ("workers", "crop_pct", "image_size")},
+}
 EXPORTED, RECORD, STUDENT = ".safetensors", (".yaml", ".yml"), "student.safetensors"
 
 
@@ -112,13 +118,10 @@ def request(text: str) -> Request:
 
 def check(args: argparse.Namespace) -> list[Request]:
     """Everything that can be wrong before anything is loaded. UserError in one line."""
-    for option in ("images", "train_images", "pairs", "subspace", "batch"):
-        if getattr(args, option, 1) < 1:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: at least 1")
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        raise UserError(f"--crop-pct {args.crop_pct}: above 0, at most 1")
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: at least 0")
+    for option, wanted in OPTION_RANGES.items():
+        value = getattr(args, option, None)
+        if value is not None and not wanted.holds(value):
+            raise UserError(f"--{option.replace('_', '-')} {value}: {wanted.words}")
     for option in ("data", "train"):
         if is_remote(getattr(args, option, "")) and not args.cache:
             raise UserError(f"--{option} {getattr(args, option)}: a URI needs --cache, a local folder for its shards")
@@ -270,7 +273,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         analyse(parse(argv))
     except UserError as error:
-        say(f"error: {error}")
+        say(f"error: {one_line(str(error))}")
         return 2
     except Exception:
         traceback.print_exc()

@@ -12,8 +12,10 @@ from typing import Any, Optional, TypeVar
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from leap_dist.config.checks import RANGES, problems
+from leap_dist.config.checks import problems
 from leap_dist.config.options import Config
+from leap_dist.config.paths import no_file_to_read, short
+from leap_dist.config.ranges import RANGES
 from leap_dist.config.yaml_files import read_yaml
 from leap_dist.errors import UserError
 
@@ -104,6 +106,8 @@ def _yaml_layers(path: Optional[Path], seen: tuple[Path, ...] = ()) -> list[tupl
     """The YAML at `path`, after the one its `base` names (relative to it), if any."""
     if path is None:
         return []
+    if fault := no_file_to_read(str(path)):
+        raise UserError(f"--config {short(str(path))}: {fault}")
     layer = read_yaml(path, f"--config {path}")
     if path.resolve() in seen:
         raise UserError(f"--config {path}: is its own base")
@@ -272,8 +276,7 @@ def tables(schema: type = Config) -> str:
                 "|---|---|---|---|",
             ]
         text, null = _kind(option)
-        ranges = [words for words, keys in RANGES.items() if key in keys]
-        allowed = ", ".join(filter(None, [text, *ranges, null]))
+        allowed = ", ".join(filter(None, [text, RANGES[key].words if key in RANGES else "", null]))
         cells = (f"`{key}`", f"`{_shown_default(option)}`", allowed, option.metadata["doc"])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

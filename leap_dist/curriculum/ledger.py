@@ -23,7 +23,7 @@ import xxhash
 
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, gather_objects
-from leap_dist.runtime.files import write_whole
+from leap_dist.runtime.files import write_whole, writing
 from leap_dist.runtime.integrity import Damaged, check_named, read_lines
 
 LEDGER = "curriculum.jsonl"
@@ -68,7 +68,7 @@ def known_lines(path: Path, lines: int, mark: str) -> list[bytes]:
 
 
 class Ledger:
-    """Appends to the ledger of one run; on rank 0 only.
+    """Appends to the ledger of one run; on rank 0 only. A line that the disk refuses waits in memory for the next try.
 
     Args:
         kept: lines of the run that this one continues, `known_lines`.
@@ -77,9 +77,10 @@ class Ledger:
     """
 
     def __init__(self, output: Path, kept: Sequence[bytes] = ()) -> None:
-        path, text = output / LEDGER, b"".join(kept)
-        write_whole(path, lambda partial: partial.write_bytes(text))
-        self._file = path.open("ab")
+        self._path, text = output / LEDGER, b"".join(kept)
+        write_whole(self._path, lambda partial: partial.write_bytes(text))
+        self._file = self._path.open("ab", buffering=0)
+        self._waiting = bytearray()
         self._hash = xxhash.xxh3_128(text)
         self.lines = len(kept)
 
@@ -91,15 +92,23 @@ class Ledger:
     def write(self, **line: Any) -> None:
         """Add a line; it reaches the disk with the next `flush`."""
         text = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        self._file.write(text)
+        self._waiting += text
         self._hash.update(text)
         self.lines += 1
 
     def flush(self) -> None:
-        self._file.flush()
+        """Write what waits. UserError if the disk refuses; what it did not take waits on."""
+        with writing(self._path.parent):
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
 
     def close(self) -> None:
-        self._file.close()
+        """Safe at any time. UserError as `flush`."""
+        try:
+            self.flush()
+        finally:
+            self._waiting.clear()
+            self._file.close()
 
 
 @dataclass(frozen=True)

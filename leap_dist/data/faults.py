@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from leap_dist.errors import UserError
-from leap_dist.runtime.distributed import World, gather_objects, on_first
+from leap_dist.runtime.distributed import World, gather_objects, on_first, on_main
 from leap_dist.runtime.files import write_text
 from leap_dist.runtime.integrity import Damaged, read_lines
 
@@ -79,14 +79,13 @@ class BadSamples:
         """Tell all ranks what each has found, and list it. Collective.
 
         Raises:
-            UserError: on every rank, when there are more than may be.
+            UserError: on every rank, when there are more than may be, or the list cannot be written.
         """
         for found in gather_objects(self.fresh, self.world):
             self._known |= found
         self.fresh = {}
-        if self.world.is_main:
-            lines = [json.dumps(self._known[sample_id]._asdict()) for sample_id in sorted(self._known)]
-            write_text(self.path, "\n".join(lines) + "\n")
+        lines = [json.dumps(self._known[sample_id]._asdict()) for sample_id in sorted(self._known)]
+        on_main(lambda: write_text(self.path, "\n".join(lines) + "\n"), self.world)
         if len(self) > self.most:
             raise UserError(
                 f"data.max_bad_fraction: {len(self)} training samples cannot be read, at most {self.most} may be; "

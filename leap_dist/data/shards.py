@@ -15,7 +15,7 @@ from typing import Any, Optional
 from leap_dist.data.classes import CLASSES
 from leap_dist.data.names import printable
 from leap_dist.errors import UserError
-from leap_dist.runtime.files import read_json
+from leap_dist.runtime.files import read_json, writing
 
 INDEX = "index.json"
 COLUMNS = {"image": "bytes", "label": "int"}
@@ -36,16 +36,17 @@ CHECKERS = 8  # files at a time: a network file system gives little to one reade
 def complete_or_absent(out: Path) -> Iterator[Path]:
     """Give an empty folder to fill; it becomes `out` if the block succeeds, and is removed if not.
 
-    UserError if `out` exists and is not empty.
+    UserError if `out` exists and is not empty, or the disk refuses what the block writes.
     """
     out = out.absolute()  # "." has no name to derive one from
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not empty: name a new folder")
     part = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
-    part.mkdir(parents=True)
     try:
-        yield part
-        os.rename(part, out)
+        with writing(out.parent):
+            part.mkdir(parents=True)
+            yield part
+            os.rename(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

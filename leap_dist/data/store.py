@@ -38,7 +38,7 @@ from leap_dist.data.shards import INDEX, check_shards, read_index, require_hash
 from leap_dist.data.unpacking import unpack
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, on_first
-from leap_dist.runtime.files import read_json, read_regular
+from leap_dist.runtime.files import read_json, read_regular, refusal, takes_no_more
 
 _T = TypeVar("_T")
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class ShardStore:
     def read(self, sample_id: int) -> dict[str, Any]:
         """The columns of a sample; blocks while its shard is fetched, and raises anything if it cannot be read.
 
-        UserError if the cache is too small for it to stay until then.
+        UserError if the cache is too small for it to stay until then, or its disk is full.
         """
         shard_id = self._shard_of(sample_id)
         shard, path = self.shards[shard_id], self._path(shard_id)
@@ -117,7 +117,8 @@ class ShardStore:
             try:
                 sample = shard[sample_id - int(self._ends[shard_id]) + shard.samples]
                 if self._limit is not None:
-                    os.utime(path)  # what was read longest ago is evicted first
+                    with _storing(self.folder):
+                        os.utime(path)  # what was read longest ago is evicted first
                 return sample
             except FileNotFoundError:
                 self._fetch(shard_id)
@@ -150,18 +151,23 @@ class ShardStore:
         return self.folder / self._raw(shard_id).basename
 
     def _fetch(self, shard_id: int) -> None:
-        """Bring a shard into the folder, unless another process has just done so; FetchError if it fails."""
+        """Bring a shard into the folder, unless another process has just done so.
+
+        FetchError if it fails; UserError if the folder's disk is full, which no other attempt would mend.
+        """
         raw, packed = self.shards[shard_id].file_pairs[0]
         target = self.folder / raw.basename
         if self._in_place and packed is None:
             raise FileNotFoundError(f"{target} is missing")
-        with _locked(self.folder, raw.basename) as note:
+        with _storing(self.folder), _locked(self.folder, raw.basename) as note:
             if target.exists():
                 return
             _raise_recent(note)
             try:
                 self._keep(_persistently(lambda: self._download(shard_id), ATTEMPTS), target)
             except Exception as error:
+                if takes_no_more(error):
+                    raise
                 os.pwrite(note, one_line(error).encode(), 0)
                 raise FetchError(one_line(error)) from error
 
@@ -323,7 +329,8 @@ def _fetch_index(source: str, folder: Path) -> None:
     except UserError as error:
         raise UserError(f"{source}: {str(error).replace(str(folder / STAGING / INDEX), INDEX)}") from None
     except Exception as error:  # every cloud's package has its own, down to a missing module
-        raise UserError(f"{source} cannot be opened: {one_line(error)}") from error
+        reason = refusal(error, folder, probe=False) if takes_no_more(error) else one_line(error)
+        raise UserError(f"{source} cannot be opened: {reason}") from error
     if is_remote(source):
         _fetch_classes(source.rstrip("/"), folder)
 
@@ -399,11 +406,25 @@ def _persistently(work: Callable[[], _T], attempts: int) -> _T:
             return work()
         except Exception as error:
             done += 1
-            worth = 1 if isinstance(error, FileNotFoundError) else 2 if _is_damage(error) else attempts
+            hopeless = isinstance(error, FileNotFoundError) or takes_no_more(error)
+            worth = 1 if hopeless else 2 if _is_damage(error) else attempts
             if done >= min(worth, attempts):
                 raise
         # Not from `random`, which loader workers of all ranks have seeded alike: they would come back in step.
         time.sleep(2 ** (done - 1) * random.SystemRandom().uniform(0.75, 1.25))
+
+
+@contextmanager
+def _storing(folder: Path) -> Iterator[None]:
+    """UserError, in a line, where the disk of a cache takes no more of what this block writes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # clouds' packages have their own
+        if takes_no_more(error):
+            raise UserError(f"data.cache: {refusal(error, folder)}") from error
+        raise
 
 
 @contextmanager

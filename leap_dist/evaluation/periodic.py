@@ -16,7 +16,7 @@ from leap_dist.config import Config
 from leap_dist.evaluation.held_out import HeldOut
 from leap_dist.evaluation.knn import knn_accuracy
 from leap_dist.models import export_student, load_student
-from leap_dist.runtime.distributed import World, gather_objects
+from leap_dist.runtime.distributed import World, gather_objects, on_main
 from leap_dist.runtime.files import write_text
 from leap_dist.runtime.progress import Progress
 
@@ -52,8 +52,12 @@ class Validation:
         return gather_objects(knn_accuracy(*found, options.knn_k, device) if found else None, self._world)[0]
 
     def write(self, lines: list[dict[str, float]]) -> None:
-        """Write, on rank 0, all of the run's evaluations so far: those of a checkpoint, and those since."""
-        if not lines or not self._world.is_main:
+        """Write, on rank 0, all of the run's evaluations so far: those of a checkpoint, and those since. Collective.
+
+        Raises:
+            UserError: on every rank, the disk refuses.
+        """
+        if not lines:
             return
         text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines)
-        write_text(Path(self._config.output) / VALIDATION, text)
+        on_main(lambda: write_text(Path(self._config.output) / VALIDATION, text), self._world)

@@ -20,7 +20,7 @@ from leap_dist.config import Config
 from leap_dist.errors import UserError
 from leap_dist.models.records import read_record, require_weights_of
 from leap_dist.models.student import Student, StudentRecipe, assemble
-from leap_dist.runtime.distributed import World, barrier
+from leap_dist.runtime.distributed import World, on_main
 from leap_dist.runtime.integrity import check_recorded, record_of, write_recorded
 
 STUDENT = "student.safetensors"
@@ -37,20 +37,22 @@ def gathered_state(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
 
 
 def export_student(engine: Any, config: Config, world: World) -> Path:
-    """Write `student.safetensors` and `student.json` to the run folder. Collective."""
+    """Write `student.safetensors` and `student.json` to the run folder. Collective.
+
+    Raises:
+        UserError: on every rank, the disk refuses.
+    """
     path = Path(config.output) / STUDENT
     student: Student = engine.module.student
     state = gathered_state(student.backbone, world)
-    if world.is_main:
-        about = {
-            **asdict(replace(student.recipe, width=student.width)),
-            "image_size": config.data.image_size,
-            "mean": list(config.data.mean),
-            "std": list(config.data.std),
-            "crop_pct": config.data.crop_pct,
-        }
-        write_recorded(path, lambda partial: save_file(state, partial), about)
-    barrier(world)
+    about = {
+        **asdict(replace(student.recipe, width=student.width)),
+        "image_size": config.data.image_size,
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "crop_pct": config.data.crop_pct,
+    }
+    on_main(lambda: write_recorded(path, lambda partial: save_file(state, partial), about), world)
     return path
 
 

@@ -23,6 +23,8 @@ from leap_dist.config import (
     option,
     problems,
 )
+from leap_dist.config.paths import no_folder_to_write, short
+from leap_dist.config.ranges import RECIPE_RANGES, complaint
 from leap_dist.errors import UserError
 
 
@@ -97,21 +99,12 @@ def changes(old: TeacherRecipe, new: TeacherRecipe) -> list[str]:
 
 def _problems(recipe: TeacherRecipe) -> list[str]:
     """Every impossible value or combination, one line each."""
-    at_least_one = {"classes": recipe.classes, "evaluate_every": recipe.evaluate_every}
-    above_zero = {
-        "clip": recipe.clip,
-        "save_minutes": recipe.save_minutes,
-        "embed_std": recipe.embed_std,
-        "init_std": 1.0 if recipe.init_std is None else recipe.init_std,
-    }
-    fractions = {"label_smoothing": recipe.label_smoothing, "ema_decay": recipe.ema_decay}
+    out_of_range = (complaint(key, getattr(recipe, key), RECIPE_RANGES) for key in RECIPE_RANGES)
+    output = no_folder_to_write(recipe.output)
     return [
-        *(f"{key}={value}: must be at least 1" for key, value in at_least_one.items() if not value >= 1),
-        *(f"{key}={value}: must be above 0" for key, value in above_zero.items() if not value > 0),
-        *(f"{key}={value}: must be in [0, 1)" for key, value in fractions.items() if not 0 <= value < 1),
-        *([] if 0 < recipe.layer_decay <= 1 else [f"layer_decay={recipe.layer_decay}: must be in (0, 1]"]),
+        *filter(None, out_of_range),
+        *([f"output={short(recipe.output)}: {output}"] if output else []),
         *_init_problems(recipe),
-        *([] if 0 <= recipe.mix_prob <= 1 else [f"mix_prob={recipe.mix_prob}: must be in [0, 1]"]),
         *(["data.val is required: held-out labelled shards"] if recipe.data.val is None else []),
         *problems(_as_run(recipe)),
     ]

@@ -40,9 +40,10 @@ from leap_dist.runtime.checkpoint_folder import (
     read_run,
     seal,
 )
-from leap_dist.runtime.distributed import World, barrier, gather_objects, is_lost_peer, on_first
+from leap_dist.runtime.checkpoint_writer import met_by_all
+from leap_dist.runtime.distributed import World, gather_objects, is_lost_peer, on_first, on_main
 from leap_dist.runtime.engine import gradscaler
-from leap_dist.runtime.files import disk_full, flush, write_text
+from leap_dist.runtime.files import flush, refusal, write_text, writing
 from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.plain_checkpoint import require_plain
 from leap_dist.runtime.reporting import is_lost_worker
@@ -173,7 +174,8 @@ def _put(partial: Path, path: Path) -> None:
     replaced = path.with_name(f".{path.name}.replaced")
     if path.exists():
         path.rename(replaced)
-    partial.rename(path)
+    with writing(path.parent):
+        partial.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -271,31 +273,38 @@ class Checkpoints:
             raise UserError(fault)
         client = {"leap": state, "scaler": _scaler_state(engine)}
         marks = self._all_marks()
+        fault = ""
         try:
-            with without_crc():
+            with without_crc(), met_by_all(engine):
                 engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
             if self.world.is_main:
                 write_text(partial / CONFIG, to_yaml(self.config))
             position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
             seal(partial, self._identity() | position | {"teacher_marks": marks}, self.world)
             flush(self.folder)
-            barrier(self.world)
-            if self.world.is_main:
-                _put(partial, path)
-        except (OSError, RuntimeError) as error:  # torch.save says a full disk in its own words
+        except (OSError, RuntimeError, UserError) as error:
             if is_lost_peer(error) or is_lost_worker(error):
                 raise
-            reason = disk_full(error, self.folder) or " ".join(str(error).split())[:300]
-            raise UserError(f"checkpoint {path}: cannot be written ({reason}); the previous one is intact") from error
+            fault = refusal(error, self.folder) or " ".join(str(error).split())[:300]
+        self._agree(fault, path, partial)
+        on_main(lambda: _put(partial, path), self.world)
         self._unconfirmed = path
         return path
+
+    def _agree(self, fault: str, path: Path, partial: Path) -> None:
+        """Raise UserError on every rank if one has a fault. Collective: nobody goes on before all have written."""
+        faults = gather_objects(fault, self.world)
+        if any(faults):
+            if self.world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)  # what little room there is
+            told = next(filter(None, faults))
+            raise UserError(f"checkpoint {path}: cannot be written ({told}); the previous one is intact")
 
     def confirm(self) -> None:
         """Make the checkpoint saved last the one that a resumed run starts from; drop what is older than wanted."""
         path, self._unconfirmed = self._unconfirmed, None
-        if path is not None and self.world.is_main:
-            write_text(self.folder / LATEST, path.name)
-            self._prune(path)
+        if path is not None:
+            on_main(lambda: (write_text(self.folder / LATEST, path.name), self._prune(path)), self.world)
 
     def needs_conversion(self, path: Path) -> bool:
         """Whether `path` is in parts for another number of ranks: ZeRO stages 1-3 save one per rank, stage 0 does not.

@@ -415,9 +415,22 @@ def on_first(work: Callable[[], _T], world: World) -> _T:
     Raises:
         UserError: on every rank, the one of the first node on which `work` raised it.
     """
+    return _told_to_all(work, world.local_rank == 0, world)
+
+
+def on_main(work: Callable[[], _T], world: World) -> _T:
+    """Run `work` on rank 0 and give its result to all. Collective. For what one rank writes.
+
+    Raises:
+        UserError: on every rank, if `work` raised it.
+    """
+    return _told_to_all(work, world.is_main, world)
+
+
+def _told_to_all(work: Callable[[], _T], chosen: bool, world: World) -> _T:
     result: Optional[_T] = None
     fault: Optional[str] = None
-    if world.local_rank == 0:
+    if chosen:
         try:
             result = work()
         except UserError as error:
@@ -427,3 +440,9 @@ def on_first(work: Callable[[], _T], world: World) -> _T:
         if found is not None:
             raise UserError(found)
     return outcomes[0][0]
+
+
+def join_barrier() -> None:
+    """Come to a barrier of all ranks at which the others wait already, on the device's own group."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import resource
 import select
 import sys
@@ -16,10 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, one_line
 
 WORD_OF_RANK_0_S = 5.0
-LONGEST_LINE = 2000  # characters: a message may repeat what a file holds
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
@@ -78,17 +76,11 @@ class _Lines(logging.Formatter):
         return one_line(super().formatMessage(record))
 
 
-def one_line(message: str) -> str:
-    """A message as a terminal is to get it: on one line, without control characters, and not too long to be read."""
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", message)
-    return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}... ({len(text)} characters)"
-
-
 def complain(message: str, error: BaseException | None = None) -> None:
     """One line on stderr that says which rank speaks, with what was noted on the error."""
     notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
     # One write: what ranks print in pieces can end up in one line.
-    STDERR.write(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {one_line(message)}{one_line(notes)}\n")
+    STDERR.write(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {one_line(message + notes)}\n")
     STDERR.flush()
 
 
@@ -117,7 +109,10 @@ def failed(error: Exception) -> int:
     if isinstance(error, UserError):
         complain(str(error), error)
         return 2
-    if words := _full_disk(error) or no_descriptors(error) or _lost_worker(error):
+    from leap_dist.runtime.files import refusal
+
+    refused = refusal(error, Path.cwd(), probe=False)  # by an error that names no file: here, if anywhere
+    if words := refused or no_descriptors(error) or _lost_worker(error):
         complain(words, error)
         return 2
     # torch: seconds that a mistyped key must not take
@@ -151,13 +146,3 @@ def no_descriptors(error: BaseException) -> str:
         return ""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return f"too many open files: this process may have {most}; raise that with ulimit -n, or set fewer data.workers"
-
-
-def _full_disk(error: Exception) -> str:
-    """Words for an error that says that a disk is full, wherever it was written to; empty for any other."""
-    from leap_dist.runtime.files import NO_ROOM, disk_full
-
-    if getattr(error, "errno", None) not in NO_ROOM and "No space left" not in str(error):
-        return ""
-    written = Path(str(getattr(error, "filename", None) or "."))
-    return disk_full(error, next(folder for folder in (written, *written.absolute().parents) if folder.is_dir()))

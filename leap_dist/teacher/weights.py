@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from leap_dist.config import DEMO_TEACHER, HUB, RANDOM, TeacherConfig
 from leap_dist.errors import UserError
 from leap_dist.models import build_model
+from leap_dist.runtime.files import refusal
 from leap_dist.runtime.integrity import FILE, Damaged, check_recorded, read_sealed, record_of
 from leap_dist.teacher.layouts import check_classifier, convert
 from leap_dist.teacher.record import check_record
@@ -209,7 +210,8 @@ def _hub_file(config: TeacherConfig, model: nn.Module) -> Path:
             return Path(huggingface_hub.hf_hub_download(*file, local_files_only=True))
         return Path(huggingface_hub.hf_hub_download(*file))
     except Exception as error:  # the hub's client lets through the errors of half a dozen packages
+        reason = refusal(error, Path(huggingface_hub.constants.HF_HUB_CACHE), probe=False) or f"{error!r:.120}"
         raise UserError(
-            f"teacher.weights=hub: cannot get weights of {config.model} ({error!r:.120}); "
+            f"teacher.weights=hub: cannot get weights of {config.model} ({reason}); "
             "download them elsewhere and set teacher.weights=/path/to/model.safetensors"
         ) from error

@@ -60,8 +60,8 @@ def test_all_but_the_classifier_is_what_the_file_holds(pretrained: Path) -> None
         (["kwargs.embed_dim=48"], "init=.*pretrained.safetensors"),
         (["init_std=0.1"], "init_std=0.1 draws initial weights, and init=.* reads them"),
         (["init=nowhere.bin"], "init=nowhere.bin: no such file"),
-        (["layer_decay=0"], "layer_decay=0.0: must be in"),
-        (["layer_decay=1.5"], "layer_decay=1.5: must be in"),
+        (["layer_decay=0"], "layer_decay=0.0: must be above 0, at most 1"),
+        (["layer_decay=1.5"], "layer_decay=1.5: must be above 0, at most 1"),
     ],
 )
 def test_what_does_not_fit_is_one_line(overrides: list[str], said: str, pretrained: Path) -> None:

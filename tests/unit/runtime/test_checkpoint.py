@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -33,7 +34,7 @@ class PlainEngine:
     """Saves a number the way DeepSpeed saves a model; may be told to fail."""
 
     def __init__(self, fails: Exception | None = None) -> None:
-        self.fails = fails
+        self.fails, self.checkpoint_engine = fails, None
         self.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
         self.torch_autocast_z0_gradscaler = None
 
@@ -551,7 +552,7 @@ def test_a_full_disk_is_called_so_whatever_the_writer_says(tmp_path: Path, monke
     spoken = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
     with pytest.raises(UserError, match="unexpected pos"):  # there is room: something else is wrong
         checkpoints.save(PlainEngine(fails=spoken), 6, {})
-    monkeypatch.setattr("leap_dist.runtime.files._refuses_bytes", lambda *_: True)
+    monkeypatch.setattr("leap_dist.runtime.files._answer", lambda _: errno.ENOSPC)
     with pytest.raises(
         UserError, match=r"No space left: the disk of .*/checkpoints is full, .* MiB are free"
     ) as caught:
