@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from leap_dist.errors import UserError
-from leap_dist.runtime.reporting import LONGEST_LINE, failed, one_line
+from leap_dist.errors import LONGEST, UserError, one_line
+from leap_dist.runtime.reporting import failed
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ from leap_dist.runtime.reporting import LONGEST_LINE, failed, one_line
 def test_it_is_one_line_and_status_2(error: Exception, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert failed(error) == 2
     said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1 and "\x1b" not in said and len(said) < LONGEST_LINE + 200
+    assert words in said and said.count("\n") == 1 and "\x1b" not in said and len(said) < LONGEST + 200
 
 
 def test_a_short_line_stays_as_it_is() -> None:
-    assert one_line("checkpoint a  b: é") == "checkpoint a  b: é"
+    assert one_line("checkpoint a b: é") == "checkpoint a b: é"
