@@ -50,9 +50,10 @@ RANGES = {
         "evaluation.probe_epochs", "evaluation.quick_images", "evaluation.max_train_images",
     ),
     "at least 0": (
-        "seed", "student.num_classes", "data.workers", "data.predownload", "data.cutmix_alpha", "objective.cls_weight",
-        "objective.feature_weight", "optim.weight_decay", "optim.warmup_epochs", "engine.clip", "engine.silence_s",
-        "checkpoint.every_epochs", "checkpoint.every_steps", "telemetry.spectra_every", "evaluation.every_epochs",
+        "seed", "student.seed", "student.num_classes", "data.workers", "data.predownload", "data.cutmix_alpha",
+        "objective.cls_weight", "objective.feature_weight", "optim.weight_decay", "optim.warmup_epochs", "engine.clip",
+        "engine.silence_s", "checkpoint.every_epochs", "checkpoint.every_steps", "telemetry.spectra_every",
+        "evaluation.every_epochs",
     ),
     "above 0": (
         "epochs", "data.mixup_alpha", "data.std", "objective.kd_tau", "optim.lr", "optim.trust_coefficient",
@@ -64,7 +65,7 @@ RANGES = {
     ),
     "in (0, 1]": ("curriculum.ema_alpha", "data.crop_pct"),
     "in [0, 1)": ("optim.betas",),
-    "below 2**32": ("seed",),
+    "below 2**32": ("seed", "student.seed"),
 }  # fmt: skip
 _HOLDS = {
     "at least 1": lambda value: value >= 1,
