@@ -82,6 +82,15 @@ def fault_of(path: Path) -> Optional[str]:
         saved = read_run(path)
     except UserError as error:
         return str(error)
+    for name in saved.get("students") or [""]:
+        fault = _fault_of_engine(path / name, saved["world_size"])
+        if fault is not None:
+            return f"{fault} for student {name}" if name else fault
+    return None
+
+
+def _fault_of_engine(path: Path, ranks: int) -> Optional[str]:
+    """What one engine's files lack."""
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     for file in files:
         if not file.stat().st_size:
@@ -89,8 +98,8 @@ def fault_of(path: Path) -> Optional[str]:
         if file.suffix == ".pt" and not zipfile.is_zipfile(file):  # its end, where the index is, is missing
             return f"has a {file.name} that is cut off or garbled"
     parts = [file for file in files if file.name.endswith("_optim_states.pt")]
-    if parts and len(parts) != saved["world_size"]:
-        return f"has the optimizer's parts of {len(parts)} ranks, not of {saved['world_size']}"
+    if parts and len(parts) != ranks:
+        return f"has the optimizer's parts of {len(parts)} ranks, not of {ranks}"
     if not any(file.name not in (RUN, CONFIG) and file not in parts for file in files):
         return "has no model states"
     return None
