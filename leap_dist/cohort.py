@@ -15,6 +15,7 @@ from torch import Tensor
 from leap_dist.config import Config, to_yaml
 from leap_dist.curriculum.coordinator import NonFiniteLoss
 from leap_dist.data import BadSamples
+from leap_dist.errors import UserError
 from leap_dist.learner import Learner, Retired
 from leap_dist.models import Features
 from leap_dist.monitoring import Bar
@@ -177,3 +178,10 @@ class Cohort:
         learner.retired = Retired(step, why, weights_of)
         kept = "it has no good weights" if weights_of is None else f"its weights of step {weights_of} stay"
         learner.journal.say(f"{why}; it trains no more, {kept}")
+
+    def require_sound(self) -> None:
+        """Raise UserError if a student was retired."""
+        failed = [f"{name} ({one.retired.why})" for name, one in self.learners.items() if one.retired is not None]
+        if failed:
+            others = f"; done: {', '.join(self.active)}" if self.active else ""
+            raise UserError(f"students failed: {', '.join(failed)}{others}")
