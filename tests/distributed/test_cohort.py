@@ -18,7 +18,7 @@ from runs import HANG_S, finish, launch, run_ok, scalars, start, write_config
 # Three unlike students; `other` may be any model that timm gives tokens of.
 STUDENTS: dict[str, dict[str, Any]] = {
     "patient": {"curriculum": {"threshold": 0.75}},
-    "seeded": {"seed": 5, "student.kwargs": {"drop_path_rate": 0.3}, "optim": {"lr": 1e-3}},
+    "seeded": {"seed": 5, "student.kwargs": {"drop_path_rate": 0.3}, "curriculum.threshold": 0.9},
     "other": {"student.model": "deit_tiny_patch16_224", "student.kwargs": {"embed_dim": 48}, "objective.head": "none"},
 }
 SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
