@@ -79,7 +79,7 @@ def test_a_start_that_had_to_wait_goes_on_where_the_other_left(tmp_path: Path) -
     first = claimed(tmp_path, steps=(5,))
 
     def leave() -> None:
-        first.save(PlainEngine(), 9, {})
+        first.save({"": PlainEngine()}, 9, {"": {}})
         first.confirm()
         first.release()
 
@@ -424,7 +424,7 @@ def test_another_block_of_the_teacher_is_refused_when_it_is_known(tmp_path: Path
     marks.note("block 1", "b1")
     first = Checkpoints(config(tmp_path), ONE, "12", "t", marks=marks)
     first.claim_output()
-    first.save(PlainEngine(), 7, {})
+    first.save({"": PlainEngine()}, 7, {"": {}})
     first.confirm()
     path = newest(tmp_path / "checkpoints")
 
