@@ -230,6 +230,13 @@ class Config:
     resume: str = option("none", "auto: continue the run in `output` if there is one; none; or a checkpoint's path")
     seed: int = option(0, "initialisation, sample order, augmentation, mixup")
     epochs: float = option(100.0, "passes over data.train; need not be whole")
+    students: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "doc": "several students of one pass of the teacher: a name for each, and what of student, objective, "
+            "curriculum, optim and seed differs from the run's, e.g. {tiny: {curriculum.threshold: 0.9}}"
+        },
+    )
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -240,13 +247,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    students: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "doc": "several students of one pass of the teacher: a name for each, and what of student, objective, "
-            "curriculum, optim and seed differs from the run's, e.g. {tiny: {curriculum.threshold: 0.9}}"
-        },
-    )
 
     @property
     def student_seed(self) -> int:
