@@ -93,6 +93,8 @@ def _require_one_config(config: Config, world: World) -> None:
 
 def _resume_from(config: Config) -> Optional[Path]:
     output = Path(config.output)
+    if _is_of_a_cohort(output):
+        raise UserError(f"output={output}: belongs to the cohort in {output.parent}; choose another output")
     held = _held_config(output)
     if held is not None:
         changed = differences(load(held, [f"resume={config.resume}"], check=False), config)
@@ -111,6 +113,17 @@ def _resume_from(config: Config) -> Optional[Path]:
     if config.resume in ("none", "auto"):
         return None
     return _meant(Path(config.resume))
+
+
+def _is_of_a_cohort(output: Path) -> bool:
+    """Whether the folder is that of a student of the run one folder up."""
+    above = output.parent / CONFIG
+    if not above.is_file():
+        return False
+    try:
+        return output.name in load(above, [], check=False).students
+    except UserError:  # no config of a run
+        return False
 
 
 def _of_a_student(change: str) -> str:

@@ -13,9 +13,9 @@ import torch
 from leap_dist.config import Config
 from leap_dist.config.loading import members
 from leap_dist.errors import UserError
-from leap_dist.runtime.checkpoint import newest
+from leap_dist.runtime.checkpoint import find_resume, newest
 from leap_dist.trainer import Trainer
-from stubs import DEPTH, StubTeacher, scalars, stub_config, stub_trainer
+from stubs import DEPTH, ONE, StubTeacher, scalars, stub_config, stub_trainer
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "eager": {"curriculum.threshold": -1.0},
@@ -168,3 +168,11 @@ def test_another_set_of_students_does_not_go_on(tmp_path: Path) -> None:
         stub_trainer(cohort_config(tmp_path / "other", students=seeded)).restore(path)
     (path / "fixed" / "state.pt").unlink()
     assert newest(tmp_path / "old" / "checkpoints").name == "step00000003", "one student's part is missing"
+
+
+def test_nobody_else_works_in_a_students_folder(tmp_path: Path) -> None:
+    config = cohort_config(tmp_path / "company")
+    run(stub_trainer(config))
+    with pytest.raises(UserError, match=r"output=.*/eager: belongs to the cohort in .*/company"):
+        find_resume(stub_config(tmp_path / "company" / "eager", "resume=auto"), ONE)
+    assert find_resume(replace(config, resume="auto"), ONE) == newest(tmp_path / "company" / "checkpoints")
