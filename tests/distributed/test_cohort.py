@@ -182,6 +182,7 @@ def test_a_student_that_fails_does_not_take_the_others_along(stage: int, tmp_pat
     assert again.returncode == 2 and "students failed: wild" in again.stdout, again.stdout[-2000:]
 
 
+@pytest.mark.slow
 def test_a_cohort_is_told_to_stop_and_goes_on_as_one(tmp_path: Path) -> None:
     config = write_config(tmp_path, students={"a": {}, "b": {"seed": 1}}, **SAVING, epochs=2)
     process = start(config, processes=2)

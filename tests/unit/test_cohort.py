@@ -59,6 +59,7 @@ def test_one_pass_a_step_to_the_deepest_target_gives_each_block_once(
     assert {one.progress.step for one in trainer.cohort.learners.values()} == {6}
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_weights_and_losses_are_those_of_each_alone(accumulation: int, tmp_path: Path) -> None:
     config = cohort_config(
