@@ -6,21 +6,25 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Optional
 
 import torch
 
-from leap_dist.config import DEMO_TEACHER, DIGITS, HUB, RANDOM, Config, matching_head
+from leap_dist.config import DEMO_TEACHER, DIGITS, HUB, RANDOM, Config, DataConfig, matching_head, members
 from leap_dist.curriculum import build_curriculum
 from leap_dist.curriculum.coordinator import Coordinator
-from leap_dist.curriculum.ledger import replayed_schedule
+from leap_dist.curriculum.ledger import Schedule, replayed_schedule
 from leap_dist.data import BadSamples, build_train_loader, check_groups, check_sources, resolve
 from leap_dist.data.classes import check_outputs, numbered
 from leap_dist.errors import UserError
 from leap_dist.evaluation import Validation
+from leap_dist.learner import StudentParts
 from leap_dist.matching import Objective, check_impl, check_widths
-from leap_dist.models import DTYPES, Student, build_student, step_flops
+from leap_dist.models import DTYPES, StepFlops, Student, build_student, step_flops
 from leap_dist.models.placement_plan import check_pipelines
 from leap_dist.monitoring import check_window
 from leap_dist.runtime.checkpoint import Checkpoints, find_resume
@@ -54,18 +58,15 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
         check_groups(config.data.mixup_group, batch)
     check_pipelines(config.teacher, ranks=world.size, local_size=world.local_size, batch=batch)
     spec = describe_teacher(config.teacher, config.data.image_size)
-    curriculum = build_curriculum(config.curriculum, spec.depth)
-    check_pair(config, spec, world.device)
-    check_sources(config.data, world, config.student.num_classes)
-    if config.objective.kd_alpha and config.data.train != DIGITS:
-        check_class_order(config, world)
+    _check_students(config, spec, world)
     if world.is_main:
         warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
-    flops = step_flops(config)
-    teacher = build_teacher(
-        config.teacher, config.data.image_size, world.device, world, flops.teacher, config.teacher_classes
-    )
+    students = members(config)
+    flops = {name: step_flops(own) for name, own in students.items()}
+    classes = max(own.teacher_classes for own in students.values())
+    deepest = next(flops[name].teacher for name, own in students.items() if own.teacher_classes == classes)
+    teacher = build_teacher(config.teacher, config.data.image_size, world.device, world, deepest, classes)
     data = resolve(config.data, Path(config.output), world)
     loader = build_train_loader(
         data, seed=config.seed, micro_batch=batch, accumulation=config.engine.accumulation, world=world
@@ -73,24 +74,25 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     most_bad = int(config.data.max_bad_fraction * loader.num_samples)
     steps = total_steps(config.epochs, len(loader) // config.engine.accumulation)
     check_window(config, steps)
-    schedule = replayed_schedule(config.curriculum.replay, spec.depth, steps, world)
-    timer = PhaseTimer(world.device)
+    schedules = {}
+    for name, own in students.items():
+        with _of(name):
+            schedules[name] = replayed_schedule(own.curriculum.replay, spec.depth, steps, world)
     checkpoints = Checkpoints(
         config, world, loader.layout, teacher.fingerprint, claim, teacher.marks, contents=loader.contents
     )
-    convert = resume is not None and checkpoints.needs_conversion(resume)
-    objective = build_objective(config, spec)
-    optimizer = build_optimizer(config.optim, objective)
+    if resume is not None:
+        checkpoints.needs_conversion(resume)  # what does not fit is said before the engines are built
     parts = Parts(
         teacher=teacher,
-        flops=flops,
-        engine=build_engine(config, objective, optimizer, batch, load_universal=convert),
+        students={
+            name: build_parts(own, world, spec, schedules[name], flops[name], data, batch)
+            for name, own in students.items()
+        },
         loader=loader,
         bad_samples=BadSamples(Path(config.output) / BAD_SAMPLES, most_bad, world),
-        coordinator=Coordinator(curriculum, world, schedule, timer),
         checkpoints=checkpoints,
-        timer=timer,
-        validation=Validation(replace(config, data=data), world),
+        timer=PhaseTimer(world.device),
     )
     trainer = Trainer(config, world, parts)
     if resume is not None:
@@ -99,9 +101,54 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     return replace(config, data=data), trainer
 
 
+def build_parts(
+    config: Config,
+    world: World,
+    spec: TeacherSpec,
+    schedule: Optional[Schedule],
+    flops: StepFlops,
+    data: DataConfig,
+    batch: int,
+) -> StudentParts:
+    """One student's parts. data: the run's, resolved; batch: images of a micro-batch on a rank."""
+    timer = PhaseTimer(world.device)
+    objective = build_objective(config, spec)
+    return StudentParts(
+        config=config,
+        engine=build_engine(config, objective, build_optimizer(config.optim, objective), batch),
+        coordinator=Coordinator(build_curriculum(config.curriculum, spec.depth), world, schedule, timer),
+        flops=flops,
+        timer=timer,
+        validation=Validation(replace(config, data=data), world),
+    )
+
+
+@contextmanager
+def _of(name: str) -> Iterator[None]:
+    """What is wrong in this block is wrong with the student of that name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"students.{name}: {error}" if name else str(error)) from error
+
+
+def _check_students(config: Config, spec: TeacherSpec, world: World) -> None:
+    """Raise UserError where a student does not go with the teacher or the data, before anything is built."""
+    students = members(config)
+    for name, own in students.items():
+        with _of(name):
+            build_curriculum(own.curriculum, spec.depth)
+            check_pair(own, spec, world.device)
+    for classes in sorted({own.student.num_classes for own in students.values()}):
+        check_sources(config.data, world, classes)
+    learns_logits = next((own for own in students.values() if own.objective.kd_alpha), None)
+    if learns_logits is not None and config.data.train != DIGITS:
+        check_class_order(learns_logits, world)
+
+
 def build_objective(config: Config, spec: TeacherSpec) -> Objective:
     """Student and heads, initialised from the seed alone, so that every rank and world size starts equal."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.student_seed)
     student = build_student(config.student, config.data.image_size, spec.dim)
     targets = spec.depth if config.curriculum.mode == "all_layers" else 1
     return Objective(student, spec.dim, spec.grid, config.objective, config.curriculum.metric, targets)

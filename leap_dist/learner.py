@@ -8,8 +8,8 @@ its features, loss and score; the decision holds from the next step on (with `te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -22,19 +22,70 @@ from leap_dist.curriculum.coordinator import Coordinator, Decision
 from leap_dist.curriculum.ledger import LEDGER, known_lines
 from leap_dist.data import BadSamples
 from leap_dist.evaluation import Validation
-from leap_dist.matching import Evidence, Match, best_block, reset_heads
-from leap_dist.models import Features, StepFlops
-from leap_dist.monitoring import Accountant, Costs, Journal, configured_peaks, memory_bytes
+from leap_dist.matching import Calibration, Evidence, Match, reset_heads
+from leap_dist.models import StepFlops
+from leap_dist.monitoring import Accountant, Bar, Costs, Journal, configured_peaks, memory_bytes
 from leap_dist.runtime.distributed import World, device_name, on_first, sum_over_ranks
+from leap_dist.runtime.draws import Draws
 from leap_dist.runtime.engine import check_scale, update_numbers
 from leap_dist.runtime.host_copy import HostCopy
 from leap_dist.runtime.optim import lr_factor, peak_lr
 from leap_dist.runtime.progress import Progress
 from leap_dist.runtime.seeds import DROPOUT, HEAD, step_seed
-from leap_dist.runtime.timing import CALIBRATION, PhaseTimer, RunClock
-from leap_dist.teacher.lookahead import Work
+from leap_dist.runtime.timing import SHARED, PhaseTimer, RunClock
+from leap_dist.teacher.lookahead import MicroBatch
 
-Sweep = Callable[[int], Iterator[tuple[Tensor, list[Features]]]]
+
+@dataclass(frozen=True)
+class StudentParts:
+    """What one student is made of; `leap_dist.assembly` puts it together.
+
+    config: the student's own, whole as if it were a run's alone. timer: of its own phases.
+    """
+
+    config: Config
+    engine: Any
+    coordinator: Coordinator
+    flops: StepFlops
+    timer: PhaseTimer
+    validation: Validation
+
+
+@dataclass(frozen=True)
+class Span:
+    """What students of a run have in common. depth: blocks of the teacher; steps are optimizer steps.
+
+    clock: of the run. timer: of the phases that it goes through once for all students.
+    """
+
+    depth: int
+    steps_per_epoch: int
+    total_steps: int
+    clock: RunClock
+    timer: PhaseTimer
+
+
+@dataclass(frozen=True)
+class Retired:
+    """Why a student trains no more. step: whose loss was not finite, or the number of steps if its last update was bad.
+
+    weights_of: the steps that the weights it has now had been through; None: it has none that are good.
+    """
+
+    step: int
+    why: str
+    weights_of: Optional[int]
+
+
+class _Current(NamedTuple):
+    """The optimizer step that is under way; losses and evidence of the micro-batches so far."""
+
+    step: int
+    blocks: Sequence[int]
+    lr: float
+    scored: bool
+    losses: list[Tensor]
+    evidence: list[Evidence]
 
 
 class Pending(NamedTuple):
@@ -53,136 +104,143 @@ class Pending(NamedTuple):
 class Learner:
     """Trains one student on the work it is given, decides its target blocks, and keeps its books.
 
-    progress: where the run is; the learner notes its own target blocks and evaluations there.
-    clock: of the run. depth: blocks of the teacher. total_steps: optimizer steps of the run.
+    name: in a cohort, else "". progress: where the run is, and this student's own target blocks and evaluations.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        *,
-        engine: Any,
-        coordinator: Coordinator,
-        validation: Validation,
-        flops: StepFlops,
-        timer: PhaseTimer,
-        clock: RunClock,
-        depth: int,
-        steps_per_epoch: int,
-        total_steps: int,
-    ) -> None:
+    def __init__(self, name: str, world: World, parts: StudentParts, span: Span) -> None:
+        config = parts.config
+        self.name = name
         self.config = config
         self.world = world
-        self.engine = engine
-        self.coordinator = coordinator
-        self.curriculum = coordinator.curriculum
-        self.validation = validation
-        self.timer = timer
-        for head in engine.module.heads:
-            timer.watch(head, "match")
-        self.clock = clock
-        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self.engine = parts.engine
+        self.coordinator = parts.coordinator
+        self.curriculum = parts.coordinator.curriculum
+        self.validation = parts.validation
+        self.timer = parts.timer
+        for head in self.engine.module.heads:
+            self.timer.watch(head, "match")
+        self.flops = parts.flops
+        self.span = span
         self.peak_lr = peak_lr(config.optim, config.data.global_batch)
         self.accountant = Accountant(
-            config, flops, world.size, configured_peaks(config, world.device), device_name(world.device)
+            config, parts.flops, world.size, configured_peaks(config, world.device), device_name(world.device)
         )
-        self.journal = Journal(config, world, self.curriculum, depth)
-        self.spectroscope = Spectroscope(config, world, engine.module.heads[-1])
+        self.journal = Journal(config, world, self.curriculum, span.depth, name)
+        self.spectroscope = Spectroscope(config, world, self.engine.module.heads[-1])
         self.progress = Progress()
         self.costs = Costs()
+        self.retired: Optional[Retired] = None
         self.pending: Optional[Pending] = None
+        self._current: Optional[_Current] = None
+        self._draws = Draws(world.device)
         self._ledger: list[bytes] = []  # on rank 0, the lines known to the checkpoint
 
     # -- from session to session --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it beside the engine's own state and `progress`."""
-        return {
+        """What a checkpoint holds of it beside the engine's own state."""
+        state = {
+            "progress": asdict(self.progress),
             "costs": asdict(self.costs),
             "curriculum": self.curriculum.state_dict(),
             **self.journal.state_dict(),
         }
+        return state if self.retired is None else state | {"retired": asdict(self.retired)}
 
-    def load_state_dict(self, state: dict[str, Any], progress: Progress, run: Path) -> None:
+    def load_state_dict(self, state: dict[str, Any], run: Path) -> None:
         """Continue from `state_dict()` of the run in the folder `run`."""
-        self.progress = progress
+        self.progress = Progress(**state["progress"])
         self.costs = Costs(**state["costs"])
+        self.retired = Retired(**state["retired"]) if "retired" in state else None
         known = (run / LEDGER, state["ledger_lines"], state.get("ledger_mark", ""))
         on_first(lambda: self._ledger.extend(known_lines(*known) if self.world.is_main else ()), self.world)
         self.curriculum.load_state_dict(state["curriculum"])
+        self.timer.carry_on({phase: value for phase, value in self.costs.phases.items() if phase not in SHARED})
 
-    def open(self) -> None:
-        """Begin to write."""
-        length = {"steps_per_epoch": self.steps_per_epoch, "total_steps": self.total_steps}
-        self.journal.open(self.progress, self.costs, **length, ledger=self._ledger)
+    def open(self, bar: Optional[Bar]) -> None:
+        """Begin to write. bar: the run's, on rank 0."""
+        length = {"steps_per_epoch": self.span.steps_per_epoch, "total_steps": self.span.total_steps}
+        self.journal.open(self.progress, self.costs, bar, **length, ledger=self._ledger)
         self.validation.write(self.progress.validations)  # over whatever has become of the file
         self.accountant.begin(self.progress.step, self.costs)
 
     def read_clocks(self) -> None:
         """Bring the seconds of `costs` up to now."""
-        self.costs.seconds = self.clock.seconds()
-        self.costs.phases = self.timer.totals()
+        self.costs.seconds = self.span.clock.seconds()
+        self.costs.phases = self.span.timer.totals() | self.timer.totals()
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def choose_start(self, sweep: Sweep) -> None:
-        """First step of the run: calibrate if asked to (LEAP: the block the untrained student scores highest on).
+    def calibration(self) -> Optional[Calibration]:
+        """What finds the first target block on the run's first batch, if that is not given."""
+        leap = self.config.curriculum.mode == "leap" and self.config.curriculum.start is None
+        return Calibration(self.engine, self._score) if leap and self.coordinator.schedule is None else None
 
-        sweep: from the deepest block wanted to the first batch in chunks, images with the features of all blocks up to
-        that.
+    def start(self, calibrated: Optional[int]) -> None:
+        """Begin at the block that is given, or that the calibration has found (LEAP: the block the untrained student
+        scores highest on; the shallowest of equals). Collective.
         """
         how, schedule, start = "start", self.coordinator.schedule, self.config.curriculum.start
         if schedule is not None:
             how = "replay"
             self.coordinator.start_at(schedule.at(0))
-        elif self.config.curriculum.mode == "leap" and start is None:
-            how, chosen = "calibrated", self._calibrated(sweep)
-            self.coordinator.start_at(chosen)
-            how = how if self.curriculum.block == chosen else "snap"
+        elif calibrated is not None:
+            self.accountant.charge_calibration(self.costs, self.curriculum.climbs_to)
+            self.coordinator.start_at(calibrated)
+            how = "calibrated" if self.curriculum.block == calibrated else "snap"
         elif start not in (None, self.curriculum.block):
             how = "snap"
         self.read_clocks()
         self.accountant.begin(self.progress.step, self.costs)  # rates are of steps, not of the calibration
         self.journal.start(how)
 
-    def _calibrated(self, sweep: Sweep) -> int:
-        """The 1-indexed block of the curriculum with the highest score on this batch; the shallowest of equals."""
-        last = self.curriculum.climbs_to
-        with self.timer.only(CALIBRATION):
-            block = best_block(self.engine, sweep(last), self._score)
-        self.accountant.charge_calibration(self.costs, last)
-        return block
-
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def block_of(self, step: int) -> int:
-        """The target block of a step whose work begins now."""
-        schedule = self.coordinator.schedule
-        return self.curriculum.block if schedule is None else schedule.at(step)
+    def wanted(self, step: int, begun: bool = False) -> Sequence[int]:
+        """The blocks that a step whose work begins now matches, rising; the last is its target.
 
-    def step(self, work: Work) -> None:
-        """One optimizer step; leaves its numbers in `pending`."""
+        begun: the work may have begun in an earlier session, with the block of then.
+        """
+        if self.config.curriculum.mode == "all_layers":
+            return range(1, self.span.depth + 1)
+        if begun and self.progress.next_block:
+            return (self.progress.next_block,)
+        schedule = self.coordinator.schedule
+        return (self.curriculum.block if schedule is None else schedule.at(step),)
+
+    def begin(self, blocks: Sequence[int]) -> None:
+        """An optimizer step begins, which matches `blocks`; its micro-batches follow by `train_on`."""
         step = self.progress.step
-        self._enter(work.block)
+        self._enter(blocks[-1])
         # Drop path and dropout: the same after a resume.
-        torch.manual_seed(step_seed(self.config.seed, step, DROPOUT, self.world.rank))
-        lr = self._set_lr()
+        self._draws.begin(step_seed(self.config.student_seed, step, DROPOUT, self.world.rank))
+        self._current = _Current(step, blocks, self._set_lr(), self._wants_score(), [], [])
         self.spectroscope.before(step)
-        scored, evidence, losses = self._wants_score(), None, []
-        for index, (images, targets, labels) in enumerate(work.micro_batches):
+
+    def train_on(self, batch: MicroBatch) -> None:
+        """The step's next micro-batch. The last one takes the update and leaves the step's numbers in `pending`."""
+        current = self._current
+        assert current is not None
+        last = len(current.losses) + 1 == self.config.engine.accumulation
+        with self._draws.turn(last):
             with self.timer.phase("student.forward"):
-                match: Match = self.engine(images, targets, scored, labels)
-                losses.append(torch.stack([match.loss.detach(), *match.terms.values()]))
-                evidence = _gathered(evidence, match)
-            if index + 1 == self.config.engine.accumulation:
-                means = self._sent(torch.stack(losses).mean(0), evidence)
-                self.pending = Pending(step, work.block, lr, list(match.terms), means)
+                targets = batch.targets(current.blocks, logits=self.config.teacher_classes > 0)
+                labels = batch.labels.get(self.labelling)
+                match: Match = self.engine(batch.images, targets, current.scored, labels)
+                current.losses.append(torch.stack([match.loss.detach(), *match.terms.values()]))
+                _gather(current.evidence, match)
+            if last:
+                means = self._sent(torch.stack(current.losses).mean(0), *current.evidence)
+                self.pending = Pending(current.step, current.blocks[-1], current.lr, list(match.terms), means)
             with self.timer.phase("student.backward"):
                 self.engine.backward(match.loss)
             with self.timer.phase("optimizer"):
                 self.engine.step()
+
+    @property
+    def labelling(self) -> tuple[int, float]:
+        """Which soft labels it trains on: (classes, smoothing); no classes where it has no classifier."""
+        return self.config.student.num_classes, self.config.objective.label_smoothing
 
     def _enter(self, block: int) -> None:
         """The student meets a target block: a new one is noted, and the head starts anew if that is asked for."""
@@ -190,11 +248,11 @@ class Learner:
         if trajectory and trajectory[-1][1] == block:
             return
         if trajectory and self.config.curriculum.reset_head:
-            reset_heads(self.engine, step_seed(self.config.seed, step, HEAD))
+            reset_heads(self.engine, step_seed(self.config.student_seed, step, HEAD))
         trajectory.append((step, block))
         self.journal.target(step, block)
 
-    def _sent(self, losses: Tensor, evidence: Optional[Evidence]) -> HostCopy:
+    def _sent(self, losses: Tensor, evidence: Optional[Evidence] = None) -> HostCopy:
         """Send own loss, mean losses, score and the last update to the host. losses: own, loss first. Collective."""
         means = self._summed(losses.clone()) / self.world.size
         score = losses.new_full((), math.nan) if evidence is None else self._score(evidence)
@@ -214,7 +272,7 @@ class Learner:
         return not self.curriculum.finished or self.progress.step % self.config.telemetry.every == 0
 
     def _set_lr(self) -> float:
-        step, total, advanced_at = self.progress.step, self.total_steps, self.progress.advanced_at
+        step, total, advanced_at = self.progress.step, self.span.total_steps, self.progress.advanced_at
         optim, epochs = self.config.optim, self.config.epochs
         lr = self.peak_lr * lr_factor(optim, step=step, total_steps=total, epochs=epochs, advanced_at=advanced_at)
         for group in self.engine.optimizer.param_groups:
@@ -283,26 +341,14 @@ class Learner:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         self.read_clocks()
-        self.clock.pause()
+        self.span.clock.pause()
         knn = self.validation.knn(self.engine)
-        spent = self.clock.go_on()
-        progress.validations.append(
-            {
-                "epoch": progress.epoch,
-                "step": progress.step,
-                "knn": knn,
-                "teacher_flops": costs.flops["teacher"],
-                "flops": costs.total_flops,
-                "seconds": costs.seconds,
-                "evaluation_seconds": spent,
-            }
-        )
-        self.validation.write(progress.validations)
+        spent = self.span.clock.go_on()
+        self.validation.note(progress, knn, costs.flops, seconds=costs.seconds, spent=spent)
         self.journal.points(progress.step - 1, {"evaluation/knn": knn})
 
 
-def _gathered(evidence: Optional[Evidence], match: Match) -> Optional[Evidence]:
-    """Evidence of the deepest target over the micro-batches so far."""
-    if not match.evidence:
-        return None
-    return match.evidence[-1] if evidence is None else evidence.merged(match.evidence[-1])
+def _gather(evidence: list[Evidence], match: Match) -> None:
+    """Merge what a micro-batch says of the deepest target into what those before have said, if it says anything."""
+    if match.evidence:
+        evidence[:] = [known.merged(match.evidence[-1]) for known in evidence] or [match.evidence[-1]]

@@ -60,10 +60,12 @@ def train(config: Config, interrupt: Interrupt) -> None:
         finally:
             trainer.close()
     shutdown()
+    trainer.cohort.require_sound()  # last: the others are done, and everything is written
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, or stopped by a signal with everything saved; 2 a user's mistake, one line; 1 a bug.
+    """Exit status: 0 done, or stopped by a signal with everything saved; 2 a user's mistake, or a student of a cohort
+    that failed while the others went on, one line; 1 a bug.
 
     128 and the signal's number where one came before the first step.
     """

@@ -1,26 +1,25 @@
-"""The training loop: what drives data and teacher, gives the student its work, and saves the run.
+"""The training loop: what drives data and teacher, gives the students their work, and saves the run.
 
 What one student makes of a step, its decision included, is `leap_dist.learner`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain, pairwise, repeat
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from leap_dist.cohort import Cohort
 from leap_dist.config import Config
-from leap_dist.curriculum.coordinator import Coordinator, NonFiniteLoss
 from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, draw_mix, soft_labels
 from leap_dist.errors import UserError
-from leap_dist.evaluation import Validation
-from leap_dist.learner import Learner
-from leap_dist.models import Features, StepFlops
+from leap_dist.learner import Learner, Span, StudentParts
+from leap_dist.models import Features
 from leap_dist.monitoring import ProfilerWindow
 from leap_dist.runtime.checkpoint import Checkpoints
 from leap_dist.runtime.distributed import World
@@ -28,7 +27,7 @@ from leap_dist.runtime.engine import weights_are_finite
 from leap_dist.runtime.progress import Progress, total_steps
 from leap_dist.runtime.seeds import MIXUP, step_seed
 from leap_dist.runtime.signals import EVALUATING, Interrupt
-from leap_dist.runtime.timing import PhaseTimer, RunClock
+from leap_dist.runtime.timing import SHARED, PhaseTimer, RunClock
 from leap_dist.teacher import Teacher
 from leap_dist.teacher.blame import teacher_fault
 from leap_dist.teacher.lookahead import Lookahead, MicroBatch, Work
@@ -38,17 +37,14 @@ CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; `leap_dist.assembly` puts them together."""
+    """What a run is made of; `leap_dist.assembly` puts them together. students: by name, see `Cohort`."""
 
     teacher: Teacher
-    flops: StepFlops
-    engine: Any
+    students: Mapping[str, StudentParts]
     loader: TrainLoader
     bad_samples: BadSamples
-    coordinator: Coordinator
     checkpoints: Checkpoints
     timer: PhaseTimer
-    validation: Validation
 
 
 class Trainer:
@@ -67,42 +63,44 @@ class Trainer:
         self.accumulation = config.engine.accumulation
         self.steps_per_epoch = len(parts.loader) // self.accumulation
         self.total_steps = total_steps(config.epochs, self.steps_per_epoch)
-        self.learner = Learner(
-            config,
-            world,
-            engine=parts.engine,
-            coordinator=parts.coordinator,
-            validation=parts.validation,
-            flops=parts.flops,
-            timer=parts.timer,
-            clock=self.clock,
-            depth=parts.teacher.spec.depth,
-            steps_per_epoch=self.steps_per_epoch,
-            total_steps=self.total_steps,
-        )
-        self.profiler = ProfilerWindow(config, world, self.timer, parts.teacher.blocks)
+        span = Span(parts.teacher.spec.depth, self.steps_per_epoch, self.total_steps, self.clock, self.timer)
+        learners = {name: Learner(name, world, own, span) for name, own in parts.students.items()}
+        self.cohort = Cohort(config, world, learners)
+        timers = [self.timer, *(own.timer for own in parts.students.values())]
+        self.profiler = ProfilerWindow(config, world, timers, parts.teacher.blocks)
         self.lookahead = Lookahead(parts.teacher, self._work, world.device, ahead=config.teacher.prefetch > 0)
-        self.progress = self.learner.progress
         self.coming: Optional[Work] = None
-        self.trained: Optional[Work] = None  # the last step's, should its loss be non-finite
+        self.trained: Optional[Work] = None  # the last step's, should a loss be non-finite
         self.stopping = False
         self.interrupt = Interrupt()
         self.first_step = 0  # of this session
+        self.seconds_before = 0.0  # in earlier ones
         self.saved_step = -1
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run is."""
+        return self.cohort.progress
+
+    @property
+    def learner(self) -> Learner:
+        """The student of a run that has one; the first of a cohort."""
+        return next(iter(self.cohort.learners.values()))
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def restore(self, path: Path) -> None:
         """Continue from the checkpoint at `path`."""
-        state = self.checkpoints.load(self.learner.engine, path)
-        self.progress = Progress(**state["progress"])
+        self.cohort.load_state_dicts(self.checkpoints.load(self.cohort.engines, path), path.parent.parent)
         self.first_step = self.progress.step
-        self.learner.load_state_dict(state, self.progress, path.parent.parent)
-        self.timer.carry_on(self.learner.costs.phases)
+        known = max((one.costs for one in self.cohort.learners.values()), key=lambda costs: costs.seconds)
+        self.timer.carry_on({phase: value for phase, value in known.phases.items() if phase in SHARED})
+        self.seconds_before = known.seconds
         self.saved_step = self.progress.step if path.parent.resolve() == self.checkpoints.folder.resolve() else -1
 
     def run(self, interrupt: Optional[Interrupt] = None) -> bool:
-        """Train to the last step (True), or until a rank is told to stop (False). Saves in both cases.
+        """Train to the last step, or until no student is left that can (True), or until a rank is told to stop (False).
+        Saves in all cases.
 
         interrupt: of the process, that ends it at a signal until the first step is done.
         """
@@ -112,8 +110,8 @@ class Trainer:
         self.interrupt = interrupt
         self.checkpoints.claim_output()
         self.bad_samples.reopen(resumed=self.progress.step > 0)
-        self.clock.start(self.learner.costs.seconds)
-        self.learner.open()
+        self.clock.start(self.seconds_before)
+        self.cohort.open()
         if self.progress.step:
             self._keep()  # another run's checkpoint: a kill from here on must not start afresh
             self._evaluate()
@@ -121,65 +119,87 @@ class Trainer:
         while not (self._done or self.stopping):
             self._epoch(interrupt)
         self.profiler.close()
+        self._retire_spoilt()
         self._save()
         self.checkpoints.confirm()
         return self._done
 
     @property
     def _done(self) -> bool:
-        """Whether all steps are made, and where they end an epoch, that is closed."""
-        return (self.progress.epoch, self.progress.step_in_epoch) >= divmod(self.total_steps, self.steps_per_epoch)
+        """Whether all steps are made, and where they end an epoch, that is closed; or nobody is left to make them."""
+        here = self.progress.epoch, self.progress.step_in_epoch
+        return not self.cohort.active or here >= divmod(self.total_steps, self.steps_per_epoch)
 
     def close(self) -> None:
         """Release loader workers, the terminal and the output folder; safe at any time."""
         self.loader.close()
-        self.learner.journal.close()
+        self.cohort.close()
         self.checkpoints.release()
 
     def _epoch(self, interrupt: Interrupt) -> None:
         """The rest of the current epoch, then the curriculum's end-of-epoch check; not if the run ends within it."""
         for batches, following in self._batches():
             self._settle(interrupt)
-            if self.stopping:
+            if self.stopping or not self.cohort.active:
                 return
             if not self.progress.trajectory:
-                self.learner.choose_start(lambda last, batches=batches: self._swept(batches, last))
+                self.cohort.choose_start(lambda last, batches=batches: self._swept(batches, last))
             self.trained = self._next_work(batches, following)
-            self.learner.step(self.trained)
-            self.progress.step += 1
-            self.progress.step_in_epoch += 1
+            self.cohort.step(self.trained)
             if self._is_save_due(self.progress.step, self.config.checkpoint.every_steps):
                 self._settle(interrupt)
                 self._save()
             self.profiler.before(self.progress.step)
         self._settle(interrupt)
-        if self.progress.step_in_epoch < self.steps_per_epoch:
+        if self.progress.step_in_epoch < self.steps_per_epoch or not self.cohort.active:
             return
-        self.learner.end_epoch()
-        self.progress.epoch += 1
-        self.progress.step_in_epoch = 0
+        self.cohort.end_epoch()
         if self._is_save_due(self.progress.epoch, self.config.checkpoint.every_epochs):
             self._save()
         self._evaluate()
 
     def _settle(self, interrupt: Interrupt) -> None:
         """Close the step before: its numbers are read and decided on, on every rank."""
-        try:
-            decision = self.learner.settle(interrupt.requested, self.bad_samples)
-        except NonFiniteLoss as error:
-            raise self._explained(error) from error
-        if decision is not None:
+        settled = self.cohort.settle(interrupt.requested, self.bad_samples)
+        if settled is None:
+            return
+        self.stopping = settled.stop
+        if not settled.failed:
             interrupt.hold()  # there is a step to save from now on
-            self.checkpoints.confirm()  # the loss that the saved weights gave is finite
-            self.stopping = decision.stop
+            self.checkpoints.confirm()  # the losses that the saved weights gave are finite
+            return
+        first = next(iter(settled.failed.values()))
+        fault = self._teachers_fault()
+        if fault is not None:
+            raise UserError(f"{fault}: {first}") from first
+        if not self.config.students:
+            raise first
+        interrupt.hold()
+        self.checkpoints.abandon()  # what was saved last gave the bad loss
+        for name, error in settled.failed.items():
+            self._retire(name, str(error), self.progress.step - 1)
+        self._save()
 
-    def _explained(self, error: NonFiniteLoss) -> UserError:
-        """The error, or the teacher's fault if its features of the step's images are not finite. Collective."""
+    def _retire(self, name: str, why: str, step: int) -> None:
+        """One student of a cohort fails: its last good weights come back, the others go on. Collective."""
+        weights_of = self.checkpoints.restore_good(name, self.cohort.learners[name].engine)
+        self.cohort.retire(name, why, step, weights_of)
+
+    def _retire_spoilt(self) -> None:
+        """At the end of a cohort's run no further loss would show what its last update did to a student. Collective."""
+        if not self.config.students:
+            return
+        for name, learner in self.cohort.active.items():
+            if not weights_are_finite(learner.engine, self.world):
+                self.checkpoints.abandon()
+                self.saved_step = -1
+                self._retire(name, f"non-finite weights after step {self.progress.step - 1}", self.progress.step)
+
+    def _teachers_fault(self) -> Optional[str]:
+        """What is wrong with the teacher, if its features of the last step's images are not finite. Collective."""
         assert self.trained is not None
         images = (self._view(batch, self.progress.step - 1)[0] for batch in self.trained.batches)
-        until = self.teacher.spec.depth if self.config.curriculum.mode == "all_layers" else self.trained.block
-        fault = teacher_fault(self.teacher, images, until, self.config.teacher, self.world)
-        return error if fault is None else UserError(f"{fault}: {error}")
+        return teacher_fault(self.teacher, images, self.trained.blocks[-1], self.config.teacher, self.world)
 
     # -- what a step trains on ----------------------------------------------------------------------------------------
 
@@ -202,37 +222,34 @@ class Trainer:
 
     def _next_work(self, batches: list[Batch], following: Optional[list[Batch]]) -> Work:
         """What the next step trains on; the work of the step after it begins, if its batches are there."""
-        step, block_of = self.progress.step, self.learner.block_of
-        work = self.coming or self.lookahead.begin(step, self.progress.next_block or block_of(step), batches)
-        block = block_of(step + 1)
-        self.coming = None if following is None else self.lookahead.begin(step + 1, block, following)
-        self.progress.next_block = None if self.coming is None else block
+        step, learners = self.progress.step, self.cohort.active
+        work = self.coming or self.lookahead.begin(step, self.cohort.wanted(step, begun=True), batches)
+        wanted = self.cohort.wanted(step + 1)
+        self.coming = None if following is None else self.lookahead.begin(step + 1, wanted, following)
+        for name, learner in learners.items():
+            learner.progress.next_block = None if self.coming is None else wanted[name][-1]
         return work
 
-    def _work(self, step: int, batches: list[Batch]) -> Iterator[MicroBatch]:
+    def _work(self, step: int, blocks: list[int], batches: list[Batch]) -> Iterator[MicroBatch]:
         """Images, features and labels of a step, micro-batch by micro-batch."""
         for batch in batches:
             images, labels = self._view(batch, step)
             with self.timer.phase("teacher"):
-                targets = self._targets(images)
-            yield MicroBatch(images, targets, labels)
+                features = self.teacher.features_of(images, blocks)
+            yield MicroBatch(images, features, labels)
 
-    def _view(self, batch: Batch, step: int) -> tuple[Tensor, Optional[Tensor]]:
-        """Images and, if the student classifies, soft labels on the device; mixed with draws keyed by seed and step."""
-        images, labels, config = self.feed.images(batch), None, self.config
-        if config.student.num_classes:
-            classes, smoothing = config.student.num_classes, config.objective.label_smoothing
-            labels = soft_labels(batch.labels, classes, smoothing, self.world.device)
-        if not config.data.mixup:
+    def _view(self, batch: Batch, step: int) -> tuple[Tensor, dict[tuple[int, float], Tensor]]:
+        """Images and, for students that classify, soft labels by (classes, smoothing), on the device; mixed with draws
+        keyed by seed and step.
+        """
+        images, device = self.feed.images(batch), self.world.device
+        asked = {one.labelling for one in self.cohort.active.values() if one.config.student.num_classes}
+        labels = {how: soft_labels(batch.labels, *how, device) for how in sorted(asked)}
+        if not self.config.data.mixup:
             return images, labels
-        generator = torch.Generator().manual_seed(step_seed(config.seed, step, MIXUP))
-        mix = draw_mix(config.data, batch.positions, generator)
-        return mix.images(images), None if labels is None else mix.labels(labels)
-
-    def _targets(self, images: Tensor) -> list[Features]:
-        if self.config.curriculum.mode == "all_layers":
-            return list(self.teacher.sweep(images))
-        return [self.teacher.features(images)]
+        generator = torch.Generator().manual_seed(step_seed(self.config.seed, step, MIXUP))
+        mix = draw_mix(self.config.data, batch.positions, generator)
+        return mix.images(images), {how: mix.labels(soft) for how, soft in labels.items()}
 
     def _swept(self, batches: list[Batch], last: int) -> Iterator[tuple[Tensor, list[Features]]]:
         """The coming step's images in chunks, each with its features of the blocks 1..last."""
@@ -243,12 +260,16 @@ class Trainer:
     # -- what is kept -------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Evaluate the student between two epochs, if that is due and not done. Collective."""
-        if self.stopping or not self.learner.validation.is_due(self.progress):
+        """Evaluate the students between two epochs, if that is due and not done. Collective."""
+        due = [one for one in self.cohort.active.values() if one.validation.is_due(one.progress)]
+        if self.stopping or not due:
             return
         self._keep()  # what fails from here on does not cost the epoch
         with self.interrupt.saved(EVALUATING):
-            self.learner.evaluate()
+            for learner in due:
+                # In a cohort the next loss retires one that is spoilt; alone it ends the run here, with the reason.
+                if not self.config.students or weights_are_finite(learner.engine, self.world):
+                    learner.evaluate()
 
     @staticmethod
     def _is_save_due(count: int, every: int) -> bool:
@@ -257,14 +278,12 @@ class Trainer:
     def _keep(self) -> None:
         """Save, and let a resumed run start from that without waiting for the next loss, if the weights are finite."""
         self._save()
-        if weights_are_finite(self.learner.engine, self.world):
+        if all(weights_are_finite(one.engine, self.world) for one in self.cohort.active.values()):
             self.checkpoints.confirm()
 
     def _save(self) -> None:
         """Save the run as it stands between two steps, unless that has been done."""
         if self.saved_step == self.progress.step:
             return
-        self.learner.read_clocks()
-        state = {"progress": asdict(self.progress), **self.learner.state_dict()}
-        self.checkpoints.save(self.learner.engine, self.progress.step, state)
+        self.checkpoints.save(self.cohort.engines, self.progress.step, self.cohort.state_dicts())
         self.saved_step = self.progress.step

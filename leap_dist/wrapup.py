@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from leap_dist.config import Config
 from leap_dist.evaluation import FeatureSet, HeldOut, evaluate
+from leap_dist.learner import Learner
 from leap_dist.matching import linear_cka_of_features
 from leap_dist.models import Student, export_student, load_student
 from leap_dist.monitoring import table
+from leap_dist.monitoring.company import Member, company, company_table
 from leap_dist.monitoring.comparison import LEDGER, SUMMARY, VALIDATION
 from leap_dist.runtime.distributed import World, gather_objects, on_main
 from leap_dist.runtime.engine import micro_batch
+from leap_dist.runtime.files import write_text
 from leap_dist.runtime.integrity import named_files, read_sealed, write_sealed
 from leap_dist.runtime.timing import CALIBRATION, PHASES
 from leap_dist.teacher import Teacher
@@ -33,44 +37,81 @@ TIMES = (
 )  # fmt: skip
 
 
-def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
-    """Export, evaluate, write `summary.json` and the figures, print the table. Collective; returns the summary.
+def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """Export, evaluate, write `summary.json` and the figure of each student, print the table. Collective; returns the
+    summaries by student.
 
     What needs the whole teacher comes last: a run that ended early never had all of it in memory, and if it does not
-    fit, student and figures are there. A run that is only judged anew keeps its summary until the new one is whole.
+    fit, students and figures are there. A run that is only judged anew keeps its summary until the new one is whole.
     """
-    trainer.learner.journal.end_bar()
-    exported = export_student(trainer.learner.engine, config, world)
-    summary, times = _progress_summary(config, trainer), _earlier_times(config, world, trainer)
+    cohort = trainer.cohort
+    cohort.end_bar()
+    fit = {name: learner for name, learner in cohort.learners.items() if _has_weights(learner)}
+    exported = {name: export_student(learner.engine, learner.config, world) for name, learner in fit.items()}
+    summaries = {name: _progress_summary(trainer, learner) for name, learner in cohort.learners.items()}
+    times = _earlier_times(config, world, trainer)
     if times is None:
-        _write(summary, config, world)
+        _write_all(summaries, config, world)
     trainer.loader.close()  # its workers' memory is free for those of the evaluation
-    judge = None if config.data.val is None else Judge(config, world)
+    judge = None if config.data.val is None or not fit else Judge(config, world)
     if judge is not None:
-        summary |= judge.student(load_student(exported, world.device))
+        for name, learner in fit.items():
+            summaries[name] |= judge.student(load_student(exported[name], world.device), learner.config, name)
         if times is None:
-            _write(summary, config, world)
-    summary |= _time_saved(config, world, trainer) if times is None else times
-    if judge is not None:
-        summary |= judge.teacher(trainer.teacher)
-    _write(summary, config, world)
-    trainer.learner.journal.finish(summary, "\n".join([_final_table(summary, config), *_remarks(summary, config)]))
-    return summary
+            _write_all(summaries, config, world)
+    if times is None:
+        times = _shared_times(trainer) if config.students else {"": _time_saved(config, world, trainer)}
+    for name, found in (*times.items(), *(judge.teacher(trainer.teacher).items() if judge is not None else ())):
+        summaries[name] |= found
+    _write_all(summaries, config, world)
+    _report(summaries, config, world, trainer)
+    return summaries
 
 
-def _write(summary: dict[str, Any], config: Config, world: World) -> None:
+def _has_weights(learner: Learner) -> bool:
+    """Whether there are weights to export: it trained to the end, or was retired with good ones."""
+    return learner.retired is None or learner.retired.weights_of is not None
+
+
+def _write_all(summaries: dict[str, dict[str, Any]], config: Config, world: World) -> None:
     def write() -> None:
-        folder = Path(config.output)
-        write_sealed(folder / SUMMARY, summary | named_files(folder, LEDGER, VALIDATION))
+        for name, summary in summaries.items():
+            folder = Path(config.output) / name
+            write_sealed(folder / SUMMARY, summary | named_files(folder, LEDGER, VALIDATION))
 
     on_main(write, world)
 
 
-def _earlier_times(config: Config, world: World, trainer: Trainer) -> Optional[dict[str, Any]]:
+def _report(summaries: dict[str, dict[str, Any]], config: Config, world: World, trainer: Trainer) -> None:
+    """Figures, and on the terminal the table of the run's student, or one of all students and of their company."""
+    for name, learner in trainer.cohort.learners.items():
+        words = [_final_table(summaries[name], learner.config), *_remarks(summaries[name], learner.config)]
+        learner.journal.finish(summaries[name], "\n".join(words))
+        if not name:
+            trainer.cohort.say("\n".join(words))
+    if config.students:
+        found = company({name: _member(learner) for name, learner in trainer.cohort.learners.items()}, summaries)
+        text, folder = company_table(found), Path(config.output)
+        on_main(lambda: (write_sealed(folder / "cohort.json", found), write_text(folder / "cohort.md", text)), world)
+        trainer.cohort.say(f"{text}\nrun folder: {config.output}")
+
+
+def _member(learner: Learner) -> Member:
+    trajectory, flops = learner.progress.trajectory, learner.flops.teacher
+    return Member(trajectory, learner.progress.step, learner.costs, flops, learner.config.data.global_batch)
+
+
+def _earlier_times(config: Config, world: World, trainer: Trainer) -> Optional[dict[str, dict[str, Any]]]:
     """What the end of this very run said of its time, if this session made no step. Rank 0's for all; collective."""
-    earlier = _earlier_summary(Path(config.output) / SUMMARY) if world.is_main else {}
-    same = trainer.first_step == trainer.progress.step == earlier.get("steps") and "time_saved" in earlier
-    return gather_objects({key: earlier[key] for key in TIMES if key in earlier} if same else None, world)[0]
+    found: Optional[dict[str, dict[str, Any]]] = {}
+    for name, learner in trainer.cohort.learners.items():
+        earlier = _earlier_summary(Path(config.output) / name / SUMMARY) if world.is_main else {}
+        same = trainer.first_step == trainer.progress.step and earlier.get("steps") == learner.progress.step
+        if not same or "time_saved" not in earlier:
+            found = None
+            break
+        found[name] = {key: earlier[key] for key in TIMES if key in earlier}
+    return gather_objects(found, world)[0]
 
 
 def _earlier_summary(path: Path) -> dict[str, Any]:
@@ -83,9 +124,19 @@ def _earlier_summary(path: Path) -> dict[str, Any]:
     return earlier if not fault else {}
 
 
-def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
-    progress, costs = trainer.progress, trainer.learner.costs
-    return {
+def _shared_times(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """Seconds of a pass that several students shared say nothing about one of them."""
+    nothing = dict.fromkeys(("time_saved_seconds", "time_saved", "time_saved_at_least"))
+    return {name: dict(nothing) for name in trainer.cohort.learners}
+
+
+def _progress_summary(trainer: Trainer, learner: Learner) -> dict[str, Any]:
+    config, progress, costs = learner.config, learner.progress, learner.costs
+    company = [name for name in trainer.cohort.learners if name]
+    together: dict[str, Any] = {"shared_with": company} if company else {}
+    if learner.retired is not None:
+        together["retired"] = asdict(learner.retired)
+    return together | {
         "steps": progress.step,
         "epochs": progress.step / trainer.steps_per_epoch,
         "final_block": progress.trajectory[-1][1],  # trained on; the end of the last epoch may have advanced once more
@@ -175,27 +226,29 @@ class Judge:
     def __init__(self, config: Config, world: World) -> None:
         self._config, self._world = config, world
         self._held_out = HeldOut(config, world, config.evaluation.max_train_images, None)
-        self._ours: Optional[FeatureSet] = None
+        self._ours: dict[str, Optional[FeatureSet]] = {}
 
-    def student(self, student: Student) -> dict[str, float]:
+    def student(self, student: Student, config: Config, name: str = "") -> dict[str, float]:
         """Its kNN and linear probe on average-pooled patch tokens; top-1 of its own classifier, if it has one.
 
+        config, name: the student's own.
         known_images, judged_images: of `data.train` and `data.val`; fewer than asked for where some cannot be read.
         judged_classes: that the latter are of.
         """
         found = self._held_out.features(lambda images: student(images).patch.mean(1))
-        self._ours = found and found[1]
+        self._ours[name] = found and found[1]
         results = self._accuracies("student", found)
         if found:
             results |= {"known_images": len(found[0].ids), "judged_images": len(found[1].ids)}
             results["judged_classes"] = len(found[1].labels.unique())
-        if self._config.student.num_classes:
+        if config.student.num_classes:
             results |= _top1(self._held_out.validation(lambda images: student.classify(student(images))))
         return results
 
-    def teacher(self, teacher: Teacher) -> dict[str, float]:
-        """At its last block: its kNN and linear probe, if `evaluation.teacher`; and `student_teacher_cka`, linear CKA
-        of what was judged on the held-out images, biased upward by about width / images.
+    def teacher(self, teacher: Teacher) -> dict[str, dict[str, float]]:
+        """By student, of the teacher at its last block: its kNN and linear probe, if `evaluation.teacher`; and
+        `student_teacher_cka`, linear CKA of what was judged on the held-out images, biased upward by about width /
+        images.
         """
         teacher.retarget(teacher.spec.depth)
 
@@ -209,15 +262,20 @@ class Judge:
             results, theirs = self._accuracies("teacher", found), found and found[1]
         else:
             theirs = self._held_out.validation(pooled, whose)
-        if self._ours and theirs:
-            results["student_teacher_cka"] = linear_cka_of_features(self._ours.features, theirs.features).item()
-        return results
+        return {name: results | _likeness(ours, theirs) for name, ours in self._ours.items()}
 
     def _accuracies(self, who: str, found: Optional[tuple[FeatureSet, FeatureSet]]) -> dict[str, float]:
         if found is None:
             return {}
         results = evaluate(*found, self._config.evaluation, device=self._world.device, seed=self._config.seed)
         return {f"{who}_{name}": value for name, value in results.items()}
+
+
+def _likeness(ours: Optional[FeatureSet], theirs: Optional[FeatureSet]) -> dict[str, float]:
+    """Empty on all ranks but 0."""
+    if not ours or not theirs:
+        return {}
+    return {"student_teacher_cka": linear_cka_of_features(ours.features, theirs.features).item()}
 
 
 def _top1(logits: Optional[FeatureSet]) -> dict[str, float]:
@@ -240,6 +298,8 @@ def _saved(share: float) -> str:
 
 
 def _time_in_words(summary: dict[str, Any]) -> str:
+    if "shared_with" in summary:
+        return "not measured: students share their teacher's pass"
     if summary["time_saved"] is None:
         return "not measured: ranks, devices or the teacher's options changed during the run"
     if summary["time_saved"] <= 0:

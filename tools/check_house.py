@@ -24,6 +24,7 @@ FLOORS = [
     {"assembly"},
     {"pretraining", "wrapup"},
     {"trainer"},
+    {"cohort"},
     {"learner"},
     {"analysis"},
     {"evaluation", "matching", "monitoring", "teacher"},

@@ -5,8 +5,9 @@ python tools/sweep.py launch_configs/sweeps/cifar10.yaml data.train=/data/cifar1
     data.val=/data/cifar10-mds/test
 
 A sweep is a YAML: base (a launch config, relative to it), output, seeds, common (overrides for all), rows (name -> list
-of overrides) and launcher (default `python`; {port} is a free port, {slot} the number of the job, from 0). More in
-docs/sweeps.md. Run it again to go on: what has finished stays, what was killed continues, what failed is tried anew.
+of overrides), launcher (default `python`; {port} is a free port, {slot} the number of the job, from 0) and together
+(default false; true: rows that may share a pass of the teacher do). More in docs/sweeps.md. Run it again to go on: what
+has finished stays, what was killed continues, what failed is tried anew.
 
 Exit status: 0 all runs have finished; 1 some failed; 2 a mistake in the YAML; 130 stopped by Ctrl-C or SIGTERM.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Optional
 
 from leap_dist.errors import UserError, one_line
+from leap_dist.sweeps.passes import in_company
 from leap_dist.sweeps.plan import read_plan
 from leap_dist.sweeps.results import check_columns, draw_curves, write_results
 from leap_dist.sweeps.runner import Sweep, check_launcher, sigterm_as_ctrl_c
@@ -41,6 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse(argv)
     try:
         plan = read_plan(args.sweep, args.out, args.overrides)
+        plan = in_company(plan) if plan.together else plan
         check_columns(plan.show)
         check_launcher(plan.launcher, args.jobs)
         sweep = Sweep(plan, args.jobs, args.seeds)

@@ -16,19 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leap_dist.assembly import build_objective, check_pair
-from leap_dist.config import Config, load_without_files
-from leap_dist.curriculum import build_curriculum
-from leap_dist.curriculum.coordinator import Coordinator
+from leap_dist.assembly import build_parts, check_pair
+from leap_dist.config import Config, load_without_files, members
 from leap_dist.data import BadSamples, Batch
 from leap_dist.errors import UserError
-from leap_dist.evaluation import Validation
 from leap_dist.models import step_flops
 from leap_dist.runtime.allocator import keep_freed_memory
 from leap_dist.runtime.checkpoint import Checkpoints
 from leap_dist.runtime.distributed import World
-from leap_dist.runtime.engine import build_engine
-from leap_dist.runtime.optim import build_optimizer
 from leap_dist.runtime.timing import PhaseTimer
 from leap_dist.teacher import describe_teacher
 from leap_dist.teacher.lazy_backbone import LazyBackbone
@@ -122,19 +117,19 @@ class Conducted:
 def build_conducted(config: Config, world: World, teacher: ReplicatedTeacher, images: Tensor) -> Trainer:
     """A trainer whose run `conduct` conducts; everything but loader and teacher is a run's own."""
     spec = describe_teacher(config.teacher, config.data.image_size)
-    check_pair(config, spec, world.device)
-    objective = build_objective(config, spec)
-    timer = PhaseTimer(world.device)
+    students = members(config)
+    for own in students.values():
+        check_pair(own, spec, world.device)
     parts = Parts(
         teacher=Exchangeable(teacher),
-        flops=step_flops(config),
-        engine=build_engine(config, objective, build_optimizer(config.optim, objective), len(images)),
+        students={
+            name: build_parts(own, world, spec, None, step_flops(own), own.data, len(images))
+            for name, own in students.items()
+        },
         loader=Conducted(images),
         bad_samples=BadSamples(Path(config.output) / "bad_samples.jsonl", 0, world),
-        coordinator=Coordinator(build_curriculum(config.curriculum, spec.depth), world, timer=timer),
         checkpoints=Checkpoints(config, world, layout=str(len(images)), teacher=teacher.fingerprint),
-        timer=timer,
-        validation=Validation(config, world),
+        timer=PhaseTimer(world.device),
     )
     return Trainer(config, world, parts)
 
@@ -153,7 +148,8 @@ def conduct(trainer: Trainer, script: Iterator[None]) -> None:
 def aim(trainer: Trainer, teacher: ReplicatedTeacher, block: int) -> None:
     """Make 1-indexed `block` of `teacher` the target of the next steps."""
     trainer.teacher.current = teacher
-    trainer.learner.curriculum.restart_at(block)
+    for learner in trainer.cohort.learners.values():
+        learner.curriculum.restart_at(block)
 
 
 def held_teacher(config: Config, device: torch.device) -> tuple[LazyBackbone, HeldTeacher]:

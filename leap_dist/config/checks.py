@@ -178,8 +178,8 @@ def _placement_problems(config: Config) -> list[str]:
         problems.append("teacher.rebalance=false with teacher.placement=auto: its budget counts on balanced stages")
     if teacher.placement in ("pipelined", "auto") and mode == "all_layers":
         problems.append(
-            f"teacher.placement={teacher.placement} with curriculum.mode=all_layers: only a pipeline's last stage "
-            "gives features; use teacher.placement=sharded or replicated"
+            f"teacher.placement={teacher.placement} with curriculum.mode=all_layers: a pipeline would send the "
+            "tokens of every block; use teacher.placement=sharded or replicated"
         )
     return problems
 

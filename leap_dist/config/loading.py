@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional, TypeVar
 
@@ -13,6 +14,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from leap_dist.config.checks import problems
+from leap_dist.config.cohort import check_names, checked_students
 from leap_dist.config.options import Config
 from leap_dist.config.paths import no_file_to_read, short
 from leap_dist.config.ranges import RANGES
@@ -50,9 +52,48 @@ def load(path: Optional[Path], overrides: list[str], check: bool = True) -> Conf
         UserError: unknown key, wrong type, missing value or impossible combination; one line that names it.
     """
     resolved = merge(Config, path, overrides)
-    for problem in problems(resolved) if check else []:
+    students = members(resolved)  # also unchecked: their keys and types do not depend on files
+    for problem in _every_problem(students) if check else []:
         raise UserError(problem)
     return resolved
+
+
+def members(config: Config) -> dict[str, Config]:
+    """The config of every student by its name, each whole as if it were a run's alone; `output` is its own folder.
+
+    Without `students` that is the run's own config, with the name "".
+
+    Raises:
+        UserError: an unknown key or a wrong type in `students`; one line that names student and key.
+    """
+    if not config.students:
+        return {"": config}
+    check_names(config.students, "all layers together")
+    alone = replace(config, students={})
+    return {
+        name: replace(_overlaid(alone, own, f"students.{name}"), output=str(Path(config.output) / name))
+        for name, own in config.students.items()
+    }
+
+
+def _every_problem(students: dict[str, Config]) -> list[str]:
+    """What is wrong with any of the students, and with them in company; what all share is said without a name."""
+    found = {name: problems(config) for name, config in students.items()}
+    shared = set.intersection(*(set(lines) for lines in found.values()))
+    own = [
+        f"students.{name}: {line}" if line not in shared else line for name, lines in found.items() for line in lines
+    ]
+    classes = {config.teacher_classes for config in students.values()} - {0}
+    if len(classes) > 1:
+        own.append(f"students: soft distillation needs the teacher's logits of one number of classes, not {classes}")
+    return own
+
+
+def _overlaid(config: Config, own: dict[str, Any], source: str) -> Config:
+    """The config with other values of some options, given by dotted keys."""
+    known = option_fields(Config)
+    leaves = list(own.items())
+    return _resolved(_merged(OmegaConf.structured(config), leaves, source, known, own=True), known)
 
 
 def load_without_files(path: Optional[Path], *overrides: str) -> Config:
@@ -67,23 +108,39 @@ def merge(schema: type[_T], path: Optional[Path], overrides: list[str]) -> _T:
     """What `load` does for any dataclass of options, but for the checks. UserError likewise."""
     config, known = OmegaConf.structured(schema), option_fields(schema)
     for source, layer in (*_yaml_layers(path), *_override_layers(overrides, known)):
-        leaves = _leaves(layer, known)
         own = source in ("command line", str(path))
-        for key, value in leaves:
-            _require_known(key, source, list(known), own)
-            if _is_text(known[key]) and isinstance(value, (bool, int, float)):
-                # What YAML takes for a number is not what was typed: 2026_07_01 would be 20260701.
+        leaves = [
+            (key, checked_students(value, source, known) if key == "students" else value)
+            for key, value in _leaves(layer, known)
+        ]
+        config = _merged(config, leaves, source, known, own)
+    return _resolved(config, known)
+
+
+def _merged(
+    config: Any, leaves: list[tuple[str, Any]], source: str, known: dict[str, dataclasses.Field], own: bool
+) -> Any:
+    """A copy with other values, all of them options that there are. own: see `_require_known`."""
+    for key, value in leaves:
+        _require_known(key, source, list(known), own)
+        if _is_text(known[key]) and isinstance(value, (bool, int, float)):
+            # What YAML takes for a number is not what was typed: 2026_07_01 would be 20260701.
+            what = f"{key}={value!r:.200}" if own else key
+            raise UserError(f"{what} ({source}): expected {_expected(known[key])}; put it in quotes")
+    try:
+        return _with(config, leaves)
+    except MISFITS:
+        for key, value in leaves:  # one by one, to name the first that does not fit
+            try:
+                config = _with(config, [(key, value)])
+            except MISFITS:
                 what = f"{key}={value!r:.200}" if own else key
-                raise UserError(f"{what} ({source}): expected {_expected(known[key])}; put it in quotes")
-        try:
-            config = _with(config, leaves)
-        except MISFITS:
-            for key, value in leaves:  # one by one, to name the first that does not fit
-                try:
-                    config = _with(config, [(key, value)])
-                except MISFITS:
-                    what = f"{key}={value!r:.200}" if own else key
-                    raise UserError(f"{what} ({source}): expected {_expected(known[key])}") from None
+                raise UserError(f"{what} ({source}): expected {_expected(known[key])}") from None
+    return config
+
+
+def _resolved(config: Any, known: dict[str, dataclasses.Field]) -> Any:
+    """The dataclass that a merged config stands for; UserError where a required option is missing."""
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -179,8 +236,12 @@ def _require_known(key: str, source: str, known: list[str], own: bool) -> None:
         raise UserError(f"{source}: the base of a config; it has a key that is no option")
     sections = {name.split(".")[0] for name in known if "." in name}
     if key in sections:
-        raise UserError(f"{key} ({source}): is a section; set one of its keys, e.g. {_nearest(key + '.', known)}")
+        raise UserError(f"{key} ({source}): is a section; set one of its keys, e.g. {_first_of(key, known)}")
     raise UserError(f"{key} ({source}): unknown key; did you mean {_nearest(key, known)}?")
+
+
+def _first_of(section: str, known: list[str]) -> str:
+    return next(name for name in known if name.startswith(f"{section}."))
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -237,12 +298,20 @@ def differences(old: Any, new: Any, also: tuple[str, ...] = ()) -> list[str]:
 
     also: beginnings of operational keys that are to count too; one that ends in a colon is the whole key.
     """
-    before, after = flat(old), flat(new)
+    before, after = _told_apart(old), _told_apart(new)
     return [
-        f"{key}: {before[key]} -> {after[key]}"
-        for key in before
-        if before[key] != after[key] and (f"{key}:".startswith(also) or not key.startswith(OPERATIONAL))
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in before | after
+        if before.get(key) != after.get(key) and (f"{key}:".startswith(also) or not key.startswith(OPERATIONAL))
     ]
+
+
+def _told_apart(config: Any) -> dict[str, Any]:
+    """`flat`, with a key for every option of every student."""
+    values = flat(config)
+    students = values.pop("students", None) or {}
+    own = {f"students.{name}.{key}": value for name, keys in students.items() for key, value in keys.items()}
+    return values | {f"students.{name}": "there" for name in students} | own
 
 
 def abridged(changed: list[str]) -> str:

@@ -50,6 +50,9 @@ class StudentConfig:
         metadata={"doc": "further arguments of timm.create_model, e.g. {embed_dim: 192, num_heads: 3}"},
     )
     num_classes: int = option(0, "outputs of a classifier on the kept features; 0 = none")
+    seed: Optional[int] = option(
+        None, "of initial weights, drop path and dropout alone, not of the data; null = the run's `seed`"
+    )
     remedy: Literal["none", "lift", "wide_last"] = option(
         "none",
         "widen what the student gives to the teacher's width, for good (arXiv 2511.15572). lift: project the tokens of "
@@ -227,6 +230,13 @@ class Config:
     resume: str = option("none", "auto: continue the run in `output` if there is one; none; or a checkpoint's path")
     seed: int = option(0, "initialisation, sample order, augmentation, mixup")
     epochs: float = option(100.0, "passes over data.train; need not be whole")
+    students: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "doc": "several students of one pass of the teacher: a name for each, and what of student, objective, "
+            "curriculum, optim and seed differs from the run's, e.g. {tiny: {curriculum.threshold: 0.9}}"
+        },
+    )
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -237,6 +247,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def student_seed(self) -> int:
+        """Of the student's initial weights and of what it draws while it trains."""
+        return self.seed if self.student.seed is None else self.student.seed
 
     @property
     def teacher_classes(self) -> int:

@@ -54,6 +54,7 @@ RANGES = {
     "teacher.microbatches": Range(1, 2**20),
     "teacher.memory_budget": Range(0, 10**6, low_open=True),
     "student.num_classes": Range(0, 10**6),
+    "student.seed": Range(0, 2**32 - 1),
     "objective.feature_weight": Range(0, 10**6),
     "objective.kd_alpha": _SHARE,
     "objective.kd_tau": Range(0, 1000, low_open=True),

@@ -9,6 +9,7 @@ evaluation_seconds (that this one took).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -50,6 +51,21 @@ class Validation:
         student = load_student(export_student(engine, self._config, self._world), device)
         found = self._held_out.features(lambda images: student(images).patch.mean(1))
         return gather_objects(knn_accuracy(*found, options.knn_k, device) if found else None, self._world)[0]
+
+    def note(self, progress: Progress, knn: float, flops: Mapping[str, float], *, seconds: float, spent: float) -> None:
+        """Take note of an accuracy where the run stands. flops: so far, by part; seconds: trained; spent: on this."""
+        progress.validations.append(
+            {
+                "epoch": progress.epoch,
+                "step": progress.step,
+                "knn": knn,
+                "teacher_flops": flops["teacher"],
+                "flops": sum(flops.values()),
+                "seconds": seconds,
+                "evaluation_seconds": spent,
+            }
+        )
+        self.write(progress.validations)
 
     def write(self, lines: list[dict[str, float]]) -> None:
         """Write, on rank 0, all of the run's evaluations so far: those of a checkpoint, and those since. Collective.

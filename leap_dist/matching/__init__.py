@@ -5,7 +5,7 @@ Nothing here knows where tokens come from or which block is the target.
 
 from __future__ import annotations
 
-from leap_dist.matching.calibration import best_block
+from leap_dist.matching.calibration import Calibration
 from leap_dist.matching.cka import constant, linear_cka, linear_cka_of_features
 from leap_dist.matching.heads import check_impl, check_widths
 from leap_dist.matching.objective import Match, Objective
@@ -13,10 +13,10 @@ from leap_dist.matching.reset import reset_heads
 from leap_dist.matching.score import Evidence
 
 __all__ = [
+    "Calibration",
     "Evidence",
     "Match",
     "Objective",
-    "best_block",
     "check_impl",
     "check_widths",
     "constant",

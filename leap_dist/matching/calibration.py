@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,30 +14,32 @@ from leap_dist.models import Features
 from leap_dist.runtime.host_copy import HostCopy
 
 
-@torch.no_grad()
-def block_scores(
-    engine: Any, chunks: Iterable[tuple[Tensor, list[Features]]], score: Callable[[Evidence], Tensor]
-) -> list[float]:
-    """The untrained student's score on each block, the shallowest first, over all chunks. Collective.
+class Calibration:
+    """Finds the 1-indexed block with the highest score over what it is shown, the shallowest of equals.
 
-    chunks: images (B, 3, H, W) with the features of every block to choose from. score: of the evidence of all ranks.
+    score: of the evidence of all ranks. A block whose score is not finite is never chosen before one whose score is.
     """
-    evidence: list[Evidence] = []
-    engine.eval()
-    for images, targets in chunks:
-        found = engine(images, targets, True).evidence
-        evidence = [a.merged(b) for a, b in zip(evidence, found, strict=True)] if evidence else found
-    scores = HostCopy(torch.stack([score(item) for item in evidence])).read()
-    engine.train()
-    return scores
 
+    def __init__(self, engine: Any, score: Callable[[Evidence], Tensor]) -> None:
+        self._engine = engine
+        self._score = score
+        self._evidence: list[Evidence] = []
 
-def best_block(
-    engine: Any, chunks: Iterable[tuple[Tensor, list[Features]]], score: Callable[[Evidence], Tensor]
-) -> int:
-    """The 1-indexed block with the highest of `block_scores`, the shallowest of equals. Collective.
+    @torch.no_grad()
+    def show(self, images: Tensor, targets: list[Features]) -> None:
+        """Images (B, 3, H, W) with the features of every block to choose from. Collective at ZeRO stage 3."""
+        self._engine.eval()
+        found = self._engine(images, targets, True).evidence
+        known = self._evidence
+        self._evidence = [a.merged(b) for a, b in zip(known, found, strict=True)] if known else found
+        self._engine.train()
 
-    A block whose score is not finite is never chosen before one whose score is.
-    """
-    scores = block_scores(engine, chunks, score)
-    return 1 + max(range(len(scores)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
+    @torch.no_grad()
+    def scores(self) -> list[float]:
+        """The untrained student's score on each block, the shallowest first. Collective."""
+        return HostCopy(torch.stack([self._score(item) for item in self._evidence])).read()
+
+    def best(self) -> int:
+        """The block. Collective."""
+        scores = self.scores()
+        return 1 + max(range(len(scores)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
@@ -112,10 +112,17 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor, block: int) -> Features:
         """Features of 1-indexed `block`; the blocks after it are not run."""
+        return self.several(images, [block], block)[block]
+
+    def several(self, images: Tensor, blocks: Collection[int], until: int) -> dict[int, Features]:
+        """Features of 1-indexed `blocks`, by block; the last block that is run is `until`."""
         tokens, context = self.embed(images), self.context()
-        for index in range(block):
+        found = {}
+        for index in range(until):
             tokens = self.run_block(index, tokens, context)
-        return self.finish(tokens, block)
+            if index + 1 in blocks:
+                found[index + 1] = self.finish(tokens, index + 1)
+        return found
 
 
 def vit_checkpoint_filter(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:

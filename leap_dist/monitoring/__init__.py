@@ -9,10 +9,11 @@ from __future__ import annotations
 from leap_dist.monitoring.accounting import Accountant, Costs, configured_peaks
 from leap_dist.monitoring.journal import Journal
 from leap_dist.monitoring.profiling import ProfilerWindow, check_window
-from leap_dist.monitoring.telemetry import bar_interval, memory_bytes, table
+from leap_dist.monitoring.telemetry import Bar, bar_interval, memory_bytes, table
 
 __all__ = [
     "Accountant",
+    "Bar",
     "Costs",
     "Journal",
     "ProfilerWindow",

@@ -16,7 +16,7 @@ from leap_dist.curriculum import Curriculum
 from leap_dist.curriculum.ledger import LEDGER, Ledger
 from leap_dist.errors import UserError
 from leap_dist.monitoring.accounting import Costs
-from leap_dist.monitoring.telemetry import Telemetry
+from leap_dist.monitoring.telemetry import Bar, Telemetry
 from leap_dist.runtime.distributed import World, on_main
 from leap_dist.runtime.progress import Progress
 
@@ -24,13 +24,19 @@ log = logging.getLogger(__name__)
 
 
 class Journal:
-    """Of one run, with a curriculum over a teacher of `depth` blocks. It writes from `open` to `close`."""
+    """Of one student, with a curriculum over a teacher of `depth` blocks. It writes from `open` to `close`.
 
-    def __init__(self, config: Config, world: World, curriculum: Curriculum, depth: int) -> None:
+    name: of the student in a cohort. shown: short texts for the bar, of the last step.
+    """
+
+    def __init__(self, config: Config, world: World, curriculum: Curriculum, depth: int, name: str = "") -> None:
         self._config = config
         self._world = world
         self._curriculum = curriculum
         self._depth = depth
+        self._whose = f"{name}: " if name else ""
+        self.shown: dict[str, str] = {}
+        self._bar: Optional[Bar] = None
         self._telemetry: Optional[Telemetry] = None
         self._ledger: Optional[Ledger] = None
         self._warned = False
@@ -40,6 +46,7 @@ class Journal:
         self,
         progress: Progress,
         costs: Costs,
+        bar: Optional[Bar] = None,
         *,
         steps_per_epoch: int,
         total_steps: int,
@@ -47,19 +54,21 @@ class Journal:
     ) -> None:
         """Begin, or go on from a checkpoint. The run keeps `progress` and `costs` up to date for what is written.
 
+        bar: what is said on the terminal stands above it.
         ledger: the lines that a resumed run continues, see `Ledger`.
         """
         self._progress, self._costs = progress, costs
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         if self._world.is_main:
-            self._telemetry = Telemetry(self._config, total_steps, progress.step)
+            self._bar = bar
+            self._telemetry = Telemetry(self._config, progress.step)
         on_main(lambda: self._open_ledger(ledger), self._world)
 
     def _open_ledger(self, kept: Sequence[bytes]) -> None:
         self._ledger = Ledger(Path(self._config.output), kept)
 
     def close(self) -> None:
-        """Give the terminal back; safe at any time."""
+        """Nothing is written any more; safe at any time."""
         if self._telemetry is not None:
             self._telemetry.close()
         if self._ledger is not None:
@@ -129,26 +138,25 @@ class Journal:
         """The student meets another target block at the 0-based `step`: a line, and points on both sides of it."""
         if self._telemetry is None:
             return
-        self._telemetry.say(f"step {step}: target block {block} of {self._depth}")
+        self.say(f"step {step}: target block {block} of {self._depth}")
         before = [(step - 1, old) for _, old in self._progress.trajectory[-2:-1]]
         for at, value in [*before, (step, block)]:
             if not self.is_due(at):
                 self.points(at, {"curriculum/block": value})
 
     def step(self, block: int, loss: float, score: float) -> None:
-        """Move the bar by a step. A score that was not taken is shown as it last was, with its step."""
+        """Note what the bar shows of a step. A score that was not taken is shown as it last was, with its step."""
         if self._telemetry is None:
             return
         if math.isfinite(score):
             self._score, self._scored = score, self._progress.step
         known = "" if self._scored == self._progress.step else f" (step {self._scored - 1})"
-        shown = {
+        self.shown = {
             "block": f"{block}/{self._depth}",
             self._config.curriculum.metric: f"{self._score:.3f}{known}" if self._scored else "-",
             "loss": f"{loss:.4f}",
             "teacher FLOPs saved": f"{self._costs.teacher_saved:.0%}",
         }
-        self._telemetry.step(shown)
 
     def is_due(self, step: int) -> bool:
         """Whether the 0-based `step` gets TensorBoard points, from this rank."""
@@ -164,13 +172,15 @@ class Journal:
         if self._ledger is not None:
             self._attempt(self._ledger.flush)
 
-    def end_bar(self) -> None:
-        """The last step is done."""
-        if self._telemetry is not None:
-            self._telemetry.end_bar()
+    def say(self, line: str) -> None:
+        """A line on the terminal, of this student."""
+        if self._bar is not None:
+            self._bar.say(self._whose + line)
 
     def finish(self, summary: dict[str, Any], table: str) -> None:
-        """The run's results: hyperparameters with them, the figure of the curriculum, the table on the terminal."""
-        if self._telemetry is not None:
-            self._telemetry.finish(summary, table)  # reads the ledger, which the run's last save has flushed
-            self._telemetry.say(table)
+        """The student's results: hyperparameters with them, and the figure of the curriculum."""
+        if self._telemetry is None:
+            return
+        missing = self._telemetry.finish(summary, table)  # reads the ledger, which the run's last save has flushed
+        if missing:
+            self.say(missing)

@@ -7,7 +7,7 @@ there is neither a profiler nor a hook.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Optional
@@ -38,15 +38,16 @@ def check_window(config: Config, total_steps: int) -> None:
 class ProfilerWindow:
     """Opens before the first step of `telemetry.profile_steps` and closes after the last, both 0-based and included.
 
+    timers: whose phases are to show.
     blocks: the teacher's, in order. A block under torch.compile shows as torch's own range, not by its number.
     """
 
-    def __init__(self, config: Config, world: World, timer: PhaseTimer, blocks: Iterable[nn.Module]) -> None:
+    def __init__(self, config: Config, world: World, timers: Sequence[PhaseTimer], blocks: Iterable[nn.Module]) -> None:
         self._window = config.telemetry.profile_steps
         self._folder = Path(config.output) / "tensorboard"
         self._worker = f"rank{world.rank}"
         self._activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (world.device.type == "cuda")
-        self._timer = timer
+        self._timers = timers
         self._blocks = list(blocks)
         self._hooks: list[RemovableHandle] = []
         self._profiler: Optional[profile] = None
@@ -73,7 +74,7 @@ class ProfilerWindow:
         except (OSError, RuntimeError) as error:  # the trace is no result
             reason = refusal(error, self._folder) or " ".join(str(error).split())
             log.warning("no trace of %s: %s", self._worker, reason)
-        self._timer.tracing = False
+        self._trace(False)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -81,7 +82,11 @@ class ProfilerWindow:
     def _open(self) -> None:
         for number, block in enumerate(self._blocks, 1):
             self._hooks += around_forward(block, partial(record_function, f"teacher.block_{number}"))
-        self._timer.tracing = True
+        self._trace(True)
         handler = tensorboard_trace_handler(str(self._folder), worker_name=self._worker, use_gzip=True)
         self._profiler = profile(activities=self._activities, on_trace_ready=handler)
         self._profiler.start()
+
+    def _trace(self, tracing: bool) -> None:
+        for timer in self._timers:
+            timer.tracing = tracing

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -33,20 +35,17 @@ def memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Telemetry:
-    """TensorBoard and the terminal of one run; built on rank 0 only.
+class Bar:
+    """A run's progress on the terminal, and what is said above it; built on rank 0 only.
 
-    Args:
-        first_step: where a resumed run continues; later points of the interrupted one are hidden.
+    first_step: where a resumed run continues.
     """
 
     def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
-        self.config = config
-        self.board = Board(Path(config.output) / "tensorboard", purge_step=first_step)
-        self.board.write(lambda writer: self._explain(writer, first_step))
-        self.bar = tqdm(
-            total=total_steps * config.data.global_batch,
-            initial=first_step * config.data.global_batch,
+        self._images = config.data.global_batch
+        self._bar = tqdm(
+            total=total_steps * self._images,
+            initial=first_step * self._images,
             unit=" images",
             unit_scale=True,
             disable=not config.telemetry.progress,
@@ -54,6 +53,35 @@ class Telemetry:
             dynamic_ncols=True,
             file=STDERR,
         )
+
+    def step(self, shown: Mapping[str, str]) -> None:
+        """Move by a step. shown: short texts beside the bar."""
+        self._bar.set_postfix(dict(shown), refresh=False)
+        self._bar.update(self._images)
+
+    def columns(self) -> int:
+        """Width of the terminal, or of a log file's lines."""
+        return shutil.get_terminal_size().columns
+
+    def say(self, line: str) -> None:
+        """One line on the terminal, above the bar while there is one."""
+        self._bar.write(line, file=STDERR)
+
+    def end(self) -> None:
+        """Leave the bar as it is: what comes after the last step is not its time. Safe at any time."""
+        self._bar.close()
+
+
+class Telemetry:
+    """TensorBoard of one student; built on rank 0 only.
+
+    first_step: where a resumed run continues; later points of the interrupted one are hidden.
+    """
+
+    def __init__(self, config: Config, first_step: int) -> None:
+        self.config = config
+        self.board = Board(Path(config.output) / "tensorboard", purge_step=first_step)
+        self.board.write(lambda writer: self._explain(writer, first_step))
 
     def _explain(self, writer: Any, first_step: int) -> None:
         writer.add_text("config", f"```yaml\n{to_yaml(self.config)}```", first_step)
@@ -65,11 +93,6 @@ class Telemetry:
         """Whether the 0-based `step` gets TensorBoard points."""
         return step % self.config.telemetry.every == 0
 
-    def step(self, shown: dict[str, str]) -> None:
-        """Move the bar by a step. shown: short texts beside it."""
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(self.config.data.global_batch)
-
     def points(self, step: int, scalars: dict[str, float]) -> None:
         """Write TensorBoard points: tag -> value at the 0-based `step`."""
 
@@ -79,16 +102,11 @@ class Telemetry:
 
         self.board.write(add)
 
-    def say(self, line: str) -> None:
-        """One line on the terminal, above the bar while there is one."""
-        self.bar.write(line, file=STDERR)
+    def finish(self, summary: dict[str, Any], results: str) -> Optional[str]:
+        """Write hparams with the run's results, the table of `results`, and the figure of the climb by the ledger.
 
-    def end_bar(self) -> None:
-        """Leave the bar as it is: what comes after the last step is not its time."""
-        self.bar.close()
-
-    def finish(self, summary: dict[str, Any], results: str) -> None:
-        """Write hparams with the run's results, the table of `results`, and the figure of the climb by the ledger."""
+        Returns a line where there is no figure: why.
+        """
         metrics = {f"result/{key}": value for key, value in summary.items() if isinstance(value, (int, float))}
         options = {
             key: value if isinstance(value, (int, float, str, bool)) else str(value)
@@ -101,12 +119,11 @@ class Telemetry:
             figure = draw(read(output))
             write_whole(output / FIGURE, lambda partial: figure.savefig(partial, dpi=120, format="png"))
         except UserError as error:  # no ledger, or no room: no reason to end without the results
-            self.say(f"no {FIGURE}: {error}")
-            return
+            return f"no {FIGURE}: {error}"
         self.board.write(lambda writer: writer.add_figure("curriculum/climb", figure, summary["steps"]))
+        return None
 
     def close(self) -> None:
-        self.bar.close()
         self.board.close()
 
 

@@ -6,6 +6,8 @@
                                         of, and size and hash of every other file
     output/checkpoints/latest           name of the newest good checkpoint; written last, by renaming
 
+In the folder of a step, a run with `students` has a folder for each with DeepSpeed's files of its engine.
+
 `latest` moves on only when the step after a checkpoint has shown a finite loss (or the run ends there; or, before an
 evaluation, the weights are finite): weights that the last update spoilt are never what a run is continued from.
 Learning rate and random numbers are functions of the step, so they need no state of their own.
@@ -14,6 +16,7 @@ Learning rate and random numbers are functions of the step, so they need no stat
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +27,8 @@ from typing import Any, Optional
 
 import torch
 
-from leap_dist.config import Config, abridged, differences, flat, load, to_yaml
+from leap_dist.config import Config, abridged, differences, flat, load, members, to_yaml
+from leap_dist.config.cohort import SECTIONS
 from leap_dist.errors import UserError
 from leap_dist.runtime.checkpoint_folder import (
     CONFIG,
@@ -42,7 +46,7 @@ from leap_dist.runtime.checkpoint_folder import (
 )
 from leap_dist.runtime.checkpoint_writer import met_by_all
 from leap_dist.runtime.distributed import World, gather_objects, is_lost_peer, on_first, on_main
-from leap_dist.runtime.engine import gradscaler
+from leap_dist.runtime.engine import expect_universal, gradscaler
 from leap_dist.runtime.files import flush, refusal, write_text, writing
 from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.plain_checkpoint import require_plain
@@ -54,11 +58,14 @@ log = logging.getLogger(__name__)
 
 
 # What makes the weights of a checkpoint fit.
-STUDENT = ("student.model", "student.kwargs", "student.remedy", "student.num_classes", "objective.head")
+STUDENT = (
+    "student.model", "student.kwargs", "student.remedy", "student.num_classes", "student.seed", "objective.head",
+    "optim.name", "curriculum.mode",
+)  # fmt: skip
 # Beginnings of what no other run can go on with, see `Checkpoints.needs_conversion`.
 ANOTHER_RUN = (
     *STUDENT, "seed", "engine.zero_stage", "engine.precision", "data.global_batch", "data.canonical_nodes",
-    "data.image_size", "optim.name", "curriculum.mode", "teacher.model", "teacher.kwargs", "teacher.dtype",
+    "data.image_size", "teacher.model", "teacher.kwargs", "teacher.dtype",
 )  # fmt: skip
 
 
@@ -114,12 +121,14 @@ def _require_one_config(config: Config, world: World) -> None:
 def _resume_from(config: Config, damaged: Mapping[Path, str]) -> Optional[Choice]:
     """damaged: see `choose`."""
     output = Path(config.output)
+    if _is_of_a_cohort(output):
+        raise UserError(f"output={output}: belongs to the cohort in {output.parent}; choose another output")
     held = _held_config(output)
     if held is not None:
         changed = differences(load(held, [f"resume={config.resume}"], check=False), config)
         if changed:
             way = "choose another output"
-            if not any(key.startswith(ANOTHER_RUN) for key in changed):
+            if not any(_of_a_student(key).startswith(ANOTHER_RUN) for key in changed):
                 way += f", or go on from it in a new one with output=NEW resume={output}"
             raise UserError(f"output={output}: holds a run of another config ({abridged(changed)}); {way}")
         if config.resume == "none":
@@ -134,6 +143,25 @@ def _resume_from(config: Config, damaged: Mapping[Path, str]) -> Optional[Choice
     if config.resume in ("none", "auto"):
         return None
     return _meant(Path(config.resume), damaged)
+
+
+def _is_of_a_cohort(output: Path) -> bool:
+    """Whether the folder is that of a student of the run one folder up."""
+    above = output.parent / CONFIG
+    if not above.is_file():
+        return False
+    try:
+        return output.name in load(above, [], check=False).students
+    except UserError:  # no config of a run
+        return False
+
+
+def _of_a_student(change: str) -> str:
+    """A change of students.NAME.SECTION.KEY as one of SECTION.KEY; one who comes or goes as a change of the model."""
+    if not change.startswith("students."):
+        return change
+    own = re.search(rf"\.((?:{'|'.join(SECTIONS)})\..*)", change)
+    return own[1] if own else STUDENT[0]
 
 
 def _held_config(output: Path) -> Optional[Path]:
@@ -243,6 +271,7 @@ class Checkpoints:
         self.teacher = teacher
         self.marks = marks or Marks("teacher.weights")
         self._unconfirmed: Optional[Path] = None
+        self._good: Optional[Path] = None  # the last that was confirmed, or that this run was continued from
         self._claim = claim or Claim(Path(config.output), world)
         self.folder = Path(config.output) / "checkpoints"
 
@@ -258,8 +287,10 @@ class Checkpoints:
         """Let another run have the output folder; safe at any time."""
         self._claim.release()
 
-    def save(self, engine: Any, step: int, state: dict[str, Any]) -> Path:
+    def save(self, engines: Mapping[str, Any], step: int, states: Mapping[str, dict[str, Any]]) -> Path:
         """Write a checkpoint named after `step`; `confirm` makes it the latest.
+
+        engines, states: by student; "" is a run's only one.
 
         Raises:
             UserError: the disk refuses; the previous checkpoint stays the latest.
@@ -271,12 +302,14 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
         if fault := gather_objects(self._claim.fault(), self.world)[0]:
             raise UserError(fault)
-        client = {"leap": state, "scaler": _scaler_state(engine)}
         marks = self._all_marks()
         fault = ""
         try:
-            with without_crc(), met_by_all(engine):
-                engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
+            for name, engine in engines.items():
+                client = {"leap": states[name], "scaler": _scaler_state(engine)}
+                tag = str(Path(partial.name) / name)
+                with without_crc(), met_by_all(engine):
+                    engine.save_checkpoint(str(self.folder), tag=tag, client_state=client, save_latest=False)
             if self.world.is_main:
                 write_text(partial / CONFIG, to_yaml(self.config))
             position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
@@ -304,7 +337,14 @@ class Checkpoints:
         """Make the checkpoint saved last the one that a resumed run starts from; drop what is older than wanted."""
         path, self._unconfirmed = self._unconfirmed, None
         if path is not None:
+            self._good = path
             on_main(lambda: (write_text(self.folder / LATEST, path.name), self._prune(path)), self.world)
+
+    def abandon(self) -> None:
+        """Remove the checkpoint saved last, if it is not confirmed: the weights in it gave a bad loss."""
+        path, self._unconfirmed = self._unconfirmed, None
+        if path is not None and self.world.is_main:
+            shutil.rmtree(path, ignore_errors=True)
 
     def needs_conversion(self, path: Path) -> bool:
         """Whether `path` is in parts for another number of ranks: ZeRO stages 1-3 save one per rank, stage 0 does not.
@@ -314,7 +354,7 @@ class Checkpoints:
                 or it does not say with what.
         """
         try:
-            saved = read_run(path)
+            saved = {"students": []} | read_run(path)
         except UserError as error:
             raise UserError(f"checkpoint {path}: {error}; {others(path)}") from None
         for key, mine in self._identity().items():
@@ -325,10 +365,8 @@ class Checkpoints:
         self.marks.expect(saved.get("teacher_marks", {}), path)
         return self.config.engine.zero_stage > 0 and saved["world_size"] != self.world.size
 
-    def load(self, engine: Any, path: Path) -> dict[str, Any]:
-        """Restore the engine from `path` and return the run's state.
-
-        The engine must have been built with `load_universal` if the checkpoint `needs_conversion`.
+    def load(self, engines: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+        """Restore the engines from `path` and return the students' states.
 
         Raises:
             UserError: as `needs_conversion`, or it is damaged or cannot be converted.
@@ -336,16 +374,32 @@ class Checkpoints:
         if self.world.is_main:
             remove_leftovers(self.folder)
         on_first(lambda: require_plain(path), self.world)
+        self._good = path
+        return {name: self._restored(engine, path, name) for name, engine in engines.items()}
+
+    def restore_good(self, name: str, engine: Any) -> Optional[int]:
+        """Give a student the weights of the newest checkpoint that has shown finite losses; its step, None if there is
+        none. Collective.
+        """
+        if self._good is None:
+            return None
+        self._restored(engine, self._good, name)
+        return read_run(self._good)["step"]
+
+    def _restored(self, engine: Any, path: Path, name: str) -> dict[str, Any]:
+        """Restore one student's engine from the checkpoint `path` and return its state. Collective."""
+        part = path / name
         if not self.needs_conversion(path):
-            return self._read(engine, path, path)
+            return self._read(engine, part, part)
         saved_ranks = read_run(path)["world_size"]
         if self.world.is_main:
-            log.info("converting %s from %d ranks to %d", path, saved_ranks, self.world.size)
-        with universal_copy(path, saved_ranks, self.folder, self.world) as copy:
-            return self._read(engine, path, copy)
+            log.info("converting %s from %d ranks to %d", part, saved_ranks, self.world.size)
+        with universal_copy(part, saved_ranks, self.folder, self.world) as copy:
+            return self._read(engine, part, copy)
 
     def _read(self, engine: Any, path: Path, files: Path) -> dict[str, Any]:
         """Restore the engine from `files`, which are the checkpoint `path` or its copy; return the run's state."""
+        expect_universal(engine, files != path)
         try:
             with _own_settings(engine):
                 loaded, client = engine.load_checkpoint(str(files.parent), tag=files.name)
@@ -370,9 +424,9 @@ class Checkpoints:
         """The marks of the blocks that any rank has read. Collective."""
         return {part: mark for found in gather_objects(self.marks.found, self.world) for part, mark in found.items()}
 
-    def _identity(self) -> dict[str, int | str]:
+    def _identity(self) -> dict[str, Any]:
         """What a checkpoint's position, block and DeepSpeed's files mean anything for; not the number of ranks."""
-        return {
+        shared = {
             "zero_stage": self.config.engine.zero_stage,
             "precision": self.config.engine.precision,
             "global_batch": self.config.data.global_batch,
@@ -381,11 +435,15 @@ class Checkpoints:
             "data.train": self.layout,
             "data.train's contents": self.contents,
             "data.image_size": self.config.data.image_size,
-            **{key: str(attrgetter(key)(self.config)) for key in STUDENT},
-            "optim.name": self.config.optim.name,
-            "curriculum.mode": self.config.curriculum.mode,
             "teacher": self.teacher,
+            "students": sorted(self.config.students),
         }
+        own = {
+            f"students.{name}.{key}" if name else key: str(attrgetter(key)(config))
+            for name, config in members(self.config).items()
+            for key in STUDENT
+        }
+        return shared | own
 
     def _prune(self, newest_path: Path) -> None:
         # By age, not by step: a run that went back to an earlier step leaves later ones behind.

@@ -42,6 +42,7 @@ class SavedRun:
     saved_at: float = 0.0
     zero_stage: int = 0
     teacher_marks: dict[str, str] = field(default_factory=dict)
+    students: list[str] = field(default_factory=list)
     files: dict[str, Mark] = field(default_factory=dict)
 
 
@@ -141,6 +142,20 @@ def fault_of(path: Path) -> Optional[str]:
         saved = read_run(path)
     except UserError as error:
         return str(error)
+    for name in saved.get("students") or [""]:
+        fault = _fault_of_engine(path / name, saved["world_size"])
+        if fault is not None:
+            return f"{fault} for student {name}" if name else fault
+    for name, mark in saved.get(FILES, {}).items():
+        if not (path / name).is_file():
+            return f"has no {name}"
+        if (path / name).stat().st_size != mark["bytes"]:
+            return f"has a {name} of {(path / name).stat().st_size} bytes where {mark['bytes']} were written"
+    return None
+
+
+def _fault_of_engine(path: Path, ranks: int) -> Optional[str]:
+    """What one engine's files lack."""
     files = _files(path)
     for file in files:
         if not file.stat().st_size:
@@ -148,15 +163,10 @@ def fault_of(path: Path) -> Optional[str]:
         if file.suffix == ".pt" and not zipfile.is_zipfile(file):  # its end, where the index is, is missing
             return f"has a {file.name} that is cut off or garbled"
     parts = [file for file in files if file.name.endswith("_optim_states.pt")]
-    if parts and len(parts) != saved["world_size"]:
-        return f"has the optimizer's parts of {len(parts)} ranks, not of {saved['world_size']}"
+    if parts and len(parts) != ranks:
+        return f"has the optimizer's parts of {len(parts)} ranks, not of {ranks}"
     if not any(file.name not in (RUN, CONFIG) and file not in parts for file in files):
         return "has no model states"
-    for name, mark in saved.get(FILES, {}).items():
-        if not (path / name).is_file():
-            return f"has no {name}"
-        if (path / name).stat().st_size != mark["bytes"]:
-            return f"has a {name} of {(path / name).stat().st_size} bytes where {mark['bytes']} were written"
     return None
 
 

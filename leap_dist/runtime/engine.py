@@ -32,7 +32,7 @@ def micro_batch(config: Config, world: World) -> int:
     return config.data.global_batch // shares
 
 
-def deepspeed_config(config: Config, micro_batch_size: int, load_universal: bool = False) -> dict[str, Any]:
+def deepspeed_config(config: Config, micro_batch_size: int) -> dict[str, Any]:
     """DeepSpeed's own dict; `engine.deepspeed` is merged over it, key by key.
 
     Mixed precision is torch autocast over fp32 weights (as LEAP trained), not DeepSpeed's fp16/bf16 sections: those
@@ -40,7 +40,6 @@ def deepspeed_config(config: Config, micro_batch_size: int, load_universal: bool
     Clipping is always explicit: left out, DeepSpeed 0.19 clips at 1.0. Where `_clips_in_step` it is off.
     Gradients are summed over ranks in fp32 at every stage: by default stages 1-3 would sum those of linear layers in
     the autocast's 16 bits.
-    load_universal: what this engine loads will be a universal checkpoint.
     """
     engine = config.engine
     generated: dict[str, Any] = {
@@ -48,7 +47,6 @@ def deepspeed_config(config: Config, micro_batch_size: int, load_universal: bool
         "gradient_accumulation_steps": engine.accumulation,
         "gradient_clipping": 0.0 if _clips_in_step(config) else engine.clip,
         "zero_optimization": {"stage": engine.zero_stage},
-        "checkpoint": {"load_universal": load_universal},
         "steps_per_print": 10**9,  # the progress bar reports
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-batch
     }
@@ -124,11 +122,8 @@ def build_engine(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     micro_batch_size: int,
-    load_universal: bool = False,
 ) -> Any:
     """Wrap `objective` and its optimizer in a DeepSpeed engine (which moves it to the device and shards it).
-
-    load_universal: see `deepspeed_config`.
 
     Raises:
         UserError: DeepSpeed refuses the merged config, or has never heard of a key of `engine.deepspeed`.
@@ -139,7 +134,7 @@ def build_engine(
 
     # pydantic's ValidationError is a ValueError
     refusals = ValueError, AssertionError, TypeError, DeepSpeedConfigError, ZeRORuntimeException
-    settings = _Asked(deepspeed_config(config, micro_batch_size, load_universal))
+    settings = _Asked(deepspeed_config(config, micro_batch_size))
     if _clips_in_step(config):
         _clip_before_steps(optimizer, config.engine.clip)
     try:
@@ -157,6 +152,11 @@ def build_engine(
         # It would copy all gradients into one buffer and back to add up one rank's: 69 ms of 1.5 s for ViT-S on a CPU.
         engine.enable_backward_allreduce = False
     return engine
+
+
+def expect_universal(engine: Any, universal: bool) -> None:
+    """Whether what the engine loads next is a universal checkpoint: DeepSpeed has the option for an engine's life."""
+    engine._config.load_universal_checkpoint = universal
 
 
 def weights_are_finite(engine: Any, world: World) -> bool:
@@ -179,13 +179,17 @@ def gradscaler(engine: Any) -> Optional[torch.amp.GradScaler]:
     return engine.torch_autocast_z0_gradscaler if sharded is None else sharded
 
 
+class LostScale(UserError):
+    """The loss scale of fp16 has fallen so far that nothing is learnt any more."""
+
+
 def check_scale(scale: float, step: int) -> None:
-    """Raise UserError where fp16 cannot go on: torch's scaler halves without end, and steps without an update follow.
+    """Raise LostScale where fp16 cannot go on: torch's scaler halves without end, and steps without an update follow.
 
     scale: of the update before `step`; NaN where there is no scaler.
     """
     if scale < LEAST_SCALE:
-        raise UserError(
+        raise LostScale(
             f"step {step}: the gradients overflow in fp16 at a loss scale of {scale:g}, so nothing is learnt any more; "
             "use engine.precision=bf16, or a lower optim.lr"
         )

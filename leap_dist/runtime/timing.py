@@ -24,6 +24,9 @@ PHASES = (
 # seconds say nothing about a step's.
 CALIBRATION = "calibration"
 
+# What a run does once for all of its students; the other phases are each student's own.
+SHARED = ("data", "teacher", CALIBRATION)
+
 
 class _Span(NamedTuple):
     """A phase on the device's clock; `outer` is the phase around it, if any."""
@@ -88,10 +91,17 @@ class PhaseTimer:
         """Time the body, which ends with nothing left for the device to do, by the wall clock, as this one phase: those
         inside it do not count.
         """
-        self._muted, begin = True, time.perf_counter()
+        begin = time.perf_counter()
+        with self.muted():
+            yield
+        self._add(name, None, time.perf_counter() - begin)
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Time no phase of the body."""
+        self._muted = True
         yield
         self._muted = False
-        self._add(name, None, time.perf_counter() - begin)
 
     def watch(self, module: nn.Module, name: str) -> None:
         """Time every forward pass of `module` as phase `name`, wherever it is called from."""

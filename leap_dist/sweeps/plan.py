@@ -12,8 +12,9 @@ from leap_dist.config import DEMO_TEACHER, Config, abridged, differences, load, 
 from leap_dist.errors import UserError
 from leap_dist.monitoring.comparison import SUMMARY, read_summary
 
-KEYS = {"base", "output", "launcher", "seeds", "common", "rows", "show"}
+KEYS = {"base", "output", "launcher", "seeds", "common", "rows", "show", "together"}
 ROW_KEYS = {"overrides", "seeds", "like", "epochs_as"}
+PASSES = "passes"  # folder of what shares a pass of the teacher
 OWNED = ("seed", "output", "resume", "telemetry.progress")
 # What a row's epochs can be made to cost as much as: a finished run's teacher FLOPs, FLOPs of all parts, or seconds.
 COSTS = {
@@ -70,12 +71,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One row with one seed. config: whole, but for the epochs of a row with `epochs_as`, which `with_budget` sets."""
+    """One row with one seed. config: whole, but for the epochs of a row with `epochs_as`, which `with_budget` sets.
+
+    company: name of the pass that it shares with other runs; "" = none.
+    """
 
     row: Row
     seed: int
     config: Config
     out: Path
+    company: str = ""
 
     @property
     def name(self) -> str:
@@ -84,17 +89,12 @@ class Run:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return self.out / "runs" / self.name
+        return _folder(self.out, self.company, self.name)
 
-    @property
-    def asked(self) -> Path:
-        """The config it is started with."""
-        return self.out / "configs" / f"{self.name}.yaml"
-
-    @property
-    def log(self) -> Path:
-        """What it prints."""
-        return self.out / "logs" / f"{self.name}.log"
+    def moved(self, company: str) -> Run:
+        """The same in a company."""
+        folder = _folder(self.out, company, self.name)
+        return replace(self, company=company, config=replace(self.config, output=str(folder)))
 
     def needs(self) -> tuple[str, ...]:
         """Runs that must have finished before this one can start: those that its epochs depend on."""
@@ -108,18 +108,28 @@ class Run:
         UserError where it is not what the run wrote.
         """
         summary = read_summary(self.folder / SUMMARY)
+        if "retired" in summary:  # it failed, and its company went on
+            return None
         return summary if "time_saved" in summary else None  # among the last that `leap_dist.wrapup` adds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Runs by name, in the order of the table. launcher: see `tools/sweep.py`; show: columns of the table."""
+    """Runs by name, in the order of the table. launcher: see `tools/sweep.py`; show: columns of the table.
+
+    together: runs that may share a pass of the teacher do, see `leap_dist.sweeps.passes`.
+    """
 
     runs: dict[str, Run]
     rows: dict[str, Row]
     out: Path
     launcher: str = "python"
     show: tuple[str, ...] = ()
+    together: bool = False
+
+
+def _folder(out: Path, company: str, name: str) -> Path:
+    return out / PASSES / company / name if company else out / "runs" / name
 
 
 def run_name(row: str, seed: int) -> str:
@@ -151,7 +161,7 @@ def read_plan(path: Path, out: Optional[Path], overrides: Sequence[str]) -> Plan
         config = _config(row, path.parent / base, common)
         for seed in row.seeds:
             name = run_name(row.name, seed)
-            own = replace(config, seed=seed, output=str(out / "runs" / name))
+            own = replace(config, seed=seed, output=str(_folder(out, "", name)))
             for problem in problems(own):
                 raise UserError(f"row {row.name}: {problem}")
             runs[name] = Run(row=row, seed=seed, config=own, out=out)
@@ -162,7 +172,10 @@ def read_plan(path: Path, out: Optional[Path], overrides: Sequence[str]) -> Plan
         if missing:
             raise UserError(f"{path}: row {run.row.name}: {missing[0]} is not among the runs, its epochs depend on it")
     show = _listed(spec, "show", str, str(path))
-    return Plan(runs=runs, rows=rows, out=out, launcher=launcher or "python", show=show)
+    together = spec.get("together") or False
+    if not isinstance(together, bool):
+        raise UserError(f"{path}: together={together}: expected true or false")
+    return Plan(runs=runs, rows=rows, out=out, launcher=launcher or "python", show=show, together=together)
 
 
 def _text(spec: dict[str, Any], key: str, where: str) -> str:
@@ -227,6 +240,8 @@ def _config(row: Row, base: Path, common: Sequence[str]) -> Config:
         config = load(base, [*common, *row.overrides, "resume=auto", "telemetry.progress=false"], check=False)
     except UserError as error:
         raise UserError(f"row {row.name}: {error}") from None
+    if config.students:
+        raise UserError(f"row {row.name}: students: a row is one student; `together: true` makes rows in one pass")
     if row.epochs_as and config.curriculum.mode == "leap":
         raise UserError(f"row {row.name}: epochs_as: what an epoch of a curriculum costs is not known before it")
     return config

@@ -30,6 +30,11 @@ def _plain(key: str, label: str, digits: Callable[[float], str] = _percent) -> C
     return Column(label, lambda summary: summary.get(key), digits)
 
 
+def _own_seconds(summary: Mapping[str, Any]) -> Optional[float]:
+    """None where the run shared its pass: those are the seconds of all that did."""
+    return None if "shared_with" in summary else summary["train_seconds"]
+
+
 COLUMNS = {
     "student_knn": _plain("student_knn", "kNN, %"),
     "student_probe": _plain("student_probe", "linear probe, %"),
@@ -38,7 +43,7 @@ COLUMNS = {
     "epochs": _plain("epochs", "epochs", "{:.2f}".format),
     "teacher_flops": Column("teacher FLOPs", lambda summary: summary["flops"]["teacher"], "{:.3e}".format),
     "flops": Column("all FLOPs", lambda summary: sum(summary["flops"].values()), "{:.3e}".format),
-    "train_seconds": _plain("train_seconds", "seconds", "{:.1f}".format),
+    "train_seconds": Column("seconds", _own_seconds, "{:.1f}".format),
     "teacher_flops_saved": _plain("teacher_flops_saved", "teacher FLOPs saved, %"),
     "flops_saved": _plain("flops_saved", "all FLOPs saved, %"),
     "time_saved": _plain("time_saved", "time saved, %"),
@@ -108,9 +113,25 @@ def _markdown(plan: Plan, done: Mapping[str, Any], columns: Mapping[str, Column]
         _table(["row", "n", *labels], means),
         "\nEvery run:\n",
         _table(["row", "seed", "status", *labels], each),
+        *_companies(plan),
         *(f"\n- {name}: {why}" for name, why in failures.items()),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _companies(plan: Plan) -> list[str]:
+    """Which runs shared a pass, and what that means."""
+    passes: dict[str, list[str]] = {}
+    for name, run in plan.runs.items():
+        if run.company:
+            passes.setdefault(run.company, []).append(name)
+    if not passes:
+        return []
+    return [
+        "\nThese shared one pass of the teacher. Each has the numbers it has alone, but their seconds are those of the "
+        "pass, so they have none of their own here and are not to be compared:\n",
+        *(f"- {company}: {', '.join(names)}" for company, names in passes.items()),
+    ]
 
 
 def _spread(values: Sequence[Optional[float]], column: Column) -> str:

@@ -22,7 +22,8 @@ from leap_dist.config import to_yaml
 from leap_dist.config.ranges import Range
 from leap_dist.errors import UserError
 from leap_dist.runtime.files import lock, write_text, writing
-from leap_dist.sweeps.plan import Plan, Run, conflict, result, with_budget
+from leap_dist.sweeps.passes import Unit, units
+from leap_dist.sweeps.plan import Plan, conflict, result, with_budget
 from leap_dist.sweeps.results import write_results
 
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
@@ -34,9 +35,9 @@ COMPLAINT = re.compile(r"leap_dist \[rank \d+\]: error: (?!another rank is gone)
 
 
 class Job(NamedTuple):
-    """A run that is being made. begun: by the monotonic clock."""
+    """A process that makes one run or a pass of several. begun: by the monotonic clock."""
 
-    run: Run
+    unit: Unit
     process: subprocess.Popen[bytes]
     slot: int
     begun: float
@@ -55,89 +56,91 @@ class Sweep:
         unknown = set(seeds or ()) - {run.seed for run in plan.runs.values()}
         if unknown:
             raise UserError(f"--seeds {min(unknown)}: no row has that seed")
-        self._waiting = {name: run for name, run in wanted.items() if result(run, plan) is None}
-        self._finished = len(wanted) - len(self._waiting)
+        missing = {name for name, run in wanted.items() if result(run, plan) is None}
+        self._waiting = {name: unit for name, unit in units(plan).items() if missing & {run.name for run in unit.runs}}
+        self._finished = len(wanted) - sum(len(unit.runs) for unit in self._waiting.values())
         self._jobs: list[Job] = []
         self._slots = list(range(jobs))
         self._look_again: dict[str, float] = {}  # run that another sweep is making -> when
 
     def make(self) -> None:
         """Until every run has finished or failed. Interrupted, it lets the running ones save."""
-        total = self._finished + len(self._waiting)
+        total = self._finished + sum(len(unit.runs) for unit in self._waiting.values())
         with tqdm(total=total, initial=self._finished, unit="run", dynamic_ncols=True) as bar:
             try:
                 while self._waiting or self._jobs:
-                    while self._slots and (run := self._next()):
-                        self._begin(run, bar)
+                    while self._slots and (unit := self._next()):
+                        self._begin(unit, bar)
                     for job in [job for job in self._jobs if job.process.poll() is not None]:
                         self._end(job, bar)
-                    bar.set_postfix_str(", ".join(job.run.name for job in self._jobs), refresh=sys.stderr.isatty())
+                    bar.set_postfix_str(", ".join(job.unit.name for job in self._jobs), refresh=sys.stderr.isatty())
                     time.sleep(POLL_S)
             finally:
                 stop(self._jobs)
 
-    def _next(self) -> Optional[Run]:
-        """The first waiting run that may start, no longer waiting."""
-        unsettled = {*self._waiting, *(job.run.name for job in self._jobs)}
-        for name, run in self._waiting.items():
-            if unsettled.isdisjoint(run.needs()) and self._look_again.get(name, 0) <= time.monotonic():
+    def _next(self) -> Optional[Unit]:
+        """The first waiting one that may start, no longer waiting."""
+        open_units = [*self._waiting.values(), *(job.unit for job in self._jobs)]
+        unsettled = {run.name for unit in open_units for run in unit.runs}
+        for name, unit in self._waiting.items():
+            needed = {needed for run in unit.runs for needed in run.needs()}
+            if unsettled.isdisjoint(needed) and self._look_again.get(name, 0) <= time.monotonic():
                 return self._waiting.pop(name)
         return None
 
-    def _begin(self, run: Run, bar: tqdm) -> None:
-        lost = [name for name in run.needs() if name in self.failures]
+    def _begin(self, unit: Unit, bar: tqdm) -> None:
+        lost = [name for run in unit.runs for name in run.needs() if name in self.failures]
         if lost:
-            self._close(run, f"its epochs depend on {lost[0]}, which failed", bar)
+            self._close(unit, f"its epochs depend on {lost[0]}, which failed", bar)
             return
-        whole = with_budget(run, self.plan)
-        fault = conflict(whole)
-        if fault or result(run, self.plan) is not None:  # another sweep has made it meanwhile
-            self._close(run, fault, bar)
+        faults = [fault for run in unit.runs if (fault := conflict(with_budget(run, self.plan)))]
+        if faults or all(result(run, self.plan) is not None for run in unit.runs):  # another sweep made it meanwhile
+            self._close(unit, faults[0] if faults else None, bar)
             return
-        process = launch(whole, self.plan.launcher, self._slots[0])
+        process = launch(unit, self.plan, self._slots[0])
         if process is None:
-            self._waiting[run.name] = run
-            self._look_again[run.name] = time.monotonic() + PATIENCE_S
+            self._waiting[unit.name] = unit
+            self._look_again[unit.name] = time.monotonic() + PATIENCE_S
         else:
-            self._jobs.append(Job(run, process, self._slots.pop(0), time.monotonic()))
+            self._jobs.append(Job(unit, process, self._slots.pop(0), time.monotonic()))
 
     def _end(self, job: Job, bar: tqdm) -> None:
         self._jobs.remove(job)
         self._slots.append(job.slot)
-        finished = result(job.run, self.plan) is not None
-        bar.write(f"{job.run.name}: {time.monotonic() - job.begun:.0f} s", file=sys.stderr)
-        self._close(job.run, None if finished else complaint(job.run.log, job.process.returncode), bar)
+        bar.write(f"{job.unit.name}: {time.monotonic() - job.begun:.0f} s", file=sys.stderr)
+        self._close(job.unit, complaint(job.unit.log, job.process.returncode), bar)
 
-    def _close(self, run: Run, fault: Optional[str], bar: tqdm) -> None:
-        """The run has finished, or failed with `fault`."""
-        if fault:
-            self.failures[run.name] = fault
-            bar.write(f"{run.name}: {fault}", file=sys.stderr)
-        bar.update()
+    def _close(self, unit: Unit, fault: Optional[str], bar: tqdm) -> None:
+        """The process is over. fault: of those of its runs that have not finished."""
+        for run in unit.runs:
+            if result(run, self.plan) is None and fault:
+                self.failures[run.name] = fault
+                bar.write(f"{run.name}: {fault}", file=sys.stderr)
+        bar.update(len(unit.runs))
         write_results(self.plan, self.failures)
 
 
-def launch(run: Run, launcher: str, slot: int) -> Optional[subprocess.Popen[bytes]]:
-    """Start the run, with its log as its output; None while processes of another sweep still hold that.
+def launch(unit: Unit, plan: Plan, slot: int) -> Optional[subprocess.Popen[bytes]]:
+    """Start it, with its log as its output; None while processes of another sweep still hold that.
 
     UserError if the disk refuses the log.
     """
-    with writing(run.log.parent):
-        return _launched(run, launcher, slot)
+    with writing(unit.log.parent):
+        return _launched(unit, plan, slot)
 
 
-def _launched(run: Run, launcher: str, slot: int) -> Optional[subprocess.Popen[bytes]]:
-    run.log.parent.mkdir(parents=True, exist_ok=True)
+def _launched(unit: Unit, plan: Plan, slot: int) -> Optional[subprocess.Popen[bytes]]:
+    unit.log.parent.mkdir(parents=True, exist_ok=True)
     try:
         # The run's processes inherit the lock, and hold it also when the sweep is killed.
-        log = lock(run.log, patience=0, mode="ab")
+        log = lock(unit.log, patience=0, mode="ab")
     except BlockingIOError:
         return None
     with log:
         log.truncate(0)
-        write_text(run.asked, to_yaml(run.config))
+        write_text(unit.asked, to_yaml(unit.config(plan)))
         return subprocess.Popen(
-            [*start_line(launcher, slot), str(ENTRY), "--config", str(run.asked)],
+            [*start_line(plan.launcher, slot), str(ENTRY), "--config", str(unit.asked)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(), start_new_session=True,
         )  # fmt: skip
 
@@ -183,7 +186,7 @@ def stop(jobs: Sequence[Job]) -> None:
     deadline = time.monotonic() + SAVE_S
     for job in jobs:
         try:
-            lock(job.run.log, deadline - time.monotonic(), mode="a").close()
+            lock(job.unit.log, deadline - time.monotonic(), mode="a").close()
             job.process.wait(max(0.0, deadline - time.monotonic()))
         except (BlockingIOError, subprocess.TimeoutExpired):
             signal_group(job.process, signal.SIGKILL)

@@ -6,7 +6,7 @@ the target is decided in curriculum/.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Optional, Protocol
 
 import torch
@@ -27,8 +27,8 @@ __all__ = ["Teacher", "TeacherSpec", "build_teacher", "describe_teacher"]
 class Teacher(Protocol):
     """What the trainer knows of a teacher, wherever its blocks live.
 
-    On several ranks the methods may communicate: all ranks call them equally often, in the same order, `features` with
-    equally many images.
+    On several ranks the methods may communicate: all ranks call them equally often, in the same order, `features` and
+    `features_of` with equally many images.
     """
 
     spec: TeacherSpec
@@ -40,6 +40,9 @@ class Teacher(Protocol):
 
     def features(self, images: Tensor) -> Features:
         """Images (B, 3, H, W) to final-normed tokens of block `self.block`; no grad; deeper blocks are not run."""
+
+    def features_of(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Features]:
+        """The same of several blocks, in one pass: 1-indexed, rising, none past the target."""
 
     def sweep(self, images: Tensor, until: Optional[int] = None) -> Iterator[Features]:
         """Features of the blocks 1..until (None: the last), in order, in one pass over the teacher."""

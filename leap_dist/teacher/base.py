@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Optional
 
@@ -15,7 +15,7 @@ from leap_dist.teacher.lazy_backbone import LazyBackbone
 
 
 class PlacedTeacher:
-    """Where the blocks up to the target live. Implements `leap_dist.teacher.Teacher` but for `features`.
+    """Where the blocks up to the target live. Implements `leap_dist.teacher.Teacher` but for `features_of`.
 
     world: given where calls are collective; its ranks then make sure of each other on the host before they begin one.
     """
@@ -33,6 +33,13 @@ class PlacedTeacher:
 
     def features(self, images: Tensor) -> Features:
         """Images (B, 3, H, W) to the final-normed tokens of block `self.block`, in the teacher's dtype."""
+        return self.features_of(images, [self.block])[self.block]
+
+    def features_of(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Features]:
+        """Images (B, 3, H, W) to the final-normed tokens of several blocks, in one pass that ends at the target.
+
+        blocks: 1-indexed, rising, none past the target `self.block`. Of other blocks no tokens are kept.
+        """
         raise NotImplementedError
 
     # no_grad, not inference_mode: inference tensors cannot be saved for the student's backward.
@@ -64,6 +71,11 @@ class PlacedTeacher:
     def resident_bytes(self) -> int:
         """Bytes of parameters on this rank's device, between two calls."""
         return self._lazy.resident_bytes()
+
+    def _agree_on_pass(self, images: Tensor, blocks: Sequence[int]) -> None:
+        """`_agree` on a pass that gives the tokens of `blocks`."""
+        on_the_way = f" by way of {', '.join(map(str, blocks[:-1]))}" if len(blocks) > 1 else ""
+        self._agree(f"{len(images)} images to block {self.block}{on_the_way}")
 
     def _agree(self, call: str) -> None:
         """Raise UserError, naming a rank, unless all ranks have come to the same call in the same order."""

@@ -1,7 +1,8 @@
 """What each optimizer step trains on: images and teacher features, made as they are asked for, or a step ahead.
 
-With `teacher.prefetch=1` the teacher works on step i + 1 while the student trains on step i; on CUDA it does so on a
-stream of its own. Every step has one block, fixed when its work begins: the curriculum's at that moment. So
+With `teacher.prefetch=1` the teacher works on step i + 1 while the students train on step i; on CUDA it does so on a
+stream of its own. Every step has one block for each student, fixed when its work begins: the curriculum's at that
+moment. The teacher is aimed at the deepest of them. So
 
     prefetch=0    the decision after step i reaches teacher and student at step i + 1
     prefetch=1    it reaches the teacher's work on step i + 2, which begins then, and so the student one step later
@@ -12,8 +13,8 @@ Nothing is begun across the end of an epoch: the first step of the next has that
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Optional
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,35 +25,49 @@ from leap_dist.teacher import Teacher
 
 
 class MicroBatch(NamedTuple):
-    """What one forward of the student takes: images (B, 3, H, W) on the device, the features to match, and, where it
-    classifies, soft labels (B, classes).
+    """What one forward of each student takes: images (B, 3, H, W) on the device, the features of every wanted block by
+    its number, and soft labels (B, classes) by (classes, smoothing), for students that classify.
     """
 
     images: Tensor
-    targets: list[Features]
-    labels: Optional[Tensor] = None
+    features: Mapping[int, Features]
+    labels: Mapping[tuple[int, float], Tensor] = {}
+
+    def targets(self, blocks: Sequence[int], *, logits: bool) -> list[Features]:
+        """Features of the blocks; without `logits` not those that only another student distils."""
+        found = [self.features[block] for block in blocks]
+        return found if logits else [features._replace(logits=None) for features in found]
 
 
 class Work(NamedTuple):
-    """What one optimizer step trains on. block: 1-indexed target of the features; batches: what they were made of."""
+    """What one optimizer step trains on. batches: what it was made of.
 
-    block: int
+    wanted: by student, the 1-indexed blocks that it matches, rising; the last is its target.
+    """
+
+    wanted: Mapping[str, Sequence[int]]
     micro_batches: Iterator[MicroBatch]
     batches: list[Batch]
+
+    @property
+    def blocks(self) -> list[int]:
+        """All wanted blocks, each once, rising."""
+        return _union(self.wanted)
 
 
 class Lookahead:
     """Aims the teacher and has the work of steps made.
 
     Args:
-        make: (step, its batches) to its micro-batches, one at a time; must not wait for the device.
+        make: (step, blocks that are wanted, its batches) to its micro-batches, one at a time; must not wait for the
+            device.
         ahead: make all micro-batches of a step as soon as it begins, beside whatever the device does.
     """
 
     def __init__(
         self,
         teacher: Teacher,
-        make: Callable[[int, list[Batch]], Iterator[MicroBatch]],
+        make: Callable[[int, list[int], list[Batch]], Iterator[MicroBatch]],
         device: torch.device,
         *,
         ahead: bool,
@@ -64,15 +79,16 @@ class Lookahead:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())  # the first weights are still on their way
 
-    def begin(self, step: int, block: int, batches: list[Batch]) -> Work:
-        """The work of optimizer step `step` with `block` as the teacher's target. Collective where the teacher is."""
-        self._aim(block)
-        made = self._make(step, batches)
+    def begin(self, step: int, wanted: Mapping[str, Sequence[int]], batches: list[Batch]) -> Work:
+        """The work of optimizer step `step`. wanted: the blocks of each student. Collective where the teacher is."""
+        blocks = _union(wanted)
+        self._aim(blocks[-1])
+        made = self._make(step, blocks, batches)
         if self._stream is not None:
             made = self._beside(made)
         elif self._ahead:
             made = iter(list(made))
-        return Work(block, made, batches)
+        return Work(wanted, made, batches)
 
     def _aim(self, block: int) -> None:
         """Weights belong to the caller's stream: they come and go where no other stream reads them."""
@@ -95,16 +111,21 @@ class Lookahead:
         return _handed_over(queue)
 
 
+def _union(wanted: Mapping[str, Sequence[int]]) -> list[int]:
+    return sorted({block for blocks in wanted.values() for block in blocks})
+
+
 def _handed_over(queue: deque[tuple[MicroBatch, torch.cuda.Event]]) -> Iterator[MicroBatch]:
     current = torch.cuda.current_stream()
     while queue:
         item, done = queue.popleft()
         current.wait_event(done)
         for tensor in _tensors(item):
-            tensor.record_stream(current)  # or its memory is used anew while the student still reads it
+            tensor.record_stream(current)  # or its memory is used anew while a student still reads it
         yield item
 
 
 def _tensors(item: MicroBatch) -> list[Tensor]:
-    found = [item.images, item.labels, *(part for features in item.targets for part in features)]
+    parts = (part for features in item.features.values() for part in features)
+    found = [item.images, *item.labels.values(), *parts]
     return [tensor for tensor in found if tensor is not None]

@@ -6,7 +6,9 @@ applies the final norm to them. The embedding and the norm are small and on ever
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -21,11 +23,12 @@ from leap_dist.teacher.lazy_backbone import LazyBackbone
 
 
 class PipelinedTeacher(PlacedTeacher):
-    """Collective over the pipeline: its ranks call `features` equally often, with equally many images.
+    """Collective over the pipeline: its ranks call `features_of` equally often, with equally many images.
 
     With `rebalance` the blocks up to the target are spread over all stages anew at every advance; without, each stage
-    keeps its part of the whole teacher. The last stage with a block hands out the tokens: stages past the target only
-    give their images and take their tokens; a stage before it without a block passes on what it gets.
+    keeps its part of the whole teacher. Each stage hands out the tokens of those of its blocks that are wanted, the
+    last with a block always: stages past the target only give their images and take their tokens; a stage before it
+    without a block passes on what it gets.
     """
 
     def __init__(
@@ -46,24 +49,34 @@ class PipelinedTeacher(PlacedTeacher):
         self._active = pipeline
         self._shortened = {pipeline.size: pipeline}
         self._schedules: dict[int, ScheduleGPipe] = {}
+        self._wanted: Sequence[int] = ()
+        self._kept: dict[int, list[Tensor]] = defaultdict(list)  # tokens of wanted blocks of this stage, by micro-batch
         self.retarget(1)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Features:
-        """Images (B, 3, H, W) to the final-normed tokens of block `self.block`, in the teacher's dtype.
+    def features_of(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Features]:
+        """Images (B, 3, H, W) to the final-normed tokens of `blocks`, which rise to `self.block` at most.
 
         B x stages must be a multiple of the micro-batches.
         """
-        self._agree(f"{len(images)} images to block {self.block}")
+        self._agree_on_pass(images, blocks)
         images = self._lazy.to_teacher(images)
-        parts, tokens = gather_on_first(images, self._pipeline), None
+        parts = gather_on_first(images, self._pipeline)
         if self._pipeline.rank < self._active.size:
             schedule = self._schedule(images)
-            tokens = schedule.eval(torch.cat(parts)) if parts else schedule.eval()
-        by_rank = [] if tokens is None else list(tokens.chunk(self._pipeline.size))
+            self._wanted = blocks
+            self._kept.clear()
+            schedule.eval(torch.cat(parts)) if parts else schedule.eval()
+        return {block: self._handed_out(block, images) for block in blocks}
+
+    def _handed_out(self, block: int, images: Tensor) -> Features:
+        """This rank's images at a block, from the stage that has run it."""
+        stage = bisect_left(self.bounds(self.block), block) - 1  # the block is 1-indexed, bounds are ends
+        by_rank: list[Tensor] = []
+        if stage == self._pipeline.rank:
+            by_rank = list(torch.cat(self._kept.pop(block)).chunk(self._pipeline.size))
         mine = images.new_empty(len(images), *self._lazy.token_shape)
-        own = scatter_from(self._active.size - 1, by_rank, mine, self._pipeline)
-        return self._lazy.backbone.finish(own, self.block)
+        return self._lazy.backbone.finish(scatter_from(stage, by_rank, mine, self._pipeline), block)
 
     def bounds(self, block: int) -> list[int]:
         """First block of each stage, 0-indexed, and the end, when 1-indexed `block` is the target."""
@@ -111,6 +124,8 @@ class PipelinedTeacher(PlacedTeacher):
             tokens, context = backbone.embed(entering) if first else entering, backbone.context()
             for index in blocks:
                 tokens = backbone.run_block(index, tokens, context)
+                if index + 1 in self._wanted:
+                    self._kept[index + 1].append(tokens)
             return tokens.contiguous()  # the sends insist on it; CaiT's embedding is a transposed view
 
         return run

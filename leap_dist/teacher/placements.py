@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Optional
 
 from torch import Tensor
@@ -74,6 +74,10 @@ class AutoTeacher:
     def features(self, images: Tensor) -> Features:
         """Images (B, 3, H, W) to the final-normed tokens of block `self.block`, in the teacher's dtype."""
         return self._placed.features(images)
+
+    def features_of(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Features]:
+        """Images (B, 3, H, W) to the final-normed tokens of `blocks`, which rise to `self.block` at most."""
+        return self._placed.features_of(images, blocks)
 
     def sweep(self, images: Tensor, until: Optional[int] = None) -> Iterator[Features]:
         """Features of the blocks 1..until (None: the last), in order, in one pass."""

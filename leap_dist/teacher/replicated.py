@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,6 @@ class ReplicatedTeacher(PlacedTeacher):
         self.retarget(1)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Features:
-        """Images (B, 3, H, W) to the final-normed tokens of block `self.block`, in the teacher's dtype."""
-        return self._lazy.backbone(self._lazy.to_teacher(images), self.block)
+    def features_of(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Features]:
+        """Images (B, 3, H, W) to the final-normed tokens of `blocks`, which rise to `self.block` at most."""
+        return self._lazy.backbone.several(self._lazy.to_teacher(images), blocks, self.block)

@@ -7,7 +7,7 @@ shorter one never reaches (measured, DeepSpeed 0.19.8). Here nothing past the ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ _ZERO = {
 
 
 class ShardedTeacher(PlacedTeacher):
-    """Collective: all ranks call `features`, `sweep` and `retarget` equally often, in the same order.
+    """Collective: all ranks call `features_of`, `sweep` and `retarget` equally often, in the same order.
 
     The stem (embedding, final norm) is whole on every rank. group: of all ranks, for the blocks alone: in one that the
     student shares, its backward pass would wait for every block that the teacher, working ahead, has asked for.
@@ -39,20 +39,22 @@ class ShardedTeacher(PlacedTeacher):
         self.retarget(1)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Features:
-        """Images (B, 3, H, W) to the final-normed tokens of block `self.block`, in the teacher's dtype."""
-        self._agree(f"{len(images)} images to block {self.block}")
-        backbone, blocks = self._lazy.backbone, self._lazy.backbone.blocks[: self.block]
-        coming = _start_gather(blocks[0])
+    def features_of(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Features]:
+        """Images (B, 3, H, W) to the final-normed tokens of `blocks`, which rise to `self.block` at most."""
+        self._agree_on_pass(images, blocks)
+        backbone, run, found = self._lazy.backbone, self._lazy.backbone.blocks[: self.block], {}
+        coming = _start_gather(run[0])
         tokens, context = backbone.embed(self._lazy.to_teacher(images)), backbone.context()
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(run):
             coming.wait()
             coming = None  # its buffer is the block's own from here on
             if index + 1 < self.block:
-                coming = _start_gather(blocks[index + 1])
+                coming = _start_gather(run[index + 1])
             tokens = backbone.run_block(index, tokens, context)
             _release(block)
-        return backbone.finish(tokens, self.block)
+            if index + 1 in blocks:
+                found[index + 1] = backbone.finish(tokens, index + 1)
+        return found
 
     def _settle(self, block: int) -> None:
         """Load and split what is new, a block at a time; DeepSpeed takes rank 0's values."""

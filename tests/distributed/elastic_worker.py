@@ -81,15 +81,15 @@ def main(stage: int, folder: str) -> None:
     checkpoints = Checkpoints(config, world, layout=str(BATCH), teacher="none")
     path = newest(Path(folder) / "checkpoints")
     convert = path is not None and checkpoints.needs_conversion(path)
-    engine = build_engine(config, *built(config), BATCH // world.size, load_universal=convert)
+    engine = build_engine(config, *built(config), BATCH // world.size)
     steps = 0
     if path is not None:
-        steps = checkpoints.load(engine, path)["steps"]
+        steps = checkpoints.load({"": engine}, path)[""]["steps"]
         check(engine, steps, trained_by_torch(config, steps))
     for step in range(steps, steps + 2):
         train(engine, step, world)
     check(engine, steps + 2, trained_by_torch(config, steps + 2))
-    checkpoints.save(engine, steps + 2, {"steps": steps + 2})
+    checkpoints.save({"": engine}, steps + 2, {"": {"steps": steps + 2}})
     checkpoints.confirm()
     if world.is_main:
         print(f"{world.size} ranks: {steps} steps{' converted' if convert else ''}, then 2 more", flush=True)

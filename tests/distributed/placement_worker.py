@@ -82,6 +82,7 @@ def compare(config: TeacherConfig, world: World) -> None:
         about = f"{config.model} {config.placement} x{config.microbatches}, block {target}, rank {world.rank}"
         for _ in range(2):
             assert_equal(teacher.features(images), plain.features(images), about, bitwise)
+        assert_several_equal(teacher, plain, images, sorted({1, target // 2 + 1, target}), about, bitwise)
     for index, (swept, expected) in enumerate(zip(teacher.sweep(images), plain.sweep(images), strict=True)):
         assert_equal(swept, expected, f"{config.model} {config.placement}, sweep at block {index + 1}", bitwise=True)
     teacher.retarget(2)
@@ -92,6 +93,17 @@ def compare(config: TeacherConfig, world: World) -> None:
     assert len(list(teacher.sweep(images, until=3))) == 3
     assert_equal(teacher.features(images), plain.features(images), about, bitwise)
     assert_resident(teacher, world, config)
+
+
+def assert_several_equal(
+    teacher: Teacher, plain: Teacher, images: Tensor, wanted: list[int], about: str, bitwise: bool
+) -> None:
+    """One pass gives what a pass to each of the blocks gives, and no other block's."""
+    found = teacher.features_of(images, wanted)
+    assert list(found) == wanted, about
+    for block in wanted:
+        plain.retarget(block)
+        assert_equal(found[block], plain.features(images), f"{about}, on the way at {block}", bitwise)
 
 
 def assert_resident(teacher: Teacher, world: World, config: TeacherConfig) -> None:

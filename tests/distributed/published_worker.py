@@ -15,7 +15,7 @@ import torch
 from leap_dist import assembly
 from leap_dist.config import Config, load
 from leap_dist.data import Batch
-from leap_dist.matching.calibration import block_scores
+from leap_dist.matching import Calibration
 from leap_dist.runtime.distributed import World, initialise, shutdown
 from leap_dist.runtime.run_lock import Claim
 from leap_dist.trainer import Trainer
@@ -52,7 +52,9 @@ def given_weights(trainer: Trainer) -> list[float]:
     objective.student.backbone.load_state_dict({k: torch.from_numpy(v) for k, v in inputs.student().items()})
     objective.heads[0].load_state_dict({k: torch.from_numpy(v) for k, v in inputs.head().items()})
     first = trainer.loader.images[0]
-    return block_scores(trainer.learner.engine, [(first, list(trainer.teacher.sweep(first)))], trainer.learner._score)
+    calibration = Calibration(trainer.learner.engine, trainer.learner._score)
+    calibration.show(first, list(trainer.teacher.sweep(first, trainer.teacher.spec.depth)))
+    return calibration.scores()
 
 
 def main(config: Config) -> None:

@@ -11,9 +11,12 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
+
+from leap_dist.config import Config, load, members, to_yaml
 
 
 def summary(config: dict) -> dict:
@@ -63,11 +66,23 @@ def main() -> int:
         time.sleep(60)
     if config["optim"]["lr"] == 22:
         wait_for(2, folder)
+    students = members(load(Path(sys.argv[sys.argv.index("--config") + 1]), [], check=False))
+    for name, own in students.items():
+        leave(folder / name, name, own)
+    return 2 if any(own.optim.lr == 5 for own in students.values()) else 0
+
+
+def leave(folder: Path, name: str, config: Config) -> None:
+    """What a student's run folder has at its end. optim.lr=5 is retired in a company."""
+    folder.mkdir(exist_ok=True)
+    company = {"shared_with": ["others"], "time_saved": None} if name else {}
+    retired = {"retired": {"why": "non-finite loss"}} if name and config.optim.lr == 5 else {}
+    if name:
+        (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "curriculum.jsonl").write_text(
         json.dumps({"step": 0, "block": 1, "score": 0.5, "teacher_flops": 1.0, "seconds": 1.0}) + "\n"
     )
-    (folder / "summary.json").write_text(json.dumps(summary(config)))
-    return 0
+    (folder / "summary.json").write_text(json.dumps(summary(asdict(config)) | company | retired))
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def test_a_killed_sweep_leaves_no_run_to_be_made_twice(tmp_path: Path, monkeypat
 
     def then_kill_the_orphan(self: Any, job: Any, bar: Any) -> None:
         end(self, job, bar)
-        if job.run.name == "quick-s0":
+        if job.unit.name == "quick-s0":
             assert "slow-s0" in self._waiting
             os.kill(orphan, signal.SIGKILL)
 
@@ -363,3 +363,41 @@ def test_real_runs_are_killed_continued_and_told_as_they_were(tmp_path: Path) ->
         assert float(line["flops"]) == sum(said["flops"].values())
     knn = [100 * float(line["student_knn"]) for (row, _), line in table(tmp_path).items() if row == "leap"]
     assert cells(tmp_path, "leap")[2] == f"{statistics.mean(knn):.2f} ± {statistics.stdev(knn):.2f}"
+
+
+TOGETHER = {
+    "low": ["curriculum.threshold=0.7"],
+    "high": ["curriculum.threshold=0.9", "student.kwargs.depth=3"],
+    "other_data": ["data.global_batch=32"],
+}
+
+
+@pytest.mark.seconds
+def test_rows_that_may_share_a_pass_do_and_say_so(tmp_path: Path) -> None:
+    """Per seed one process for two rows; the third has another batch, so it is made alone."""
+    path = write_sweep(tmp_path, TOGETHER, seeds=[0, 1], together=True)
+    assert sweep.main([str(path)]) == 0
+    out = tmp_path / "out"
+    passes = sorted(path.name for path in (out / "passes").iterdir() if path.is_dir())
+    assert [name[:2] for name in passes] == ["s0", "s1"]
+    for seed, name in enumerate(passes):
+        assert {path.name for path in (out / "passes" / name).iterdir() if path.is_dir()} == {
+            f"low-s{seed}", f"high-s{seed}"
+        }  # fmt: skip
+    assert {path.name for path in (out / "runs").iterdir() if path.is_dir()} == {"other_data-s0", "other_data-s1"}
+    results = (out / "results.md").read_text()
+    assert "shared one pass" in results and f"- {passes[0]}: low-s0, high-s0" in results
+    lines = table(tmp_path)
+    assert lines["low", "0"]["status"] == "done" and lines["low", "0"]["train_seconds"] == ""
+    assert float(lines["other_data", "0"]["train_seconds"]) > 0
+    began = len((out / "passes" / "started").read_text().splitlines())
+    assert sweep.main([str(path)]) == 0
+    assert len((out / "passes" / "started").read_text().splitlines()) == began, "what has finished stays"
+
+
+@pytest.mark.seconds
+def test_a_row_that_fails_in_a_pass_is_made_anew_alone(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, {"low": [], "wild": ["optim.lr=5"]}, seeds=[0], together=True)
+    assert sweep.main([str(path)]) == 1
+    assert sweep.main([str(path)]) == 0
+    assert (tmp_path / "out" / "runs" / "wild-s0" / "summary.json").is_file()

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from leap_dist.config import Config, load
+from leap_dist.config import Config, load, members
 from leap_dist.curriculum.coordinator import Coordinator
 from leap_dist.curriculum.ledger import replayed_schedule
 from leap_dist.curriculum.policy import build_curriculum
 from leap_dist.data import BadSamples, Batch
 from leap_dist.evaluation.periodic import Validation
+from leap_dist.learner import StudentParts
 from leap_dist.matching.objective import Objective
 from leap_dist.models.features import Features
 from leap_dist.models.flops import StepFlops, StudentFlops, TeacherFlops
@@ -57,8 +59,11 @@ class StubTeacher:
         return Features(patch, patch.mean(1))
 
     def features(self, images: Tensor) -> Features:
+        return self.features_of(images, [self.block])[self.block]
+
+    def features_of(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Features]:
         self.asked.append(self.block)
-        return self.at(self.block, images)
+        return {block: self.at(block, images) for block in blocks}
 
     def sweep(self, images: Tensor, until: Optional[int] = None) -> Iterator[Features]:
         return (self.at(block, images) for block in range(1, (until or DEPTH) + 1))
@@ -92,6 +97,7 @@ class StubEngine:
         self.module, self.optimizer = module, optimizer
         self.eval, self.train = module.eval, module.train
         self.torch_autocast_z0_gradscaler = self.checkpoint_engine = None
+        self._config = SimpleNamespace()
 
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)
@@ -132,25 +138,32 @@ def stub_config(output: Path, *overrides: str) -> Config:
 
 def stub_trainer(config: Config, teacher: StubTeacher | None = None, length: int = 3) -> Trainer:
     """A trainer whose student, objective, curriculum and optimizer are real. length: micro-batches an epoch."""
+    parts = Parts(
+        teacher=teacher or StubTeacher(),
+        students={name: stub_student(own, length) for name, own in members(config).items()},
+        loader=StubLoader(length),
+        bad_samples=BadSamples(Path(config.output) / "bad_samples.jsonl", 0, ONE),
+        checkpoints=Checkpoints(config, ONE, layout="12", teacher="stub"),
+        timer=PhaseTimer(ONE.device),
+    )
+    return Trainer(config, ONE, parts)
+
+
+def stub_student(config: Config, length: int) -> StudentParts:
     let_a_second_begin(Path(config.output) / "tensorboard")
-    torch.manual_seed(config.seed)
-    teacher = teacher or StubTeacher()
+    torch.manual_seed(config.student_seed)
     timer, replay = PhaseTimer(ONE.device), config.curriculum.replay
     schedule = replayed_schedule(replay, DEPTH, total_steps(config.epochs, length), ONE)
     student = build_student(config.student, config.data.image_size, WIDTH)
     objective = Objective(student, WIDTH, GRID, config.objective, config.curriculum.metric)
-    parts = Parts(
-        teacher=teacher,
-        flops=StepFlops(TeacherFlops(0, (10,) * DEPTH, 0), StudentFlops(4, 8), match=3, evidence=2, cka=1),
+    return StudentParts(
+        config=config,
         engine=StubEngine(objective, build_optimizer(config.optim, objective)),
-        loader=StubLoader(length),
-        bad_samples=BadSamples(Path(config.output) / "bad_samples.jsonl", 0, ONE),
         coordinator=Coordinator(build_curriculum(config.curriculum, DEPTH), ONE, schedule, timer),
-        checkpoints=Checkpoints(config, ONE, layout="12", teacher="stub"),
+        flops=StepFlops(TeacherFlops(0, (10,) * DEPTH, 0), StudentFlops(4, 8), match=3, evidence=2, cka=1),
         timer=timer,
         validation=Validation(config, ONE),
     )
-    return Trainer(config, ONE, parts)
 
 
 def let_a_second_begin(tensorboard: Path) -> None:

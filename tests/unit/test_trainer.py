@@ -165,7 +165,7 @@ def test_a_resumed_run_does_not_calibrate_and_continues_to_the_same_end(remedy: 
     cut.close()
     resumed = stub_trainer(stub_config(halves, *overrides, "resume=auto"))
     resumed.restore(halves / "checkpoints" / "step00000005")
-    resumed.learner._calibrated = lambda batches: pytest.fail("calibrated again")
+    resumed.learner.calibration = lambda: pytest.fail("calibrated again")
     run(resumed)
     assert resumed.progress.trajectory == uncut.progress.trajectory
     for name, tensor in uncut.learner.engine.module.state_dict().items():
@@ -221,9 +221,9 @@ def test_a_second_signal_does_not_kill_the_save_that_the_first_asked_for(
     sent: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = stub_trainer(stub_config(tmp_path))
-    step, save = trainer.learner.step, trainer._save
+    step, save = trainer.cohort.step, trainer._save
     signalled = lambda: os.kill(os.getpid(), sent)  # noqa: E731
-    monkeypatch.setattr(trainer.learner, "step", lambda work: (step(work), signalled())[0])
+    monkeypatch.setattr(trainer.cohort, "step", lambda work: (step(work), signalled())[0])
     monkeypatch.setattr(trainer, "_save", lambda: (signalled(), save())[1])
     assert not trainer.run()
     trainer.close()

@@ -15,6 +15,7 @@ import torch
 
 from leap_dist import wrapup
 from leap_dist.data import build_eval_loader, resolve
+from leap_dist.matching import Calibration
 from leap_dist.models.export import export_student, load_student
 from leap_dist.runtime.distributed import device_name
 from stubs import DEPTH, ONE, StubTeacher, stub_config, stub_trainer
@@ -30,11 +31,7 @@ def test_time_and_efficiency_follow_the_steps_spent_on_each_block(
     config = stub_config(tmp_path, f"curriculum.start={start}", "curriculum.threshold=-1")
     trainer = stub_trainer(config, StubTeacher())
     trainer.learner.coordinator.start_at(1)
-    monkeypatch.setattr(
-        trainer.learner,
-        "_calibrated",
-        lambda batches: (trainer.learner.accountant.charge_calibration(trainer.learner.costs, 4), 1)[1],
-    )
+    monkeypatch.setattr(Calibration, "best", lambda calibration: 1)
     assert trainer.run()
     trainer.close()
     assert [block for _, block in trainer.progress.trajectory] == [1, 2, 3, 4]  # 1, 1, 1 and 3 steps
@@ -60,13 +57,13 @@ def test_a_run_that_is_judged_anew_keeps_the_times_it_was_made_in(
     config = stub_config(tmp_path, "curriculum.threshold=-1")
     trainer = stub_trainer(config)
     assert trainer.run()
-    first = wrapup.wrap_up(config, ONE, trainer)
+    first = wrapup.wrap_up(config, ONE, trainer)[""]
     assert all(isinstance(first[key], float) for key in wrapup.TIMES)
     trainer.close()
     trainer.first_step = trainer.progress.step  # as when it is resumed
     written = []
     monkeypatch.setattr(wrapup, "_write", lambda summary, *_: written.append(dict(summary)))
-    again = wrapup.wrap_up(config, ONE, trainer)
+    again = wrapup.wrap_up(config, ONE, trainer)[""]
     assert {key: again[key] for key in wrapup.TIMES} == {key: first[key] for key in wrapup.TIMES}
     assert written == [again], "a kill would leave half a summary in the place of a whole one"
 
@@ -79,7 +76,7 @@ def test_steps_of_two_settings_are_not_timed_in_one(tmp_path: Path) -> None:
     (setting,) = trainer.learner.costs.settings
     assert setting.startswith(f"1 x {device_name(ONE.device)}, ") and "teacher.compile=False" in setting
     trainer.learner.costs.settings.append("8 x NVIDIA H200")
-    mixed = wrapup.wrap_up(config, ONE, trainer)
+    mixed = wrapup.wrap_up(config, ONE, trainer)[""]
     assert mixed["time_saved"] is None and "skip_efficiency" not in mixed
     assert "not measured" in wrapup._final_table(mixed, config)
 
@@ -91,7 +88,7 @@ def test_the_final_block_is_the_last_one_trained_on(tmp_path: Path) -> None:
     assert trainer.run()
     trainer.close()
     assert trainer.learner.curriculum.block == 3
-    assert wrapup._progress_summary(config, trainer)["final_block"] == 2
+    assert wrapup._progress_summary(trainer, trainer.learner)["final_block"] == 2
 
 
 @pytest.mark.parametrize("judged", [("student", "teacher"), ("student",)])
@@ -103,8 +100,8 @@ def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: P
     config = replace(config, data=resolve(config.data, tmp_path, ONE))
     trainer = stub_trainer(config)
     judge = wrapup.Judge(config, ONE)
-    found = judge.student(load_student(export_student(trainer.learner.engine, config, ONE), ONE.device))
-    found |= judge.teacher(trainer.teacher)
+    found = judge.student(load_student(export_student(trainer.learner.engine, config, ONE), ONE.device), config)
+    found |= judge.teacher(trainer.teacher)[""]
     trainer.close()
     accuracies = {f"{who}_{kind}" for who in judged for kind in ("knn", "probe")}
     assert set(found) == accuracies | {"student_teacher_cka", "known_images", "judged_images", "judged_classes"}

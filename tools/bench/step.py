@@ -13,6 +13,9 @@ plain  what the published LEAP code does, in plain PyTorch: mixup, the same cut 
        same on the class token, CKA of the projected tokens by its three products and a number on the host in every
        step, clipping, torch.optim.AdamW's default.
 
+cohort with --students N: a step of N students that share the teacher's pass, against one pass and what each student's
+       step takes beside a pass of its own; in one process, in turns, at the last block.
+
 All three take the same images and start from the same weights, in turns; medians of ratios of the same round. On CPU
 one thread, and the process' own time: what else runs on the machine disturbs it less.
 """
@@ -36,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leap_dist.benchmarking.company import Company, measure_company
 from leap_dist.benchmarking.harness import stopwatch, versions
 from leap_dist.benchmarking.steps import (
     HeldTeacher,
@@ -332,6 +336,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=1, help="steps in a row at each turn; on a GPU take 10: they overlap"
     )
+    parser.add_argument("--students", type=int, default=0, help="also time a cohort of so many; default: none")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over the YAML")
     return parser.parse_intermixed_args(argv)
@@ -346,6 +351,15 @@ def table(rows: list[Row]) -> str:
         ratios = f"{r.over_ideal:11.1%}{r.over_bare:11.1%}{r.speedup:10.3f}x"
         lines.append(f"{f'{r.block}/{r.depth}':>11}{r.teacher:>11}{times}{ratios}")
     return "\n".join(lines)
+
+
+def company_line(found: Company) -> str:
+    """The cohort's row."""
+    alone = ", ".join(f"{value:.1f}" for value in found.alone)
+    return (
+        f"cohort of {found.students} at block {found.block}: {found.together:.1f} ms together; the teacher "
+        f"{found.teacher:.1f} ms, each alone with it {alone} ms; {found.over:+.1%} over one pass and the students' own"
+    )
 
 
 def append_csv(path: Path, rows: list[Row], about: dict[str, str]) -> None:
@@ -373,6 +387,10 @@ def main(argv: list[str] | None = None) -> int:
             world = initialise()
             torch.set_num_threads(1)
             rows, note = measure(config, world, rounds=args.rounds, steps=args.steps)
+            notes = [note] if note else []
+            if args.students:
+                found = measure_company(config, world, args.students, rounds=args.rounds, steps=args.steps)
+                notes.append(company_line(found))
     except UserError as error:
         print(f"bench_step: error: {error}", file=sys.stderr)
         return 2
@@ -382,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
         "run": f"{config.teacher.model} -> {config.student.model}, {batch} x {config.data.image_size} px, "
         f"student {config.engine.precision}, {config.optim.name}, points every {config.telemetry.every} steps",
     }
-    print("; ".join(about.values()), table(rows), *([note] if note else []), sep="\n")
+    print("; ".join(about.values()), table(rows), *notes, sep="\n")
     if args.csv:
         append_csv(args.csv, rows, about)
     shutdown()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import step
-from leap_dist.benchmarking import steps
+from leap_dist.benchmarking import company, steps
 from leap_dist.benchmarking.steps import Conducted, Exchangeable, HeldTeacher, aim, conduct, load_for_steps
 from leap_dist.config import Config
 from leap_dist.errors import UserError
@@ -38,6 +38,13 @@ def test_ratios_are_medians_of_the_same_round() -> None:
     assert row.over_ideal == pytest.approx(0.1)
     assert row.over_bare == pytest.approx(0.5)
     assert row.speedup == pytest.approx(1.5)
+
+
+def test_a_cohort_is_held_against_one_pass_and_its_students() -> None:
+    """Rounds of teacher 10, 20, 30: the students take 5 and 7 beside it, so 22, 32 and 42 are even."""
+    times = {"teacher": [10.0, 20.0, 30.0], "a": [15.0, 25.0, 35.0], "b": [17.0, 27.0, 37.0]}
+    found = company._summed_up(times | {"together": [22.0, 33.6, 50.4]}, ["a", "b"], 12)
+    assert found.over == pytest.approx(0.05) and found.alone == (25.0, 27.0) and found.together == 33.6
 
 
 def test_the_plain_score_is_linear_cka() -> None:
@@ -93,9 +100,10 @@ def test_a_missing_deepspeed_is_said_in_one_line(
 
 @pytest.mark.seconds
 def test_one_run_compares_the_step_at_four_depths(tmp_path: Path) -> None:
-    command = ["--batch", "2", "--rounds", "2", "--csv", str(tmp_path / "rows.csv"), *SMALL]
+    command = ["--batch", "2", "--rounds", "2", "--students", "2", "--csv", str(tmp_path / "rows.csv"), *SMALL]
     done = finish(fork(ROOT / "tools/bench/step.py", *command, processes=1))
     assert done.returncode == 0, done.stdout[-2000:]
+    assert "cohort of 2 at block 4: " in done.stdout
     with (tmp_path / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))
     fp32 = [row for row in rows if row["teacher"] == "fp32"]

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from leap_dist.monitoring.telemetry import Telemetry
+from leap_dist.monitoring.telemetry import Bar
 from stubs import StubTeacher, stub_config, stub_trainer
 
 
 def shown(output: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[str]:
     """What the bar says of the score, step by step, of six steps that climb four blocks in three."""
     texts: list[str] = []
-    monkeypatch.setattr(Telemetry, "step", lambda self, words: texts.append(words["cka"]))
+    monkeypatch.setattr(Bar, "step", lambda self, words: texts.append(words["cka"]))
     trainer = stub_trainer(stub_config(output, "curriculum.threshold=-1", *overrides), StubTeacher())
     assert trainer.run()
     trainer.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ class BlockTeacher(StubTeacher):
 
     blocks: nn.ModuleList = field(default_factory=lambda: nn.ModuleList(nn.Identity() for _ in range(DEPTH)))
 
-    def features(self, images: Tensor) -> Features:
+    def features_of(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Features]:
         for block in self.blocks[: self.block]:
             images = block(images)
-        return super().features(images)
+        return super().features_of(images, blocks)
 
 
 def ranges(output: Path) -> dict[str, int]:

@@ -12,7 +12,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from leap_dist.config import Config, hyperparameters
 from leap_dist.monitoring.dashboard import CARDS, layout
-from leap_dist.monitoring.telemetry import Telemetry, memory_bytes, table
+from leap_dist.monitoring.telemetry import Bar, Telemetry, memory_bytes, table
 from stubs import let_a_second_begin, stub_config
 
 
@@ -22,14 +22,22 @@ def events(output: Path) -> EventAccumulator:
     return found
 
 
-def test_points_are_written_at_their_step_and_bar_moves_by_images(tmp_path: Path) -> None:
-    telemetry = Telemetry(stub_config(tmp_path, "telemetry.every=2"), total_steps=4, first_step=0)
+def test_points_are_written_at_their_step(tmp_path: Path) -> None:
+    telemetry = Telemetry(stub_config(tmp_path, "telemetry.every=2"), first_step=0)
     for step in range(4):
-        telemetry.step({"block": "1/4"})
         if telemetry.is_due(step):
             telemetry.points(step, {"loss/total": float(step)})
     telemetry.close()
     assert [(event.step, event.value) for event in events(tmp_path).Scalars("loss/total")] == [(0, 0.0), (2, 2.0)]
+
+
+def test_the_bar_moves_by_images_and_says_what_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Bar(stub_config(tmp_path, "telemetry.progress=true"), total_steps=4, first_step=2)
+    bar.step({"block": "1/4"})
+    bar.say("a line")
+    bar.end()
+    shown = capsys.readouterr().err
+    assert "12.0/16.0" in shown and "block=1/4" in shown and "a line\n" in shown
 
 
 def charts(config: Config) -> dict[str, list[str]]:
@@ -38,7 +46,7 @@ def charts(config: Config) -> dict[str, list[str]]:
 
 def test_charts_are_grouped_and_explained(tmp_path: Path) -> None:
     config = stub_config(tmp_path, "telemetry.spectra_every=5")
-    Telemetry(config, total_steps=4, first_step=0).close()
+    Telemetry(config, first_step=0).close()
     found = events(tmp_path)
     written = Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert {category.title: [chart.title for chart in category.chart] for category in written.category} == (
@@ -66,12 +74,12 @@ def test_what_is_switched_off_has_no_chart(tmp_path: Path) -> None:
 
 def test_a_resumed_run_hides_the_points_it_repeats(tmp_path: Path) -> None:
     config = stub_config(tmp_path)
-    first = Telemetry(config, total_steps=4, first_step=0)
+    first = Telemetry(config, first_step=0)
     for step in range(4):
         first.points(step, {"loss/total": -1.0})
     first.close()
     let_a_second_begin(tmp_path / "tensorboard")
-    second = Telemetry(config, total_steps=4, first_step=2)
+    second = Telemetry(config, first_step=2)
     for step in range(2, 4):
         second.points(step, {"loss/total": 1.0})
     second.close()
@@ -85,7 +93,7 @@ def test_the_end_of_a_run_leaves_results_hparams_and_figure(tmp_path: Path) -> N
         {"step": 3, "block": 2, "score": 0.4, "threshold": 0.6, "next_block": 2},
     ]
     (tmp_path / "curriculum.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))
-    telemetry = Telemetry(stub_config(tmp_path), total_steps=4, first_step=0)
+    telemetry = Telemetry(stub_config(tmp_path), first_step=0)
     telemetry.finish({"steps": 4, "student_knn": 0.5, "trajectory": [(0, 1)]}, "student kNN  50.0%")
     telemetry.close()
     found = events(tmp_path)
@@ -97,12 +105,12 @@ def test_the_end_of_a_run_leaves_results_hparams_and_figure(tmp_path: Path) -> N
     assert (tmp_path / "curriculum.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_lost_ledger_costs_the_figure_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    telemetry = Telemetry(stub_config(tmp_path), total_steps=4, first_step=0)
-    telemetry.finish({"steps": 4, "student_knn": 0.5}, "student kNN  50.0%")
+def test_a_lost_ledger_costs_the_figure_alone(tmp_path: Path) -> None:
+    telemetry = Telemetry(stub_config(tmp_path), first_step=0)
+    missing = telemetry.finish({"steps": 4, "student_knn": 0.5}, "student kNN  50.0%")
     telemetry.close()
     assert events(tmp_path).Scalars("result/student_knn")[0].value == 0.5
-    assert "no curriculum.png: " in capsys.readouterr().err
+    assert missing is not None and missing.startswith("no curriculum.png: ")
 
 
 def test_hyperparameters_are_what_the_numbers_follow_from(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ class PlainEngine:
 
     def __init__(self, fails: Exception | None = None) -> None:
         self.fails, self.checkpoint_engine = fails, None
+        self._config = SimpleNamespace()
         self.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
         self.torch_autocast_z0_gradscaler = None
 
@@ -55,7 +57,7 @@ def claimed(tmp_path: Path, *overrides: str, steps: tuple[int, ...] = ()) -> Che
     checkpoints = Checkpoints(config(tmp_path, *overrides), ONE, layout="12", teacher="t")
     checkpoints.claim_output()
     for step in steps:
-        checkpoints.save(PlainEngine(), step, {"step": step})
+        checkpoints.save({"": PlainEngine()}, step, {"": {"step": step}})
         checkpoints.confirm()
     return checkpoints
 
@@ -64,7 +66,7 @@ def test_save_then_load_gives_the_state_back(tmp_path: Path) -> None:
     checkpoints = claimed(tmp_path, steps=(5, 10))
     path = find_resume(config(tmp_path, "resume=auto"), ONE)
     assert path == tmp_path / "checkpoints" / "step00000010"
-    assert checkpoints.load(PlainEngine(), path) == {"step": 10}
+    assert checkpoints.load({"": PlainEngine()}, path) == {"": {"step": 10}}
     assert load(path / "config.yaml", []) == checkpoints.config
 
 
@@ -82,7 +84,7 @@ def test_a_start_that_had_to_wait_goes_on_where_the_other_left(tmp_path: Path) -
     first = claimed(tmp_path, steps=(5,))
 
     def leave() -> None:
-        first.save(PlainEngine(), 9, {})
+        first.save({"": PlainEngine()}, 9, {"": {}})
         first.confirm()
         first.release()
 
@@ -150,22 +152,22 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def test_a_failed_save_leaves_the_previous_one_the_latest(error: Exception, tmp_path: Path) -> None:
     checkpoints = claimed(tmp_path, steps=(5,))
     with pytest.raises(UserError, match=r"step00000006: cannot be written .*No space left.*previous one is intact"):
-        checkpoints.save(PlainEngine(fails=error), 6, {})
+        checkpoints.save({"": PlainEngine(fails=error)}, 6, {"": {}})
     assert newest(tmp_path / "checkpoints").name == "step00000005"
-    checkpoints.save(PlainEngine(), 6, {"step": 6})  # what the failed one left does not stand in the way
+    checkpoints.save({"": PlainEngine()}, 6, {"": {"step": 6}})  # what the failed one left does not stand in the way
     assert newest(tmp_path / "checkpoints").name == "step00000005", "not confirmed yet"
     checkpoints.confirm()
-    assert checkpoints.load(PlainEngine(), newest(tmp_path / "checkpoints")) == {"step": 6}
+    assert checkpoints.load({"": PlainEngine()}, newest(tmp_path / "checkpoints")) == {"": {"step": 6}}
 
 
 def test_a_save_that_fails_leaves_an_earlier_one_of_the_same_step(tmp_path: Path) -> None:
     checkpoints = claimed(tmp_path, steps=(5,))
     with pytest.raises(UserError, match="previous one is intact"):
-        checkpoints.save(PlainEngine(fails=OSError(28, "No space left")), 5, {})
-    assert checkpoints.load(PlainEngine(), newest(tmp_path / "checkpoints")) == {"step": 5}
-    checkpoints.save(PlainEngine(), 5, {"step": 55})
+        checkpoints.save({"": PlainEngine(fails=OSError(28, "No space left"))}, 5, {"": {}})
+    assert checkpoints.load({"": PlainEngine()}, newest(tmp_path / "checkpoints")) == {"": {"step": 5}}
+    checkpoints.save({"": PlainEngine()}, 5, {"": {"step": 55}})
     checkpoints.confirm()
-    assert checkpoints.load(PlainEngine(), newest(tmp_path / "checkpoints")) == {"step": 55}
+    assert checkpoints.load({"": PlainEngine()}, newest(tmp_path / "checkpoints")) == {"": {"step": 55}}
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"latest", "step00000005"}
 
 
@@ -322,7 +324,7 @@ def test_settings_are_the_configs_and_momenta_the_checkpoints(tmp_path: Path) ->
     old, new = AdamEngine(weight_decay=0.1), AdamEngine(weight_decay=0.3)
     old.optimizer.step()
     checkpoints = claimed(tmp_path)
-    checkpoints.load(new, checkpoints.save(old, 1, {}))
+    checkpoints.load({"": new}, checkpoints.save({"": old}, 1, {"": {}}))
     assert [group["weight_decay"] for group in new.optimizer.param_groups] == [0.3, 0.0]
     for mine, theirs in zip(new.optimizer.state.values(), old.optimizer.state.values(), strict=True):
         assert mine["step"] == 1 and torch.equal(mine["exp_avg"], theirs["exp_avg"])
@@ -343,7 +345,7 @@ def test_a_failed_conversion_is_one_line_and_leaves_nothing(tmp_path: Path) -> N
     with pytest.raises(
         UserError, match=r"step00000007: cannot be converted for 1 ranks in .*1 of 2 ranks' parts"
     ) as caught:
-        checkpoints.load(PlainEngine(), path)
+        checkpoints.load({"": PlainEngine()}, path)
     assert "\n" not in str(caught.value)
     assert not list(folder.glob(".universal-*"))
 
@@ -353,7 +355,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     path = newest(tmp_path / "checkpoints")
     (path / "model.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read") as caught:
-        checkpoints.load(PlainEngine(), path)
+        checkpoints.load({"": PlainEngine()}, path)
     assert "\n" not in str(caught.value)
 
 
@@ -369,7 +371,7 @@ def test_a_checkpoint_of_another_version_of_the_package_says_so(
 
     monkeypatch.setattr(engine, "load_checkpoint", load_checkpoint)
     with pytest.raises(UserError, match="saved by another version of leap_dist") as caught:
-        checkpoints.load(engine, newest(tmp_path / "checkpoints"))
+        checkpoints.load({"": engine}, newest(tmp_path / "checkpoints"))
     assert "beside" not in str(caught.value)
 
 
@@ -465,7 +467,7 @@ def test_an_output_folder_that_is_removed_ends_the_run_at_its_next_save(tmp_path
     checkpoints = claimed(output, steps=(5,))
     shutil.rmtree(output)
     with pytest.raises(UserError, match=r"output=.*/run: was removed or replaced while this run was at it"):
-        checkpoints.save(PlainEngine(), 6, {})
+        checkpoints.save({"": PlainEngine()}, 6, {"": {}})
     assert not output.exists()
     checkpoints.release()
 
@@ -474,12 +476,12 @@ def test_a_loader_worker_that_is_killed_in_a_save_is_not_the_saves_fault(tmp_pat
     checkpoints = claimed(tmp_path, steps=(5,))
     killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
-        checkpoints.save(PlainEngine(fails=killed), 6, {})
+        checkpoints.save({"": PlainEngine(fails=killed)}, 6, {"": {}})
 
 
 def test_an_older_one_goes_before_a_newer_one_that_no_loss_has_confirmed(tmp_path: Path) -> None:
     checkpoints = claimed(tmp_path, "checkpoint.keep=3", steps=(5, 9))
-    checkpoints.save(PlainEngine(), 11, {})
+    checkpoints.save({"": PlainEngine()}, 11, {"": {}})
     emptied(tmp_path / "checkpoints" / "step00000009" / "run.json")
     assert newest(tmp_path / "checkpoints").name == "step00000005"
     emptied(tmp_path / "checkpoints" / "step00000005" / "run.json")
@@ -524,7 +526,7 @@ def test_another_block_of_the_teacher_is_refused_when_it_is_known(tmp_path: Path
     marks.note("block 1", "b1")
     first = Checkpoints(config(tmp_path), ONE, "12", "t", marks=marks)
     first.claim_output()
-    first.save(PlainEngine(), 7, {})
+    first.save({"": PlainEngine()}, 7, {"": {}})
     first.confirm()
     path = newest(tmp_path / "checkpoints")
 
@@ -551,12 +553,12 @@ def test_a_full_disk_is_called_so_whatever_the_writer_says(tmp_path: Path, monke
     checkpoints = claimed(tmp_path, steps=(5,))
     spoken = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
     with pytest.raises(UserError, match="unexpected pos"):  # there is room: something else is wrong
-        checkpoints.save(PlainEngine(fails=spoken), 6, {})
+        checkpoints.save({"": PlainEngine(fails=spoken)}, 6, {"": {}})
     monkeypatch.setattr("leap_dist.runtime.files._answer", lambda _: errno.ENOSPC)
     with pytest.raises(
         UserError, match=r"No space left: the disk of .*/checkpoints is full, .* MiB are free"
     ) as caught:
-        checkpoints.save(PlainEngine(fails=spoken), 6, {})
+        checkpoints.save({"": PlainEngine(fails=spoken)}, 6, {"": {}})
     assert "unexpected pos" not in str(caught.value)
 
 
@@ -565,9 +567,9 @@ def test_the_loss_scaler_is_saved_where_there_is_one(tmp_path: Path) -> None:
     checkpoints = claimed(tmp_path)
     engine = PlainEngine()
     engine.torch_autocast_z0_gradscaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    path = checkpoints.save(engine, 1, {})
+    path = checkpoints.save({"": engine}, 1, {"": {}})
     other = PlainEngine()
     other.torch_autocast_z0_gradscaler = torch.amp.GradScaler("cpu")
-    checkpoints.load(other, path)
+    checkpoints.load({"": other}, path)
     assert other.torch_autocast_z0_gradscaler.state_dict() == engine.torch_autocast_z0_gradscaler.state_dict()
     assert other.torch_autocast_z0_gradscaler.get_scale() == 8.0

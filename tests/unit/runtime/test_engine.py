@@ -52,13 +52,6 @@ def test_users_deepspeed_section_is_merged_over() -> None:
     assert settings["gradient_accumulation_steps"] == 2
 
 
-@pytest.mark.parametrize("universal", [False, True])
-def test_universal_checkpoints_are_read_only_when_asked_for(universal: bool) -> None:
-    """Left on, DeepSpeed would go back to what was converted once."""
-    settings = deepspeed_config(config(), 8, load_universal=universal)
-    assert settings["checkpoint"] == {"load_universal": universal}
-
-
 def test_micro_batch_is_the_share_of_a_rank() -> None:
     asked = config("data.global_batch=96", "engine.accumulation=2")
     assert micro_batch(asked, replace(ONE, size=4)) == 12

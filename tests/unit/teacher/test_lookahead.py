@@ -95,8 +95,8 @@ def test_the_next_steps_features_are_begun_before_the_student_trains(
 ) -> None:
     seen: list[str] = []
     trainer = stub_trainer(stub_config(tmp_path, f"teacher.prefetch={prefetch}", "curriculum.threshold=2"), length=3)
-    features, forward = trainer.teacher.features, trainer.learner.engine.module.forward
-    trainer.teacher.features = lambda images: (seen.append("t"), features(images))[1]
+    features, forward = trainer.teacher.features_of, trainer.learner.engine.module.forward
+    trainer.teacher.features_of = lambda images, blocks: (seen.append("t"), features(images, blocks))[1]
     trainer.learner.engine.module.forward = lambda *inputs: (seen.append("s"), forward(*inputs))[1]
     assert trainer.run()
     trainer.close()
@@ -186,19 +186,20 @@ def test_what_the_other_stream_made_is_there_when_it_is_read() -> None:
     device = torch.device("cuda")
     teacher = SlowTeacher(device)
 
-    def make(step: int, batches: list[Batch]) -> Iterator[MicroBatch]:
+    def make(step: int, blocks: list[int], batches: list[Batch]) -> Iterator[MicroBatch]:
         for batch in batches:
             images = batch.images.to(device, non_blocking=True)
-            yield MicroBatch(images, [teacher.features(images)])
+            yield MicroBatch(images, {teacher.block: teacher.features(images)})
 
     ahead = Lookahead(teacher, make, device, ahead=True)
     batches = [torch.randn(8, 4096).pin_memory() for _ in range(6)]
     coming = None
     for step, images in enumerate(batches):
-        work = coming or ahead.begin(step, 1, [Batch(images, images, images)])
+        work = coming or ahead.begin(step, {"": [1]}, [Batch(images, images, images)])
         following = batches[step + 1 : step + 2]
-        coming = ahead.begin(step + 1, 1 + step % 3, [Batch(i, i, i) for i in following]) if following else None
-        for found, targets in work.micro_batches:
+        coming = ahead.begin(step + 1, {"": [1 + step % 3]}, [Batch(i, i, i) for i in following]) if following else None
+        (block,) = work.blocks
+        for found, features, _ in work.micro_batches:
             assert torch.equal(found.cpu(), images)
-            assert torch.allclose(targets[0].patch.cpu(), images * work.block), math.nan
+            assert torch.allclose(features[block].patch.cpu(), images * block), math.nan
         torch.full((8, 4096), math.nan, device=device)  # takes memory that was let go too early
