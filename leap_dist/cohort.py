@@ -32,7 +32,7 @@ Sweep = Callable[[int], Iterator[tuple[Tensor, list[Features]]]]
 
 
 class Settled(NamedTuple):
-    """What a closed step has shown. stop: a rank was told to stop; failed: students whose loss or fp16 scale is lost."""
+    """What a closed step has shown. stop: a rank was told to stop; failed: students that cannot go on, and why."""
 
     stop: bool
     failed: dict[str, UserError]

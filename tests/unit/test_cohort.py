@@ -13,7 +13,8 @@ import torch
 from leap_dist.config import Config
 from leap_dist.config.loading import members
 from leap_dist.errors import UserError
-from leap_dist.runtime.checkpoint import find_resume, newest
+from leap_dist.runtime.checkpoint import find_resume
+from leap_dist.runtime.checkpoint_folder import newest
 from leap_dist.trainer import Trainer
 from stubs import DEPTH, ONE, StubTeacher, scalars, stub_config, stub_trainer
 

@@ -440,6 +440,23 @@ def test_a_bit_that_has_flipped_is_found_before_anything_is_loaded(
     assert "\n" not in str(caught.value)
 
 
+def test_a_bit_that_has_flipped_in_one_students_part_damages_the_checkpoint(tmp_path: Path) -> None:
+    options = "students={small: {}, tiny: {seed: 1}}", "checkpoint.keep=2"
+    checkpoints = Checkpoints(config(tmp_path, *options), ONE, layout="12", teacher="t")
+    checkpoints.claim_output()
+    for step in (5, 7):
+        checkpoints.save({name: PlainEngine() for name in ("small", "tiny")}, step, {"small": {}, "tiny": {}})
+        checkpoints.confirm()
+    resumed, folder = config(tmp_path, *options, "resume=auto"), tmp_path / "checkpoints"
+    assert find_resume(resumed, ONE) == folder / "step00000007"
+    flipped(folder / "step00000007" / "tiny" / "model.json")
+    assert find_resume(resumed, ONE) == folder / "step00000005"
+    (folder / "step00000005" / "small" / "model.json").unlink()
+    with pytest.raises(UserError, match="holds no whole checkpoint") as caught:
+        find_resume(resumed, ONE)
+    assert "tiny/model.json" in str(caught.value) and "for student small" in str(caught.value)
+
+
 def test_a_checkpoint_without_hashes_is_taken_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
