@@ -62,7 +62,7 @@ def test_a_run_that_is_judged_anew_keeps_the_times_it_was_made_in(
     trainer.close()
     trainer.first_step = trainer.progress.step  # as when it is resumed
     written = []
-    monkeypatch.setattr(wrapup, "_write", lambda summary, *_: written.append(dict(summary)))
+    monkeypatch.setattr(wrapup, "_write_all", lambda summaries, *_: written.append(dict(summaries[""])))
     again = wrapup.wrap_up(config, ONE, trainer)[""]
     assert {key: again[key] for key in wrapup.TIMES} == {key: first[key] for key in wrapup.TIMES}
     assert written == [again], "a kill would leave half a summary in the place of a whole one"
