@@ -105,8 +105,8 @@ def build_objective(config: Config, spec: TeacherSpec) -> Objective:
 
 def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
     """Raise UserError where teacher and student do not go together on this device, before either is loaded."""
-    student: Student = build_student(config.student, config.data.image_size, spec.dim, torch.device("meta"))
-    if config.curriculum.mode == "all_layers" and student.depth != spec.depth:
+    student: Student = build_student(config.student, config.data.image_size, spec.dim)  # and tried on one image
+    if config.curriculum.mode == "all_layers" and student.depth not in (0, spec.depth):
         raise UserError(
             f"curriculum.mode=all_layers: needs equal depths, student.model={config.student.model} has {student.depth} "
             f"blocks and teacher.model={config.teacher.model} {spec.depth}"
@@ -120,18 +120,29 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
     check_widths(matching_head(config.objective, config.student.remedy), student.width, spec.dim)
     products, targets = DTYPES[config.engine.precision], DTYPES[config.teacher.dtype]
     check_impl(config.objective.impl, student.width, products, targets, device)
-    layered = inspect.signature(student.backbone.forward_intermediates).parameters
-    if config.curriculum.mode == "all_layers" and "return_prefix_tokens" not in layered:
-        raise UserError(f"curriculum.mode=all_layers: student.model={config.student.model} cannot give every layer")
-    for side, model, has_cls in (
-        ("teacher", config.teacher.model, spec.has_cls),
-        ("student", config.student.model, student.has_cls),
-    ):
-        if config.objective.cls_weight and not has_cls:
+    if config.objective.cls_weight and student.cls_width != student.width:
+        check_widths(matching_head(config.objective, config.student.remedy), student.cls_width, spec.dim)
+        check_impl(config.objective.impl, student.cls_width, products, targets, device)
+    has_cls = {"teacher": spec.has_cls}
+    if config.curriculum.mode == "all_layers":
+        check_layers(config, student)
+        has_cls["student"] = student.has_cls  # a pooled output is there at the last layer only
+    for side, has in has_cls.items():
+        if config.objective.cls_weight and not has:
+            model = getattr(config, side).model
             raise UserError(
                 f"objective.cls_weight={config.objective.cls_weight}: {side}.model={model} has no class token at its "
                 "intermediate blocks; set objective.cls_weight=0"
             )
+
+
+def check_layers(config: Config, student: Student) -> None:
+    """Raise UserError where a student cannot give its tokens layer by layer."""
+    what = f"curriculum.mode=all_layers: student.model={config.student.model}"
+    if not student.depth:
+        raise UserError(f"{what} is no plain vision transformer, whose layers all have one width and grid")
+    if "return_prefix_tokens" not in inspect.signature(student.backbone.forward_intermediates).parameters:
+        raise UserError(f"{what} cannot give every layer")
 
 
 def warn_of_normalisation(config: Config, spec: TeacherSpec) -> None:

@@ -12,6 +12,7 @@ from leap_dist.config.options import (
     DEMO_TEACHER,
     DIGITS,
     HUB,
+    NO_WEIGHTS,
     RANDOM,
     Config,
     CurriculumConfig,
@@ -48,6 +49,7 @@ RANGES = {
         "curriculum.max_epochs_per_block", "curriculum.last_block_after", "teacher.stages", "teacher.microbatches",
         "engine.accumulation", "checkpoint.keep", "telemetry.every", "optim.batch_reference", "evaluation.knn_k",
         "evaluation.probe_epochs", "evaluation.quick_images", "evaluation.max_train_images",
+        "student.image_size", "student.reduction",
     ),
     "at least 0": (
         "seed", "student.num_classes", "data.workers", "data.predownload", "data.cutmix_alpha", "objective.cls_weight",
@@ -63,7 +65,7 @@ RANGES = {
         "optim.momentum",
     ),
     "in (0, 1]": ("curriculum.ema_alpha", "data.crop_pct"),
-    "in [0, 1)": ("optim.betas",),
+    "in [0, 1)": ("optim.betas", "student.ema_decay"),
     "below 2**32": ("seed",),
 }  # fmt: skip
 _HOLDS = {
@@ -282,6 +284,8 @@ def _path_problems(config: Config) -> list[str]:
         problems.append(
             f"teacher.weights={config.teacher.weights}: no such file (nor {HUB}, {RANDOM} or {DEMO_TEACHER})"
         )
+    if config.student.weights not in (NO_WEIGHTS, HUB) and not Path(config.student.weights).exists():
+        problems.append(f"student.weights={config.student.weights}: no such file (nor {NO_WEIGHTS} or {HUB})")
     replay = config.curriculum.replay
     if replay is not None and not Path(replay).is_file():
         problems.append(f"curriculum.replay={replay}: no such file")

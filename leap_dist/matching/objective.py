@@ -65,6 +65,10 @@ class Objective(nn.Module):
         self.heads = nn.ModuleList(
             build_head(kind, student.width, teacher_width, config.impl, metric) for _ in range(num_targets)
         )
+        # One head for both, as in LEAP, but where a pooled output has another width than the map.
+        apart = config.cls_weight > 0 and student.cls_width != student.width
+        self.cls_head = build_head(kind, student.cls_width, teacher_width, config.impl, metric) if apart else None
+        student.freeze_unreached(config.cls_weight > 0)
 
     def forward(
         self, images: Tensor, targets: list[Features], with_evidence: bool = False, labels: Optional[Tensor] = None
@@ -97,7 +101,7 @@ class Objective(nn.Module):
             patch_losses.append(loss)
             evidence += [found] if found is not None else []
             if self.config.cls_weight:
-                cls_losses.append(head(view.cls, target.cls)[0])
+                cls_losses.append((self.cls_head or head)(view.cls, target.cls)[0])
         patch = torch.stack(patch_losses).mean()
         cls = torch.stack(cls_losses).mean() if cls_losses else torch.zeros_like(patch)
         return {"patch": patch, "cls": cls}, evidence

@@ -41,7 +41,8 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
         write_whole(path, lambda partial: save_file(state, partial))
         about = {
             **asdict(replace(student.recipe, width=student.width)),
-            "image_size": config.data.image_size,
+            **student.about(),
+            "image_size": config.student.image_size or config.data.image_size,
             "mean": list(config.data.mean),
             "std": list(config.data.std),
             "crop_pct": config.data.crop_pct,

@@ -43,7 +43,10 @@ log = logging.getLogger(__name__)
 
 
 # What makes the weights of a checkpoint fit.
-STUDENT = ("student.model", "student.kwargs", "student.remedy", "student.num_classes", "objective.head")
+STUDENT = (
+    "student.model", "student.kwargs", "student.remedy", "student.num_classes", "student.reduction",
+    "student.image_size", "objective.head",
+)  # fmt: skip
 # Beginnings of what no other run can go on with, see `Checkpoints.needs_conversion`.
 ANOTHER_RUN = (
     *STUDENT, "seed", "engine.zero_stage", "engine.precision", "data.global_batch", "data.canonical_nodes",
