@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from timm.layers import convert_sync_batchnorm
 
 from leap_dist.config import DEMO_TEACHER, Config, matching_head
 from leap_dist.curriculum import build_curriculum
@@ -19,15 +20,17 @@ from leap_dist.data import BadSamples, build_train_loader, check_groups, check_s
 from leap_dist.errors import UserError
 from leap_dist.evaluation import Validation
 from leap_dist.matching import Objective, check_impl, check_widths
-from leap_dist.models import DTYPES, Student, build_student, step_flops
+from leap_dist.models import DTYPES, Student, build_student, step_flops, warm_start
 from leap_dist.models.placement_plan import check_pipelines
 from leap_dist.monitoring import check_window
+from leap_dist.runtime.average import WeightAverage
 from leap_dist.runtime.checkpoint import Checkpoints, find_resume
 from leap_dist.runtime.distributed import World, barrier, check_nodes
 from leap_dist.runtime.engine import build_engine, micro_batch
 from leap_dist.runtime.optim import build_optimizer
 from leap_dist.runtime.progress import total_steps
 from leap_dist.runtime.run_lock import Claim
+from leap_dist.runtime.running_stats import running_stats
 from leap_dist.runtime.timing import PhaseTimer
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
 from leap_dist.trainer import Parts, Trainer
@@ -75,12 +78,15 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
         config, world, loader.layout, teacher.fingerprint, claim, teacher.marks, contents=loader.contents
     )
     convert = resume is not None and checkpoints.needs_conversion(resume)
-    objective = build_objective(config, spec)
+    objective = build_objective(config, spec, fresh=resume is None)
     optimizer = build_optimizer(config.optim, objective)
+    engine = build_engine(config, objective, optimizer, batch, load_universal=convert)
+    if config.student.ema_decay:
+        objective.average = WeightAverage(objective.student.backbone, config.student.ema_decay)
     parts = Parts(
         teacher=teacher,
         flops=flops,
-        engine=build_engine(config, objective, optimizer, batch, load_universal=convert),
+        engine=engine,
         loader=loader,
         bad_samples=BadSamples(Path(config.output) / BAD_SAMPLES, most_bad, world),
         coordinator=Coordinator(curriculum, world, schedule, timer),
@@ -95,12 +101,20 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     return replace(config, data=data), trainer
 
 
-def build_objective(config: Config, spec: TeacherSpec) -> Objective:
-    """Student and heads, initialised from the seed alone, so that every rank and world size starts equal."""
+def build_objective(config: Config, spec: TeacherSpec, fresh: bool = True) -> Objective:
+    """Student and heads, initialised from the seed alone, so that every rank and world size starts equal.
+
+    fresh: no checkpoint is loaded after this, so the student takes `student.weights`.
+    """
     torch.manual_seed(config.seed)
     student = build_student(config.student, config.data.image_size, spec.dim)
+    if fresh:
+        warm_start(student, config.student.weights)
     targets = spec.depth if config.curriculum.mode == "all_layers" else 1
-    return Objective(student, spec.dim, spec.grid, config.objective, config.curriculum.metric, targets)
+    objective = Objective(student, spec.dim, spec.grid, config.objective, config.curriculum.metric, targets)
+    if config.student.sync_batchnorm:
+        student.backbone = convert_sync_batchnorm(student.backbone)
+    return objective
 
 
 def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
@@ -117,6 +131,7 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
             f"objective.kd_alpha={config.objective.kd_alpha} with curriculum.block={config.curriculum.block}: the "
             f"teacher has logits at its last block only, which is {spec.depth}"
         )
+    check_batchnorm(config, student, device)
     check_widths(matching_head(config.objective, config.student.remedy), student.width, spec.dim)
     products, targets = DTYPES[config.engine.precision], DTYPES[config.teacher.dtype]
     check_impl(config.objective.impl, student.width, products, targets, device)
@@ -134,6 +149,18 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
                 f"objective.cls_weight={config.objective.cls_weight}: {side}.model={model} has no class token at its "
                 "intermediate blocks; set objective.cls_weight=0"
             )
+
+
+def check_batchnorm(config: Config, student: Student, device: torch.device) -> None:
+    """Raise UserError where batch norms cannot be synchronised."""
+    if not config.student.sync_batchnorm:
+        return
+    if not running_stats(student):
+        raise UserError(f"student.sync_batchnorm=true: student.model={config.student.model} has no batch norm")
+    if device.type == "cpu":
+        raise UserError(
+            "student.sync_batchnorm=true: torch synchronises batch norms on GPUs only, and this run has none"
+        )
 
 
 def check_layers(config: Config, student: Student) -> None:

@@ -183,6 +183,7 @@ class Learner:
                 self.engine.backward(match.loss)
             with self.timer.phase("optimizer"):
                 self.engine.step()
+        self.engine.module.after_step()
 
     def _enter(self, block: int) -> None:
         """The student meets a target block: a new one is noted, and the head starts anew if that is asked for."""

@@ -32,8 +32,8 @@ MISFITS = (OmegaConfBaseException, TypeError)  # the latter for a list in a mapp
 
 # Stand-ins for the files that a YAML names.
 WITHOUT_FILES = (
-    "data.train=digits", "data.val=null", "evaluation.every_epochs=0", "teacher.weights=random", "student.weights=none", "resume=none",
-    "curriculum.replay=null",
+    "data.train=digits", "data.val=null", "evaluation.every_epochs=0", "teacher.weights=random",
+    "student.weights=none", "resume=none", "curriculum.replay=null",
 )  # fmt: skip
 
 

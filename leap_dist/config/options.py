@@ -46,7 +46,8 @@ class StudentConfig:
     """The student backbone."""
 
     model: str = option(
-        MISSING, "timm model name, e.g. vit_small_patch14_dinov2 or convnext_tiny; or package.module:function of one's own"
+        MISSING,
+        "timm model name, e.g. vit_small_patch14_dinov2 or convnext_tiny; or package.module:function of one's own",
     )
     kwargs: dict[str, Any] = field(
         default_factory=dict,

@@ -21,6 +21,7 @@ from leap_dist.matching.heads import build_head
 from leap_dist.matching.losses import soft_distillation
 from leap_dist.matching.score import Evidence
 from leap_dist.models import Features, Student, on_grid
+from leap_dist.runtime.average import WeightAverage
 
 
 class Match(NamedTuple):
@@ -69,6 +70,7 @@ class Objective(nn.Module):
         apart = config.cls_weight > 0 and student.cls_width != student.width
         self.cls_head = build_head(kind, student.cls_width, teacher_width, config.impl, metric) if apart else None
         student.freeze_unreached(config.cls_weight > 0)
+        self.average: Optional[WeightAverage] = None  # of the student's weights; begun when they are in an engine
 
     def forward(
         self, images: Tensor, targets: list[Features], with_evidence: bool = False, labels: Optional[Tensor] = None
@@ -89,6 +91,11 @@ class Objective(nn.Module):
             loss = loss + (1 - alpha) * supervised["ce"] + alpha * supervised.get("kd", 0.0)
             terms |= supervised
         return Match(loss, {name: term.detach() for name, term in terms.items()}, evidence)
+
+    def after_step(self) -> None:
+        """What follows an optimizer step: the average of the weights moves."""
+        if self.average is not None:
+            self.average.update()
 
     def _feature_terms(
         self, views: list[Features], targets: list[Features], with_evidence: bool

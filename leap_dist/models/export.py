@@ -8,18 +8,23 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from leap_dist.config import Config
+from leap_dist.errors import UserError
+from leap_dist.models.own_student import is_own
 from leap_dist.models.student import Student, StudentRecipe, assemble
+from leap_dist.runtime.average import WeightAverage
 from leap_dist.runtime.distributed import World, barrier
 from leap_dist.runtime.files import write_json, write_whole
+from leap_dist.runtime.running_stats import mean_running_stats
 
 STUDENT = "student.safetensors"
+AVERAGED = "student_ema.safetensors"
 
 
 def gathered_state(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
@@ -33,10 +38,27 @@ def gathered_state(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
 
 
 def export_student(engine: Any, config: Config, world: World) -> Path:
-    """Write `student.safetensors` and `student.json` to the run folder. Collective."""
-    path = Path(config.output) / STUDENT
-    student: Student = engine.module.student
-    state = gathered_state(student.backbone, world)
+    """Write `student.safetensors` and `student.json` to the run folder. Collective.
+
+    Running statistics of batch norms are the mean over ranks.
+    """
+    backbone = engine.module.student.backbone
+    state = gathered_state(backbone, world) | mean_running_stats(backbone, world)
+    return _write(Path(config.output) / STUDENT, state, engine.module.student, config, world)
+
+
+def export_average(engine: Any, config: Config, world: World) -> Optional[Path]:
+    """The same of the student with its averaged weights, as `student_ema`, if the run has them. Collective."""
+    average: Optional[WeightAverage] = engine.module.average
+    if average is None:
+        return None
+    backbone = engine.module.student.backbone
+    state = gathered_state(backbone, world) | mean_running_stats(backbone, world) | average.whole(world)
+    return _write(Path(config.output) / AVERAGED, state, engine.module.student, config, world)
+
+
+def _write(path: Path, state: dict[str, torch.Tensor], student: Student, config: Config, world: World) -> Path:
+    """Collective; only rank 0 has the state."""
     if world.is_main:
         write_whole(path, lambda partial: save_file(state, partial))
         about = {
@@ -52,13 +74,16 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
     return path
 
 
-def load_student(path: str | Path, device: torch.device | str = "cpu") -> Student:
+def load_student(path: str | Path, device: torch.device | str = "cpu", own: Optional[str] = None) -> Student:
     """The exported student, or a teacher of `tools/train_teacher.py`, ready to extract features.
 
     path: of its file, or of the run's folder.
+    own: `package.module:function` of a student that is a module of the user's own. The file names it too, but no
+        file's word is taken for which code to run.
 
     Raises:
         FileNotFoundError: there is no such file.
+        UserError: a module of the user's own, and `own` is not its function.
     """
     path = Path(path)
     if path.is_dir():
@@ -66,6 +91,10 @@ def load_student(path: str | Path, device: torch.device | str = "cpu") -> Studen
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the end of a run exports its student as RUN/{STUDENT}")
     about = json.loads(path.with_suffix(".json").read_text())
+    if is_own(about["model"]) and about["model"] != own:
+        raise UserError(
+            f"{path}: is built by {about['model']}; if you trust it, load_student(path, own='{about['model']}')"
+        )
     student = assemble(
         StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})
     )

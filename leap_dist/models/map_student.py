@@ -2,8 +2,8 @@
 
 timm's own outputs are the truth: the map is what `forward_features` gives, through the final norm where the model has
 one there, or what `forward_intermediates` gives of an earlier stage. The class token is the model's own, or else its
-pooled output, which its classifier would see (`forward_head(pre_logits=True)`). Where things lie is found out by running
-the model once on the meta device, so that no model needs a line of its own here.
+pooled output, which its classifier would see (`forward_head(pre_logits=True)`). Where things lie is found out by
+running the model once on the meta device, so that no model needs a line of its own here.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ class Layout(NamedTuple):
     width: int
     cls_width: int
     reductions: tuple[int, ...]
+
+
+_PROBED: dict[str, Layout] = {}  # by recipe: a run builds its student several times, and a look takes a second
 
 
 class MapStudent(Student):
@@ -141,11 +144,13 @@ def map_recipe(
         if config.reduction not in layout.reductions:
             has = ", ".join(map(str, sorted(set(layout.reductions))))
             raise UserError(
-                f"student.reduction={config.reduction}: student.model={config.model} at {size} pixels has maps at {has} "
-                "pixels a token"
+                f"student.reduction={config.reduction}: student.model={config.model} at {size} pixels has maps "
+                f"at {has} pixels a token"
             )
         if config.remedy == "wide_last":
-            raise UserError(f"student.remedy=wide_last with student.reduction={config.reduction}: widens the last stage")
+            raise UserError(
+                f"student.remedy=wide_last with student.reduction={config.reduction}: widens the last stage"
+            )
         recipe = replace(recipe, reduction=config.reduction)
     if config.remedy == "lift":
         recipe = replace(recipe, width=width)
@@ -176,7 +181,14 @@ def add_parts(model: nn.Module, recipe: StudentRecipe, width: int) -> None:
 
 
 def probe(recipe: StudentRecipe) -> Layout:
-    """Run the recipe's plain model once, where it can without memory. UserError where it does not run, or has no map."""
+    """Run the recipe's plain model once, without memory where it can. UserError where it does not run or has no map."""
+    key = repr(recipe)
+    if key not in _PROBED:
+        _PROBED[key] = _probed(recipe)
+    return _PROBED[key]
+
+
+def _probed(recipe: StudentRecipe) -> Layout:
     what, size = f"student.model={recipe.model}", recipe.map_at
     for device in ("meta", "cpu"):
         try:
@@ -262,7 +274,7 @@ def _channels_last(model: nn.Module, raw: Tensor, deepest: Tensor) -> bool:
 
 
 def _widened(recipe: StudentRecipe, width: Optional[int]) -> StudentRecipe:
-    """The recipe with a last stage of `width` channels, by the argument in which timm takes the widths of all stages."""
+    """The recipe with a last stage of `width` channels, by the argument in which timm takes the widths of stages."""
     refusal = UserError(
         f"student.remedy=wide_last: the last stage of student.model={recipe.model} has no width of its own to set; use "
         "student.remedy=lift"
@@ -272,7 +284,7 @@ def _widened(recipe: StudentRecipe, width: Optional[int]) -> StudentRecipe:
         names = [name for name in _STAGE_WIDTHS if name in inspect.signature(type(model).__init__).parameters]
         before = _widths(model, recipe.map_at)
         for name in names:
-            kwargs = recipe.kwargs | {name: [*before[-_stages(type(model), name):-1], width]}
+            kwargs = recipe.kwargs | {name: [*before[-_stages(type(model), name) : -1], width]}
             try:
                 after = _widths(timm.create_model(recipe.model, pretrained=False, **kwargs), recipe.map_at)
             except (TypeError, ValueError, AssertionError, RuntimeError, IndexError):

@@ -68,14 +68,18 @@ def own_recipe(config: StudentConfig, size: int, width: Optional[int]) -> Studen
         UserError: the function is not there or fails, its module gives something else, or it cannot do what is asked.
     """
     if config.remedy == "wide_last":
-        raise UserError(f"student.remedy=wide_last: student.model={config.model} is built by its function; widen it there")
+        raise UserError(
+            f"student.remedy=wide_last: student.model={config.model} is built by its function; widen it there"
+        )
     recipe = StudentRecipe(
         config.model, dict(config.kwargs), config.remedy, None, map_at=size, mean_head=config.num_classes
     )
     student = assemble_own(recipe if config.remedy == "none" else replace(recipe, width=width))
     found = round(size / student.grid[0])
     if config.reduction not in (None, found):
-        raise UserError(f"student.reduction={config.reduction}: student.model={config.model} gives {found} pixels a token")
+        raise UserError(
+            f"student.reduction={config.reduction}: student.model={config.model} gives {found} pixels a token"
+        )
     return student.recipe
 
 

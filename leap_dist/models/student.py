@@ -1,4 +1,4 @@
-"""The student that a config asks for: a plain vision transformer, any other timm model, or a module of the user's own."""
+"""The student that a config asks for: a plain vision transformer, another timm model, or a module of the user's own."""
 
 from __future__ import annotations
 
@@ -47,10 +47,7 @@ def assemble(recipe: StudentRecipe) -> Student:
 
 def _recipe(config: StudentConfig, image_size: int, width: Optional[int]) -> StudentRecipe:
     size = config.image_size or image_size
-    if is_own(config.model):
-        recipe = own_recipe(config, size, width)
-    else:
-        recipe = _timm_recipe(config, size, width)
+    recipe = (own_recipe if is_own(config.model) else _timm_recipe)(config, size, width)
     return recipe if size == image_size else replace(recipe, resized_to=size)
 
 

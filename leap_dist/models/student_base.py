@@ -98,7 +98,9 @@ class Student(nn.Module):
                 twin(torch.zeros(1, 3, size, size))
         except Exception as error:  # whatever a model raises at a size that it was not made for
             reason = f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
-            raise UserError(f"student.model={self.recipe.model}: cannot run on an image of {size} pixels ({reason})") from error
+            raise UserError(
+                f"student.model={self.recipe.model}: cannot run on an image of {size} pixels ({reason})"
+            ) from error
 
     def about(self) -> dict[str, Any]:
         """For `student.json`: what the recipe does not say. cls: how the class token was made."""

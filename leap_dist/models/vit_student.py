@@ -7,7 +7,6 @@ its `forward` and its classifier work on the wide tokens, and a plain timm model
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Optional
 
 import timm
@@ -66,7 +65,7 @@ class VitStudent(Student):
         ]
 
     def freeze_unreached(self, uses_cls: bool) -> None:
-        """Nothing: attention reaches all of it."""
+        """Nothing. A pooling head that nothing is asked of stays in the optimizer, as it always did here."""
 
     def check_runs(self) -> None:
         """Nothing: its outline has been checked."""
@@ -91,7 +90,7 @@ def vit_recipe(config: StudentConfig, model: nn.Module, size: int, width: Option
     patch = max(model.patch_embed.feat_ratio(as_scalar=False))
     if config.reduction not in (None, patch):
         raise UserError(
-            f"student.reduction={config.reduction}: student.model={config.model} has maps at {patch} pixels a token only"
+            f"student.reduction={config.reduction}: student.model={config.model} has one map, at {patch} pixels a token"
         )
     recipe = StudentRecipe(config.model, {"num_classes": config.num_classes, "img_size": size, **config.kwargs})
     return recipe if config.remedy == "none" else _remedied(recipe, config, model, width)

@@ -23,6 +23,7 @@ from typing import Any, Optional
 
 from leap_dist.config import Config, abridged, differences, flat, load, to_yaml
 from leap_dist.errors import UserError
+from leap_dist.runtime.average import WeightAverage
 from leap_dist.runtime.checkpoint_folder import (
     CONFIG,
     LATEST,
@@ -37,6 +38,7 @@ from leap_dist.runtime.distributed import World, barrier, gather_objects, is_los
 from leap_dist.runtime.files import disk_full, flush, write_json, write_text
 from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.run_lock import Claim, require_shared
+from leap_dist.runtime.running_stats import all_running_stats, restore_running_stats
 from leap_dist.runtime.universal import remove_leftovers, universal_copy
 
 log = logging.getLogger(__name__)
@@ -174,6 +176,11 @@ def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
     return None if scaler is None else scaler.state_dict()
 
 
+def _average(engine: Any) -> Optional[WeightAverage]:
+    """Of the student's weights, if the run has one."""
+    return getattr(engine.module, "average", None)
+
+
 class Checkpoints:
     """The checkpoints of one run; every method is called by all ranks.
 
@@ -227,10 +234,13 @@ class Checkpoints:
             for left in self.folder.glob(".step*"):  # by a save that was killed
                 shutil.rmtree(left, ignore_errors=True)
         barrier(self.world)
-        client = {"leap": state, "scaler": _scaler_state(engine)}
+        stats = all_running_stats(engine.module, self.world)
+        client = {"leap": state, "scaler": _scaler_state(engine), "running_stats": stats}
         marks = self._all_marks()
         try:
             engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
+            if (average := _average(engine)) is not None:
+                average.save(partial, self.world)
             if self.world.is_main:
                 write_text(partial / CONFIG, to_yaml(self.config))
                 position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
@@ -292,6 +302,8 @@ class Checkpoints:
         try:
             with _own_settings(engine):
                 loaded, client = engine.load_checkpoint(str(files.parent), tag=files.name)
+            if (average := _average(engine)) is not None:
+                average.load(path, self.world)
         except Exception as error:  # torch, pickle, zip and DeepSpeed each raise their own
             if is_lost_peer(error):
                 raise
@@ -307,6 +319,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {path}: cannot be read (DeepSpeed found no model state in it); {others(path)}")
         if client["scaler"] is not None:
             engine.torch_autocast_z0_gradscaler.load_state_dict(client["scaler"])
+        restore_running_stats(engine.module, client.get("running_stats", []), self.world)
         return client["leap"]
 
     def _all_marks(self) -> dict[str, str]:

@@ -18,6 +18,7 @@ from leap_dist.errors import UserError
 log = logging.getLogger(__name__)
 
 LATEST, CONFIG, RUN = "latest", "config.yaml", "run.json"
+AVERAGE = "weight_average.pt"  # see `leap_dist.runtime.average`
 
 
 def newest(folder: Path) -> Optional[Path]:
@@ -91,7 +92,7 @@ def fault_of(path: Path) -> Optional[str]:
     parts = [file for file in files if file.name.endswith("_optim_states.pt")]
     if parts and len(parts) != saved["world_size"]:
         return f"has the optimizer's parts of {len(parts)} ranks, not of {saved['world_size']}"
-    if not any(file.name not in (RUN, CONFIG) and file not in parts for file in files):
+    if not any(file.name not in (RUN, CONFIG, AVERAGE) and file not in parts for file in files):
         return "has no model states"
     return None
 
