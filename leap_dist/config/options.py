@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
-from omegaconf import MISSING
+MISSING: Any = (
+    "???"  # OmegaConf's word for a value that must be given; spelt out, since reading options needs no config
+)
 
 DIGITS = "digits"  # data.train / data.val: the embedded demo set
 HUB = "hub"  # teacher.weights: timm's pretrained weights

@@ -61,9 +61,7 @@ def _write(path: Path, state: dict[str, torch.Tensor], student: Student, config:
     """Collective; only rank 0 has the state."""
     if world.is_main:
         write_whole(path, lambda partial: save_file(state, partial))
-        about = {
-            **asdict(replace(student.recipe, width=student.width)),
-            **student.about(),
+        about = describe_student(student) | {
             "image_size": config.student.image_size or config.data.image_size,
             "mean": list(config.data.mean),
             "std": list(config.data.std),
@@ -74,7 +72,17 @@ def _write(path: Path, state: dict[str, torch.Tensor], student: Student, config:
     return path
 
 
-def load_student(path: str | Path, device: torch.device | str = "cpu", own: Optional[str] = None) -> Student:
+def describe_student(student: Student) -> dict[str, Any]:
+    """What a record says of the student itself: its recipe, and how its tokens are made."""
+    return asdict(replace(student.recipe, width=student.width)) | student.about()
+
+
+def load_student(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    own: Optional[str] = None,
+    record: Optional[Path] = None,
+) -> Student:
     """The exported student, or a teacher of `tools/train_teacher.py`, ready to extract features.
 
     path: of its file, or of the run's folder.
@@ -90,7 +98,7 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", own: Opti
         path = path / STUDENT
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the end of a run exports its student as RUN/{STUDENT}")
-    about = json.loads(path.with_suffix(".json").read_text())
+    about = json.loads((record or path.with_suffix(".json")).read_text())
     if is_own(about["model"]) and about["model"] != own:
         raise UserError(
             f"{path}: is built by {about['model']}; if you trust it, load_student(path, own='{about['model']}')"
