@@ -290,7 +290,7 @@ class Learner:
             {
                 "epoch": progress.epoch,
                 "step": progress.step,
-                "knn": knn,
+                **knn,
                 "teacher_flops": costs.flops["teacher"],
                 "flops": costs.total_flops,
                 "seconds": costs.seconds,
@@ -298,7 +298,7 @@ class Learner:
             }
         )
         self.validation.write(progress.validations)
-        self.journal.points(progress.step - 1, {"evaluation/knn": knn})
+        self.journal.points(progress.step - 1, {f"evaluation/{key}": value for key, value in knn.items()})
 
 
 def _gathered(evidence: Optional[Evidence], match: Match) -> Optional[Evidence]:

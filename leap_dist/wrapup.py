@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.config import Config
-from leap_dist.evaluation import FeatureSet, HeldOut, evaluate
+from leap_dist.evaluation import KINDS, FeatureSet, HeldOut, Pooling, evaluate, protocol_of
 from leap_dist.matching import linear_cka_of_features
 from leap_dist.models import Student, export_student, load_student
 from leap_dist.monitoring import table
@@ -159,18 +159,20 @@ class Judge:
 
     def __init__(self, config: Config, world: World) -> None:
         self._config, self._world = config, world
-        self._held_out = HeldOut(config, world, config.evaluation.max_train_images, None)
+        self._protocol = protocol_of(config.evaluation)
+        self._held_out = HeldOut(config, world, self._protocol.train_images, None, bicubic=self._protocol.bicubic)
         self._ours: Optional[FeatureSet] = None
 
     def student(self, student: Student) -> dict[str, float]:
-        """Its kNN and linear probe on average-pooled patch tokens; top-1 of its own classifier, if it has one.
+        """Its kNN and linear probe on each kind of features, and top-1 of its own classifier, if it has one.
 
         known_images, judged_images: of `data.train` and `data.val`; fewer than asked for where some cannot be read.
         judged_classes: that the latter are of.
         """
-        found = self._held_out.features(lambda images: student(images).patch.mean(1))
-        self._ours = found and found[1]
-        results = self._accuracies("student", found)
+        pooling = Pooling(student)
+        found = self._held_out.features(pooling)
+        self._ours = found and pooling.of("patch", found[1])
+        results = self._accuracies("student", found, pooling)
         if found:
             results |= {"known_images": len(found[0].ids), "judged_images": len(found[1].ids)}
             results["judged_classes"] = len(found[1].labels.unique())
@@ -180,28 +182,33 @@ class Judge:
 
     def teacher(self, teacher: Teacher) -> dict[str, float]:
         """At its last block: its kNN and linear probe, if `evaluation.teacher`; and `student_teacher_cka`, linear CKA
-        of what was judged on the held-out images, biased upward by about width / images.
+        of their mean patches on the held-out images, biased upward by about width / images.
         """
         teacher.retarget(teacher.spec.depth)
 
-        def pooled(images: Tensor) -> Tensor:
-            return teacher.features(images).patch.float().mean(1)
-
+        pooling = Pooling(teacher.features)
         results: dict[str, float] = {}
         if self._config.evaluation.teacher:
-            found = self._held_out.features(pooled)
-            results, theirs = self._accuracies("teacher", found), found and found[1]
+            found = self._held_out.features(pooling)
+            results, theirs = self._accuracies("teacher", found, pooling), found and found[1]
         else:
-            theirs = self._held_out.validation(pooled)
+            theirs = self._held_out.validation(pooling)
         if self._ours and theirs:
+            theirs = pooling.of("patch", theirs)
             results["student_teacher_cka"] = linear_cka_of_features(self._ours.features, theirs.features).item()
         return results
 
-    def _accuracies(self, who: str, found: Optional[tuple[FeatureSet, FeatureSet]]) -> dict[str, float]:
-        if found is None:
-            return {}
-        results = evaluate(*found, self._config.evaluation, device=self._world.device, seed=self._config.seed)
-        return {f"{who}_{name}": value for name, value in results.items()}
+    def _accuracies(
+        self, who: str, found: Optional[tuple[FeatureSet, FeatureSet]], pooling: Pooling
+    ) -> dict[str, float]:
+        """By WHO_KIND_MEASURE, such as student_cls_knn_top5; the measures are those of `evaluate`."""
+        results = {}
+        for kind in pooling.chosen(self._protocol.features, who) if found else ():
+            train, val = (pooling.of(kind, each) for each in found)
+            options = {"device": self._world.device, "seed": self._config.seed}
+            judged = evaluate(train, val, self._config.evaluation, **options)
+            results |= {f"{who}_{kind}_{name}": value for name, value in judged.items()}
+        return results
 
 
 def _top1(logits: Optional[FeatureSet]) -> dict[str, float]:
@@ -213,6 +220,15 @@ def _top1(logits: Optional[FeatureSet]) -> dict[str, float]:
 
 def _percent(value: Optional[float]) -> Optional[str]:
     return None if value is None else f"{value:.1%}"
+
+
+def _judged(summary: dict[str, Any], of: str) -> Optional[str]:
+    """kNN and probe of one kind of features in words; None where it was not judged."""
+    if f"{of}_knn" not in summary:
+        return None
+    best = summary.get(f"{of}_probe_best_epoch")
+    optimistic = "" if best is None else f" (best epoch {best:.1%}, chosen on the same images: optimistic)"
+    return f"kNN {summary[f'{of}_knn']:.1%}, linear probe {summary[f'{of}_probe']:.1%}{optimistic}"
 
 
 def _decimals(value: Optional[float]) -> Optional[str]:
@@ -237,10 +253,11 @@ def _final_table(summary: dict[str, Any], config: Config) -> str:
     return table(
         [
             ("student top-1", _percent(summary.get("student_top1"))),
-            ("student kNN", _percent(summary.get("student_knn"))),
-            ("student linear probe", _percent(summary.get("student_probe"))),
-            ("teacher kNN", _percent(summary.get("teacher_knn"))),
-            ("teacher linear probe", _percent(summary.get("teacher_probe"))),
+            *(
+                (f"{who}, {words}", _judged(summary, f"{who}_{kind}"))
+                for who in ("student", "teacher")
+                for kind, words in KINDS.items()
+            ),
             ("CKA of student and teacher", _decimals(summary.get("student_teacher_cka"))),
             ("target block at the end", f"{summary['final_block']} of {summary['teacher_depth']}"),
             ("optimizer steps", f"{summary['steps']} in {summary['train_seconds']:.1f} s"),

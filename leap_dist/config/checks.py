@@ -47,16 +47,17 @@ RANGES = {
         "data.image_size", "data.global_batch", "data.canonical_nodes", "data.timeout_s",
         "curriculum.max_epochs_per_block", "curriculum.last_block_after", "teacher.stages", "teacher.microbatches",
         "engine.accumulation", "checkpoint.keep", "telemetry.every", "optim.batch_reference", "evaluation.knn_k",
-        "evaluation.probe_epochs", "evaluation.quick_images", "evaluation.max_train_images",
+        "evaluation.probe_epochs", "evaluation.quick_images",
     ),
     "at least 0": (
         "seed", "student.num_classes", "data.workers", "data.predownload", "data.cutmix_alpha", "objective.cls_weight",
         "objective.feature_weight", "optim.weight_decay", "optim.warmup_epochs", "engine.clip", "engine.silence_s",
         "checkpoint.every_epochs", "checkpoint.every_steps", "telemetry.spectra_every", "evaluation.every_epochs",
+        "evaluation.max_train_images",
     ),
     "above 0": (
         "epochs", "data.mixup_alpha", "data.std", "objective.kd_tau", "optim.lr", "optim.trust_coefficient",
-        "evaluation.probe_lr", "teacher.memory_budget", "telemetry.peak_tflops",
+        "evaluation.probe_lrs", "teacher.memory_budget", "telemetry.peak_tflops",
     ),
     "between 0 and 1": (
         "objective.kd_alpha", "objective.label_smoothing", "data.max_bad_fraction", "optim.final_lr_fraction",
@@ -100,7 +101,7 @@ def _range_problems(config: Config) -> list[str]:
     for words, keys in RANGES.items():
         for key in keys:
             value = attrgetter(key)(config)
-            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            numbers = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
             if not all(map(_HOLDS[words], numbers)):
                 found.append(f"{key}={list(value) if isinstance(value, tuple) else value}: must be {words}")
             elif words in _UNBOUNDED and math.inf in numbers:
@@ -201,9 +202,13 @@ def _telemetry_problems(telemetry: TelemetryConfig) -> list[str]:
 
 
 def _evaluation_problems(config: Config) -> list[str]:
-    if config.evaluation.every_epochs and config.data.val is None:
-        return [f"evaluation.every_epochs={config.evaluation.every_epochs}: needs data.val"]
-    return []
+    options, found = config.evaluation, []
+    if options.every_epochs and config.data.val is None:
+        found.append(f"evaluation.every_epochs={options.every_epochs}: needs data.val")
+    for key, asked in (("features", options.features), ("probe_lrs", options.probe_lrs)):
+        if asked is not None and (not asked or len(set(asked)) < len(asked)):
+            found.append(f"evaluation.{key}={asked}: at least one, and each once; null = what the protocol takes")
+    return found
 
 
 def _placement_problems(config: Config) -> list[str]:

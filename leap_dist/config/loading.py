@@ -191,12 +191,16 @@ def _kind(option: dataclasses.Field) -> tuple[str, str]:
     """The words of `_expected`, its "or null" apart; "" where null is not allowed."""
     words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
     words |= {"tuple[int, int]": "two whole numbers", "tuple[float, float]": "two numbers"}
+    words |= {"list[float]": "a list of numbers"}
     words |= {"tuple[float, float, float]": "three numbers", "dict[str, Any]": "a mapping"}
     annotation = str(option.type)
     optional = annotation.startswith("Optional[")
     annotation = annotation.removeprefix("Optional[").removesuffix("]") if optional else annotation
+    several = annotation.startswith("list[Literal")
+    annotation = annotation.removeprefix("list[").removesuffix("]") if several else annotation
     if annotation.startswith("Literal"):
-        text = "one of " + annotation.removeprefix("Literal[").removesuffix("]").replace('"', "")
+        names = annotation.removeprefix("Literal[").removesuffix("]").replace('"', "")
+        text = f"a list of {names}" if several else f"one of {names}"
     else:
         text = words.get(annotation, annotation)
     return text, "or null" if optional else ""

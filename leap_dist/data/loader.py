@@ -272,17 +272,18 @@ def build_eval_loader(
     world: World,
     limit: Optional[int] = None,
     numbered_as: Optional[str] = None,
+    bicubic: bool = False,
 ) -> EvalLoader:
     """Open `source` (a folder or URI of shards) to read each sample once over all ranks; all ranks together.
 
     limit: read that many samples, evenly strided over the set. numbered_as: the set whose numbers the labels are to
-    be, where both name their classes; None: its own. UserError if the shards are not fit to be read, or the classes of
-    the two sets do not go together.
+    be, where both name their classes; None: its own. bicubic: see `eval_transform`. UserError if the shards are not fit
+    to be read, or the classes of the two sets do not go together.
     """
     from leap_dist.data.store import label_table
     from leap_dist.data.streaming import open_dataset
 
-    transform = Whole(eval_transform(config))
+    transform = Whole(eval_transform(config, bicubic=bicubic))
     dataset = open_dataset(source, config, world=world, transform=transform, seed=0, substitutes=False)
     table = label_table(source, numbered_as or source, config)
     return EvalLoader(dataset, config, batch=batch, world=world, limit=limit, table=table)

@@ -142,7 +142,7 @@ def test_a_teacher_that_does_not_fit_whole_costs_no_student(tmp_path: Path) -> N
         wrapup.wrap_up(config, ONE, trainer)
     trainer.close()
     assert (tmp_path / "student.safetensors").is_file()
-    assert 0 < json.loads((tmp_path / "summary.json").read_text())["student_knn"] <= 1
+    assert 0 < json.loads((tmp_path / "summary.json").read_text())["student_patch_knn"] <= 1
 
 
 @pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
