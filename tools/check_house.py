@@ -20,7 +20,7 @@ LONGEST_FILE = 500
 # room of its own floor.
 FLOORS = [
     {"train"},
-    {"benchmarking", "sweeps"},
+    {"benchmarking", "judging", "sweeps"},
     {"assembly"},
     {"pretraining", "wrapup"},
     {"trainer"},

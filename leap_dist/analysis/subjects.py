@@ -19,8 +19,9 @@ from torch import Tensor
 
 from leap_dist.config import DataConfig, TeacherConfig
 from leap_dist.errors import UserError
-from leap_dist.models import load_student
+from leap_dist.models import Features, load_student
 from leap_dist.teacher import build_teacher
+from leap_dist.teacher.weights import fingerprint
 
 Colour = tuple[float, ...]
 
@@ -40,7 +41,8 @@ class Subject:
 
     name: for tables and figures; image_size: side of the square images it takes, pixels; preprocessing: what else it
     expects of them; grid: (rows, columns) of patch tokens; layers: images (B, 3, S, S) to the tokens (B, N, D) of every
-    block, shallowest first, float32, no grad.
+    block, shallowest first, float32, no grad. final: images to `Features` of the last block, likewise. mark: letters
+    that differ where weights do.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Subject:
     preprocessing: Preprocessing
     grid: tuple[int, int]
     layers: Callable[[Tensor], list[Tensor]]
+    final: Callable[[Tensor], Features]
+    mark: str
 
 
 def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
@@ -69,7 +73,8 @@ def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
         layers(torch.zeros(1, 3, size, size, device=device))
     except TypeError as error:  # timm's CaiT does not know return_prefix_tokens
         raise UserError(f"{path}: {about['model']} cannot give the tokens of every block") from error
-    return Subject(name, size, preprocessing, student.grid, layers)
+    mark = fingerprint({key: value.cpu() for key, value in student.state_dict().items()})
+    return Subject(name, size, preprocessing, student.grid, layers, torch.no_grad()(student.forward), mark)
 
 
 def timm_subject(config: TeacherConfig, name: str, image_size: int, device: torch.device) -> Subject:
@@ -80,7 +85,10 @@ def timm_subject(config: TeacherConfig, name: str, image_size: int, device: torc
     def layers(images: Tensor) -> list[Tensor]:
         return [features.patch.float() for features in teacher.sweep(images)]
 
-    return Subject(name, image_size, Preprocessing(teacher.spec.mean, teacher.spec.std), teacher.spec.grid, layers)
+    parts = {"stem": teacher.stem, "blocks": teacher.blocks}
+    weights = {f"{part}.{key}": x.cpu() for part, m in parts.items() for key, x in m.state_dict().items()}
+    seen = Preprocessing(teacher.spec.mean, teacher.spec.std)
+    return Subject(name, image_size, seen, teacher.spec.grid, layers, teacher.features, fingerprint(weights))
 
 
 def native_image_size(model: str) -> int:

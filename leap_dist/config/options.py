@@ -213,11 +213,13 @@ class EvaluationConfig:
         "what null stands for in the next options. swept: every kind of feature, the probe's best of several rates; "
         "leap: as published, class token, one rate, all images, bicubic, and the probe's best epoch beside its last",
     )
-    features: Optional[list[Literal["cls", "patch", "cls_patch"]]] = option(
-        None, "what kNN and probe see: the class token, the mean patch, both side by side; null = all there are, or cls"
+    features: Optional[list[Literal["cls", "patch", "cls_patch"]]] = field(
+        default=None,
+        metadata={"doc": "what kNN and probe see: class token, mean patch, both side by side; null = all, or cls"},
     )
-    probe_lrs: Optional[list[float]] = option(
-        None, "SGD learning rates that probes try, on a tenth of the training images; null = 0.01 to 1, or 0.1"
+    probe_lrs: Optional[list[float]] = field(
+        default=None,
+        metadata={"doc": "rates that probes try, chosen on a tenth of the training images; null = 0.01 to 1, or 0.1"},
     )
     max_train_images: Optional[int] = option(
         None, "training images used for kNN and probe; 0 = all; null = 50,000, or all"

@@ -44,7 +44,12 @@ class HeldOut:
         self._world = world
         self._train, self._val = (
             build_eval_loader(
-                source, config.data, batch=self._batch, world=world, limit=limit, numbered_as=config.data.train,
+                source,
+                config.data,
+                batch=self._batch,
+                world=world,
+                limit=limit,
+                numbered_as=config.data.train,
                 bicubic=bicubic,
             )
             for source, limit in ((config.data.train, train_limit), (config.data.val, val_limit))

@@ -2,8 +2,8 @@
 
 Judged is the student as it would be exported, in a model of its own: that is the same at every ZeRO stage, and leaves
 mode and random numbers of the one that trains alone. Keys of a line: epoch and step (that are done), cls_knn, patch_knn
-and cls_patch_knn (accuracies, 0 to 1, of the kinds of features judged), teacher_flops, flops (of all parts) and seconds (of the run so far, without what evaluating took),
-evaluation_seconds (that this one took).
+and cls_patch_knn (accuracies, 0 to 1, of the kinds of features judged), teacher_flops, flops (of all parts) and seconds
+(of the run so far, without what evaluating took), evaluation_seconds (that this one took).
 """
 
 from __future__ import annotations

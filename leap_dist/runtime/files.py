@@ -8,13 +8,15 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Optional
 
 PROBE_BYTES = 1 << 20
+MOST_JSON_BYTES = 64 << 20  # the index of 8 TB of shards
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that has none
 
@@ -75,6 +77,35 @@ def _refuses_bytes(folder: Path) -> bool:
     except OSError as error:
         return error.errno in NO_ROOM
     return False
+
+
+def read_regular(path: Path, most: Optional[int] = None) -> bytes:
+    """All bytes of a regular file: a pipe would wait for ever, and /dev/zero has no end.
+
+    Raises:
+        OSError: it cannot be read, it is none, or it has more than `most` bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without waiting for a pipe's writer
+    with open(descriptor, "rb", buffering=0) as file:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
+        if most is not None and about.st_size > most:
+            raise OSError(errno.EFBIG, f"has {about.st_size} bytes, at most {most} are read", str(path))
+        return file.read() if most is None else file.read(most)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a run, a set or an export holds.
+
+    Raises:
+        OSError: as `read_regular`; it may have 64 MiB.
+        ValueError: it is no JSON, or is nested so deep that nobody has written it.
+    """
+    try:
+        return json.loads(read_regular(path, MOST_JSON_BYTES))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -79,7 +79,8 @@ def test_every_run_is_drawn_in_its_color_over_all_three_axes(tmp_path: Path) -> 
     for index, folder in enumerate(folders):
         write_ledger(folder, flops_per_block=10.0 * (index + 1))
         write_board(folder)
-        (folder / "summary.json").write_text(json.dumps({"student_patch_knn": 0.5 + index / 10, "student_patch_probe": 0.7}))
+        accuracies = {"student_patch_knn": 0.5 + index / 10, "student_patch_probe": 0.7}
+        (folder / "summary.json").write_text(json.dumps(accuracies))
     runs = [plot_run.read(folder, folder.name) for folder in folders]
     figure = plot_run.draw(runs)
     score, loss, block, accuracy = np.array(figure.axes).reshape(4, 3)

@@ -106,7 +106,9 @@ def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: P
     found = judge.student(load_student(export_student(trainer.learner.engine, config, ONE), ONE.device))
     found |= judge.teacher(trainer.teacher)
     trainer.close()
-    accuracies = {f"{who}_{kind}" for who in judged for kind in ("knn", "probe")}
+    measures = ("knn", "knn_top5", "probe", "probe_top5", "probe_lr")
+    kinds = ("cls", "patch", "cls_patch")
+    accuracies = {f"{who}_{kind}_{measure}" for who in judged for kind in kinds for measure in measures}
     assert set(found) == accuracies | {"student_teacher_cka", "known_images", "judged_images", "judged_classes"}
     assert (found["known_images"], found["judged_images"]) == (99, 297)
     (batch,) = build_eval_loader(config.data.val, config.data, batch=999, world=ONE)

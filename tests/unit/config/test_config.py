@@ -96,6 +96,7 @@ def test_every_range_is_of_an_option_and_holds() -> None:
         for key in keys:
             default = option_fields()[key].default
             value = [*default[:-1], outside[words]] if isinstance(default, tuple) else outside[words]
+            value = [0.1, value] if option_fields()[key].type.startswith("Optional[list") else value
             placement = ["teacher.placement=auto"] if key == "teacher.memory_budget" else []
             with pytest.raises(UserError, match=rf"{re.escape(key)}=.*: must be {re.escape(words)}"):
                 load(None, [*NEEDED, *placement, f"{key}={value}"])

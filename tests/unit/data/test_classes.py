@@ -125,7 +125,7 @@ def test_images_without_a_usable_label_are_left_out_and_counted_once(
     for _ in range(2):
         known, judged = sets.features(lambda images: images.flatten(1))
         assert known.labels.tolist() == [0, 1, 2, 3] and judged.labels.tolist() == [3, 1]
-    assert knn_accuracy(known, judged, 1, torch.device("cpu")) == 1
+    assert knn_accuracy(known, judged, 1, torch.device("cpu")) == (1, 1)
     assert sum("left out" in line for line in caplog.messages) == 2
     assert f"{val}: 2 images have no label of a class and are left out" in caplog.messages
 

@@ -152,7 +152,7 @@ def test_probe_reports_the_last_epoch_and_the_best_one_apart() -> None:
 
 
 def test_top5_counts_a_class_among_the_first_five() -> None:
-    """Seven classes in a row; features name class c, the likeliest five are c and its neighbours in an order of ours."""
+    """Seven classes in a row; for features of class c, a class is the likelier the nearer it is to c."""
     weight = torch.stack([-(torch.arange(7) - c).abs().float() for c in range(7)])[None]
     probes = Probes(weight, torch.zeros(1, 1, 7), (0.1,))
     labels = torch.tensor([0, 4, 5, 3, 6])  # for features of class 0: first, fifth, sixth; of class 6: fourth, first
@@ -212,9 +212,9 @@ def test_kinds_of_features_are_the_models_own_tokens(has_cls: bool) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("features=[cls,cls]", "each once"), ("features=[]", "at least one"), ("features=[tokens]", "a list of cls"),
+        ("features=[cls,cls]", "each once"), ("features=[]", "at least one"), ("features=[tokens]", "a list of .cls"),
         ("probe_lrs=[0.1,-1]", "must be above 0"), ("probe_lrs=[.inf]", "must be finite"), ("probe_lrs=[]", "at least"),
-        ("max_train_images=-1", "at least 0"), ("protocol=dino", "one of swept, leap"),
+        ("max_train_images=-1", "at least 0"), ("protocol=dino", "one of .swept., .leap"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be_are_named(override: str, words: str) -> None:
