@@ -1,4 +1,4 @@
-"""Judge a vision transformer by its frozen features: kNN, linear probe, retrieval, robustness; models side by side.
+"""Judge a vision transformer by its frozen features: kNN, probe, retrieval, segmentation, robustness, side by side.
 
     python tools/evaluate.py runs/leap knn probe --train /data/pets/train --test /data/pets/test --out runs/leap/pets
     python tools/evaluate.py runs/leap retrieval compare --retrieval /data/roxford5k --out runs/leap/retrieval
@@ -12,8 +12,8 @@ MODEL is one of
     PATH/config.yaml                  the teacher of a run, as its config names it
     NAME, NAME=random, NAME=FILE      a timm model with its pretrained, with random or with a file's weights
 
-TASK is one or more of knn, probe, retrieval, robustness and, beside these, compare: the teacher of the run that MODEL
-is, by the same code. --beside MODEL adds any other model to the table.
+TASK is one or more of knn, probe, retrieval, segmentation, robustness and, beside these, compare: the teacher of the
+run that MODEL is, by the same code. --beside MODEL adds any other model to the table.
 
 Also under torchrun or deepspeed, on several processes. The same command continues what was killed: features lie in
 OUT/features, or in --cache. OUT gets results.json and table.txt. docs/evaluation.md explains the tasks.
@@ -38,11 +38,12 @@ if TYPE_CHECKING:
     from leap_dist.judging.tasks import Rows
     from leap_dist.runtime.distributed import World
 
-TASKS = ("knn", "probe", "retrieval", "robustness", "compare")
+TASKS = ("knn", "probe", "retrieval", "segmentation", "robustness", "compare")
 NEEDS = {
     "knn": ("train", "test"),
     "probe": ("train", "test"),
     "retrieval": ("retrieval",),
+    "segmentation": ("segmentation",),
     "robustness": ("train", "robustness"),
 }
 RUN_CONFIG = "config.yaml"
@@ -65,6 +66,11 @@ def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add("--test", help="labelled images that they are judged on, likewise")
     add("--retrieval", type=Path, nargs="+", default=[], help="revisited sets: folders with gnd_NAME.pkl and jpg/")
     add("--distractors", type=Path, help="folder of further database images, such as the million of revisitop1m")
+    add("--segmentation", type=Path, nargs="+", default=[], help="ADE20K or VOC 2012, as downloaded")
+    add(
+        "--segmentation-blocks", type=int, choices=(1, 4), default=1, help="blocks whose tokens the head sees, the last"
+    )
+    add("--segmentation-steps", type=int, default=10_000, help="steps of the head, 16 crops each (default: 10000)")
     add("--robustness", type=Path, nargs="+", default=[], help="ImageNet-V2, -A, -R, -Sketch, -C as downloaded")
     add("--protocol", choices=("swept", "leap"), default="swept", help="as evaluation.protocol (default: swept)")
     add("--features", nargs="+", choices=KINDS, help="as evaluation.features (default: all there are)")
@@ -86,7 +92,7 @@ def check(args: argparse.Namespace) -> list[Request]:
                 raise UserError(f"{task}: needs --{option}")
     if set(args.tasks) == {"compare"}:
         raise UserError("compare: goes beside other tasks, such as knn")
-    for option in ("knn_k", "probe_epochs", "batch", "image_size"):
+    for option in ("segmentation_steps", "knn_k", "probe_epochs", "batch", "image_size"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: at least 1")
     if args.workers < 0:
@@ -127,8 +133,9 @@ def judge_one(args: argparse.Namespace, subject: Subject, world: World) -> Rows:
     """All tasks of one model. Collective; rows on rank 0."""
     from leap_dist.evaluation import Pooling, protocol_of
     from leap_dist.judging.features import View
+    from leap_dist.judging.segmentation import open_masked
     from leap_dist.judging.sets import open_labelled, open_retrieval
-    from leap_dist.judging.tasks import Bench, judge_labelled, judge_retrieval, judge_robustness
+    from leap_dist.judging.tasks import Bench, judge_labelled, judge_masks, judge_retrieval, judge_robustness
 
     options = EvaluationConfig(
         protocol=args.protocol, features=args.features, knn_k=args.knn_k, probe_epochs=args.probe_epochs
@@ -153,6 +160,11 @@ def judge_one(args: argparse.Namespace, subject: Subject, world: World) -> Rows:
     if "retrieval" in args.tasks:
         for folder in args.retrieval:
             rows += judge_retrieval(published, open_retrieval(folder, args.distractors))
+    if "segmentation" in args.tasks:
+        for folder in args.segmentation:
+            rows += judge_masks(
+                bench, open_masked(folder), args.segmentation_blocks, args.segmentation_steps, args.workers
+            )
     if train is not None and "robustness" in args.tasks:
         rows += judge_robustness(bench, train, args.robustness)
     return rows

@@ -16,8 +16,8 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 class Protocol:
     """How features are judged.
 
-    features: kinds of them, as far as a model has them; fallback: the kind for a model that has none of these.
-    train_images: as many of `data.train` at most; None = all. bicubic: how images are resized, else bilinear.
+    features: kinds of them, as far as a model has them; train_images: as many of `data.train` at most; None = all.
+    bicubic: how images are resized, else bilinearly.
     best_epoch: whether the probe's best epoch is reported beside its last.
     """
 

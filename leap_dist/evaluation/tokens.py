@@ -6,17 +6,18 @@ models: a student that matches patches may have a weak class token, and DINOv2's
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from leap_dist.errors import UserError
 from leap_dist.evaluation.features import FeatureSet
 from leap_dist.models import Features
 
 CLS, PATCH, BOTH = "cls", "patch", "cls_patch"
+log = logging.getLogger(__name__)
 KINDS = {CLS: "class token", PATCH: "patches", BOTH: "both"}  # in the words of a table
 
 
@@ -46,11 +47,14 @@ class Pooling:
         return (CLS, PATCH, BOTH) if self._cls_width else (PATCH,)
 
     def chosen(self, wanted: Sequence[str], who: str) -> list[str]:
-        """Those of `wanted` that the model has. UserError if it has none of them. who: the model, for the message."""
+        """Those of `wanted` that the model has; its patches, with a word, if it has none. who: the model, for that.
+
+        No error: a run hears of it at its end, when the model has been trained.
+        """
         found = [kind for kind in self.kinds if kind in wanted]
         if not found:
-            raise UserError(f"evaluation.features={list(wanted)}: the {who} has no class token; add patch")
-        return found
+            log.warning("%s has no class token and is judged by its patches", who)
+        return found or [PATCH]
 
     def of(self, kind: str, whole: FeatureSet) -> FeatureSet:
         """The columns of one kind of features in what `__call__` gave of a whole set."""

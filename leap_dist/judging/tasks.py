@@ -20,6 +20,7 @@ from leap_dist.evaluation.probe import Probes, fit_probe, judge, probe_accuracy
 from leap_dist.evaluation.retrieval import rankings, retrieval_scores
 from leap_dist.evaluation.robustness import ALEXNET, SEVERITIES, class_table, corruption_errors
 from leap_dist.judging.features import View, features_of
+from leap_dist.judging.segmentation import MaskedSet, judge_segmentation
 from leap_dist.judging.sets import LabelledSet, RetrievalSet, open_labelled
 from leap_dist.runtime.distributed import World
 
@@ -94,6 +95,13 @@ def judge_retrieval(bench: Bench, of: RetrievalSet) -> Rows:
         ranked = rankings(asked.features, bank.features, bench.world.device)
         rows.append(bench.row(f"retrieval {of.name}", kind, **retrieval_scores(ranked, of.truths)))
     return rows
+
+
+def judge_masks(bench: Bench, of: MaskedSet, blocks: int, steps: int, workers: int) -> Rows:
+    """mIoU and pixel accuracy of a linear head on the patch tokens of the last `blocks` blocks. A row on rank 0."""
+    found = judge_segmentation(bench.subject, of, blocks=blocks, steps=steps, workers=workers, world=bench.world)
+    kind = "patch" if blocks == 1 else f"patch, last {blocks} blocks"
+    return [] if found is None else [bench.row(f"segmentation {of.name}", kind, **found)]
 
 
 def judge_robustness(bench: Bench, train: LabelledSet, folders: list[Path]) -> Rows:

@@ -254,3 +254,57 @@ def test_sets_that_do_not_go_together_are_one_line(
     assert "has classes that" in capfd.readouterr().err
     assert evaluate.main([command[0], "robustness", *command[1:], "--robustness", str(test)]) == 2
     assert "class n00000009 is none of the training set's 3" in capfd.readouterr().err
+
+
+def masked(folder: Path, layout: str) -> Path:
+    """Two images to train on and two to be judged on, 48 by 64 pixels: one half of each of two colours."""
+    red, green, _ = COLOURS.values()
+    for index, split in enumerate(("train", "train", "val", "val")):
+        left, right = ((red, green), (green, red))[index % 2]
+        pixels, mask = np.zeros((48, 64, 3), "uint8"), np.zeros((48, 64), "uint8")
+        pixels[:, :32], pixels[:, 32:] = left, right
+        mask[:, :32], mask[:, 32:] = (1, 2) if left == red else (2, 1)
+        mask[:4] = {"ade": 0, "voc": 255}[layout]  # does not count
+        if layout == "ade":
+            part = {"train": "training", "val": "validation"}[split]
+            places = folder / "images" / part / f"{index}.jpg", folder / "annotations" / part / f"{index}.png"
+        else:
+            places = folder / "JPEGImages" / f"{index}.jpg", folder / "SegmentationClass" / f"{index}.png"
+            listed = folder / "ImageSets" / "Segmentation" / f"{split}.txt"
+            listed.parent.mkdir(parents=True, exist_ok=True)
+            listed.write_text((listed.read_text() if listed.exists() else "") + f"{index}\n")
+        for place, content in zip(places, (pixels, mask), strict=True):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(content).save(place, quality=95)
+    return folder
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(("layout", "blocks"), [("ade", 1), ("voc", 4)])
+def test_segmentation_of_two_halves(layout: str, blocks: int, student: Path, tmp_path: Path) -> None:
+    """Cells of 8 of 32 pixels, masks of 48: the border is found within a cell, so most pixels are right.
+
+    A class that is nowhere may still win on the border, where it takes a share of the mean.
+    """
+    data = ["--segmentation", str(masked(tmp_path / "set", layout)), "--segmentation-blocks", str(blocks)]
+    arguments = [str(student), "segmentation", *data, "--segmentation-steps", "50", "--workers", "0"]
+    assert evaluate.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    (row,) = results(tmp_path / "out").values()
+    assert row["pixels"] > 0.85 and row["miou"] > 0.4
+
+
+def test_masks_that_are_not_as_published_are_one_line(
+    student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = masked(tmp_path / "set", "voc")
+    arguments = [str(student), "segmentation", "--segmentation", str(folder), "--segmentation-steps", "1"]
+    arguments += ["--workers", "0", "--out", str(tmp_path / "out")]
+    Image.fromarray(np.full((48, 64), 21, "uint8")).save(folder / "SegmentationClass" / "3.png")
+    assert evaluate.main(arguments) == 2
+    assert "3.png: label 21 is out of range; voc2012 has 21 classes" in capfd.readouterr().err
+    (folder / "SegmentationClass" / "3.png").unlink()
+    assert evaluate.main(arguments) == 2
+    assert "3.png is missing" in capfd.readouterr().err
+    shutil.rmtree(folder / "ImageSets")
+    assert evaluate.main(arguments) == 2
+    assert "neither ADE20K (images/, annotations/) nor VOC 2012" in capfd.readouterr().err

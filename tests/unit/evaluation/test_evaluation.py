@@ -195,7 +195,7 @@ def test_the_published_protocol_and_what_may_be_set_in_it() -> None:
 
 
 @pytest.mark.parametrize("has_cls", [True, False])
-def test_kinds_of_features_are_the_models_own_tokens(has_cls: bool) -> None:
+def test_kinds_of_features_are_the_models_own_tokens(has_cls: bool, caplog: pytest.LogCaptureFixture) -> None:
     patch, cls = torch.randn(4, 3, 2), torch.randn(4, 2)
     pooling = Pooling(lambda images: Features(patch, cls if has_cls else None))
     whole = FeatureSet(pooling(torch.zeros(4, 3, 1, 1)), torch.zeros(4), torch.arange(4))
@@ -205,8 +205,8 @@ def test_kinds_of_features_are_the_models_own_tokens(has_cls: bool) -> None:
         assert torch.equal(pooling.of("cls", whole).features, cls)
         assert torch.equal(pooling.of("cls_patch", whole).features, torch.cat([cls, patch.mean(1)], 1))
     else:
-        with pytest.raises(UserError, match=r"evaluation.features=\['cls'\]: the teacher has no class token"):
-            pooling.chosen(["cls"], "teacher")
+        assert pooling.chosen(["cls"], "teacher") == ["patch"]
+        assert "teacher has no class token and is judged by its patches" in caplog.text
 
 
 @pytest.mark.parametrize(
