@@ -36,15 +36,15 @@ class Recipe:
 
 
 class Probes(NamedTuple):
-    """R linear classifiers. weight: (R, D, C); bias: (R, 1, C); rates: of their training."""
+    """R linear classifiers. weight: (D, R, C); bias: (R, C); rates: of their training."""
 
     weight: Tensor
     bias: Tensor
     rates: tuple[float, ...]
 
     def logits(self, features: Tensor) -> Tensor:
-        """(B, D) -> (R, B, C)."""
-        return features @ self.weight + self.bias
+        """(B, D) -> (B, R, C), by one product."""
+        return (features @ self.weight.flatten(1)).view(len(features), *self.bias.shape) + self.bias
 
 
 class ProbeResult(NamedTuple):
@@ -72,9 +72,9 @@ def train_probes(
     """
     generator = torch.Generator().manual_seed(seed)  # on the host: the same draws on every device
     features, labels = train.features.to(device), train.labels.to(device)
-    rates = torch.tensor(recipe.rates, device=device)[:, None, None]
-    weight = torch.zeros(len(rates), features.shape[1], classes, device=device)
-    bias = torch.zeros(len(rates), 1, classes, device=device)
+    rates = torch.tensor(recipe.rates, device=device)[:, None]
+    weight = torch.zeros(features.shape[1], len(rates), classes, device=device)
+    bias = torch.zeros(len(rates), classes, device=device)
     momenta = torch.zeros_like(weight), torch.zeros_like(bias)
     probes = Probes(weight, bias, recipe.rates)
     per_epoch = math.ceil(len(labels) / BATCH)
@@ -86,9 +86,9 @@ def train_probes(
             factor = (1 + math.cos(math.pi * done)) / 2
             x = features[rows]
             error = probes.logits(x).softmax(-1)
-            error[:, torch.arange(len(rows), device=device), labels[rows]] -= 1
+            error[torch.arange(len(rows), device=device), :, labels[rows]] -= 1
             error /= len(rows)
-            gradients = x.T @ error, error.sum(1, keepdim=True)
+            gradients = (x.T @ error.flatten(1)).view_as(weight), error.sum(0)
             for parameter, momentum, gradient in zip((weight, bias), momenta, gradients, strict=True):
                 momentum.mul_(MOMENTUM).add_(gradient)
                 parameter.sub_(rates * momentum, alpha=factor)
@@ -103,9 +103,9 @@ def judge(probes: Probes, asked: FeatureSet, device: torch.device) -> tuple[list
         logits = probes.logits(features.to(device))
         sound = logits.isfinite().all(-1).cpu()
         best = logits.topk(min(TOP, logits.shape[-1])).indices.cpu()
-        right = (best == labels[:, None]) & sound[..., None]
-        hits[0] += right[..., 0].sum(1)
-        hits[1] += right.any(-1).sum(1)
+        right = (best == labels[:, None, None]) & sound[..., None]
+        hits[0] += right[..., 0].sum(0)
+        hits[1] += right.any(-1).sum(0)
     top1, top5 = (hits / len(asked.labels)).tolist()
     return top1, top5
 

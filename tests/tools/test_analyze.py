@@ -113,8 +113,8 @@ def test_a_run_folder_stands_for_its_student(student: Path) -> None:
 def test_a_teacher_of_a_students_name_is_told_apart() -> None:
     requests = [analyze.request(TEACHER)] * 2
     plain = requests[0].name
-    assert [r.name for r in analyze._named_apart(requests, teacher=True)] == [plain, f"{plain} (teacher)"]
-    assert [r.name for r in analyze._named_apart(requests, teacher=False)] == [f"{plain} #1", f"{plain} #2"]
+    assert [r.name for r in analyze.named_apart(requests, teacher=True)] == [plain, f"{plain} (teacher)"]
+    assert [r.name for r in analyze.named_apart(requests, teacher=False)] == [f"{plain} #1", f"{plain} #2"]
 
 
 @pytest.mark.parametrize(

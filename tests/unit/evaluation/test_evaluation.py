@@ -100,8 +100,8 @@ def test_probes_side_by_side_are_torchs_own_sgd_one_by_one(cosine: str) -> None:
                     schedule.step()
             if cosine == "epoch":
                 schedule.step()
-        torch.testing.assert_close(probes.weight[index].double(), linear.weight.T.detach(), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(probes.bias[index, 0].double(), linear.bias.detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(probes.weight[:, index].double(), linear.weight.T.detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(probes.bias[index].double(), linear.bias.detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_probe_depends_on_its_seed_alone() -> None:
@@ -120,8 +120,8 @@ def test_a_rate_that_diverges_is_not_chosen_and_harms_no_other() -> None:
     train, val = blobs(1000, spread=0.5, seed=0), blobs(500, spread=0.5, seed=1)
     probes = train_probes(train, Recipe(3, (1e38, 0.1)), seed=0, device=CPU, classes=5)
     alone = train_probes(train, Recipe(3, (0.1,)), seed=0, device=CPU, classes=5)
-    assert not probes.weight[0].isfinite().all()
-    torch.testing.assert_close(probes.weight[1], alone.weight[0])
+    assert not probes.weight[:, 0].isfinite().all()
+    torch.testing.assert_close(probes.weight[:, 1], alone.weight[:, 0])
     assert judge(probes, val, CPU)[0] == [0.0, 1.0]
     assert probe_accuracy(train, val, Recipe(3, (1e38, 0.1)), seed=0, device=CPU).rate == 0.1
 
@@ -147,14 +147,14 @@ def test_probe_reports_the_last_epoch_and_the_best_one_apart() -> None:
     options = {"seed": 0, "device": CPU, "classes": 5}
     probes = train_probes(train, recipe, after_epoch=lambda now: seen.append(judge(now, val, CPU)[0][0]), **options)
     found = probe_accuracy(train, val, recipe, seed=0, device=CPU, watch=True)
-    assert found.top1 == (probes.logits(val.features)[0].argmax(1) == val.labels).double().mean().item() == seen[-1]
+    assert found.top1 == (probes.logits(val.features)[:, 0].argmax(1) == val.labels).double().mean().item() == seen[-1]
     assert found.best_epoch == max(seen) > found.top1 and len(seen) == 20
 
 
 def test_top5_counts_a_class_among_the_first_five() -> None:
     """Seven classes in a row; for features of class c, a class is the likelier the nearer it is to c."""
-    weight = torch.stack([-(torch.arange(7) - c).abs().float() for c in range(7)])[None]
-    probes = Probes(weight, torch.zeros(1, 1, 7), (0.1,))
+    weight = torch.stack([-(torch.arange(7) - c).abs().float() for c in range(7)])[:, None]
+    probes = Probes(weight, torch.zeros(1, 7), (0.1,))
     labels = torch.tensor([0, 4, 5, 3, 6])  # for features of class 0: first, fifth, sixth; of class 6: fourth, first
     asked = FeatureSet(torch.eye(7)[[0, 0, 0, 6, 6]], labels, torch.arange(5))
     assert judge(probes, asked, CPU) == ([2 / 5], [4 / 5])
