@@ -47,8 +47,8 @@ class MaskedSet:
         try:
             with Image.open(path) as image:
                 labels = np.asarray(image).astype(np.int64)
-        except OSError as error:
-            raise UserError(f"{path}: no readable mask ({error})") from None
+        except Exception as error:  # PIL raises anything
+            raise UserError(f"{path}: no readable mask ({type(error).__name__})") from None
         if labels.ndim != 2:
             raise UserError(f"{path}: a mask of one channel is expected, this one has the shape {labels.shape}")
         classes = np.where(labels < self.first, IGNORED, labels - self.first)
