@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -192,9 +193,9 @@ def test_each_kind_of_features_has_a_row_and_the_best_epoch_is_called_optimistic
     judged = {"student_cls_knn": 0.5, "student_cls_probe": 0.6, "teacher_patch_knn": 0.7, "teacher_patch_probe": 0.8}
     lines = wrapup._final_table(finished(**judged, student_cls_probe_best_epoch=0.65), stub_config(tmp_path))
     words = "kNN 50.0%, linear probe 60.0% (best epoch 65.0%, chosen on the same images: optimistic)"
-    assert f"student, class token        {words}\n" in lines
-    assert "teacher, patches            kNN 70.0%, linear probe 80.0%\n" in lines
-    assert "student, patches" not in lines and "both" not in lines
+    assert re.search(rf"student, class token +{re.escape(words)}\n", lines)
+    assert re.search(r"teacher, patches +kNN 70.0%, linear probe 80.0%\n", lines)
+    assert "student, patches" not in lines
 
 
 @pytest.mark.parametrize(
