@@ -1,4 +1,4 @@
-"""Every timm architecture as a student: built, trained for a step, exported and read back. docs/students.md has the list.
+"""Every timm architecture as a student: built, trained for a step, exported and read back (docs/students.md).
 
 Random weights and two random images, at the smallest size that the architecture takes. What is refused is refused in
 the words that a run would be.

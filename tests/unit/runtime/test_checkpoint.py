@@ -31,6 +31,7 @@ class PlainEngine:
 
     def __init__(self, fails: Exception | None = None) -> None:
         self.fails = fails
+        self.module = torch.nn.Identity()
         self.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
 
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
