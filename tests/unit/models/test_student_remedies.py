@@ -178,10 +178,14 @@ def test_what_pools_in_a_way_of_its_own_is_classified_as_timm_does(name: str) ->
     assert torch.equal(built.classify(built(IMAGES)), built.backbone(IMAGES))
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "beit_base_patch16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_dinov3", "beit_base_patch16_224", "deit_tiny_distilled_patch16_224"]
+)
 def test_lift_takes_the_other_families_too(name: str) -> None:
     kwargs = {"embed_dim": 24, "depth": 2, "num_heads": 2}
-    built = build_student(StudentConfig(model=name, kwargs=kwargs, remedy="lift", num_classes=CLASSES), 32, WIDTH).eval()
+    built = build_student(
+        StudentConfig(model=name, kwargs=kwargs, remedy="lift", num_classes=CLASSES), 32, WIDTH
+    ).eval()
     found, tokens = built(images := torch.randn(2, 3, 32, 32)), built.backbone.forward_features(images)
     linear, norm = built.backbone.lift
     lifted = norm(F.linear(tokens, linear.weight))
