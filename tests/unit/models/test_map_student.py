@@ -282,9 +282,9 @@ def test_half_fitting_and_foreign_weights_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"has {total - lost} of the {total} tensors of student.model=test_convnext"):
         warm_start(student, str(file))
     path = exported(student, "test_convnext", tmp_path)
-    with pytest.raises(UserError, match="is an export of student.model=test_convnext"):
+    with pytest.raises(UserError, match=r"is an export of student\.model=test_convnext"):
         warm_start(built("test_resnet", 64), str(path))
-    with pytest.raises(UserError, match="student.weights=.*truncated, damaged or no file of weights"):
+    with pytest.raises(UserError, match=r"student\.weights=.*truncated, damaged or no file of weights"):
         (tmp_path / "x").write_bytes(b"nothing")
         warm_start(student, str(tmp_path / "x"))
 
