@@ -56,7 +56,7 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     check_pipelines(config.teacher, ranks=world.size, local_size=world.local_size, batch=batch)
     spec = describe_teacher(config.teacher, config.data.image_size)
     curriculum = build_curriculum(config.curriculum, spec.depth)
-    check_pair(config, spec, world.device)
+    check_pair(config, spec, world.device, batch)
     check_sources(config.data, world, config.student.num_classes)
     if world.is_main:
         warn_of_normalisation(config, spec)
@@ -117,8 +117,11 @@ def build_objective(config: Config, spec: TeacherSpec, fresh: bool = True) -> Ob
     return objective
 
 
-def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
-    """Raise UserError where teacher and student do not go together on this device, before either is loaded."""
+def check_pair(config: Config, spec: TeacherSpec, device: torch.device, batch: int) -> None:
+    """Raise UserError where teacher and student do not go together on this device, before either is loaded.
+
+    batch: images per forward on each rank.
+    """
     student: Student = build_student(config.student, config.data.image_size, spec.dim)  # and tried on one image
     if config.curriculum.mode == "all_layers" and student.depth not in (0, spec.depth):
         raise UserError(
@@ -131,7 +134,7 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
             f"objective.kd_alpha={config.objective.kd_alpha} with curriculum.block={config.curriculum.block}: the "
             f"teacher has logits at its last block only, which is {spec.depth}"
         )
-    check_batchnorm(config, student, device)
+    check_batchnorm(config, student, device, batch)
     check_widths(matching_head(config.objective, config.student.remedy), student.width, spec.dim)
     products, targets = DTYPES[config.engine.precision], DTYPES[config.teacher.dtype]
     check_impl(config.objective.impl, student.width, products, targets, device)
@@ -151,8 +154,13 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
             )
 
 
-def check_batchnorm(config: Config, student: Student, device: torch.device) -> None:
-    """Raise UserError where batch norms cannot be synchronised."""
+def check_batchnorm(config: Config, student: Student, device: torch.device, batch: int) -> None:
+    """Raise UserError where batch norms cannot be synchronised, or have one image to go by."""
+    if running_stats(student) and batch == 1:
+        raise UserError(
+            f"data.global_batch={config.data.global_batch}: one image a rank and micro-batch, and the batch "
+            f"norms of student.model={config.student.model} need more"
+        )
     if not config.student.sync_batchnorm:
         return
     if not running_stats(student):
