@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[int, dict, Callable[[Tensor], Tensor], bool]] = {
     "test_mambaout": (64, {}, nhwc, False),
     "swin_tiny_patch4_window7_224": (64, SWIN, nhwc, False),
     "levit_128s": (96, {"depth": [1, 1, 1]}, after(0), False),
-    "gmlp_ti16_224": (32, {"num_blocks": 1}, after(0), False),
+    "xcit_nano_12_p8_224": (32, {"depth": 2}, after(1), True),
     "convit_tiny": (32, {"depth": 2, "local_up_to_layer": 1}, after(1), True),
     "test_vit_relpos": (32, {}, after(0), False),
 }
