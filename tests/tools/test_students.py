@@ -12,7 +12,7 @@ import timm
 from leap_dist.benchmarking.architectures import BEGIN, END, Verdict, architectures, evenly, page_with, try_out
 from leap_dist.errors import UserError
 
-SAMPLE = 40  # of more than six hundred, which take an hour; tools/students.py tries them all
+SAMPLE = 24  # of more than six hundred, which take an hour; tools/students.py tries them all
 
 
 @pytest.mark.slow
