@@ -122,7 +122,9 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device, batch: i
 
     batch: images per forward on each rank.
     """
-    student: Student = build_student(config.student, config.data.image_size, spec.dim)  # and tried on one image
+    student: Student = build_student(config.student, config.data.image_size, spec.dim, torch.device("meta"))
+    if student.recipe.map_at:
+        build_student(config.student, config.data.image_size, spec.dim)  # which tries it on one image
     if config.curriculum.mode == "all_layers" and student.depth not in (0, spec.depth):
         raise UserError(
             f"curriculum.mode=all_layers: needs equal depths, student.model={config.student.model} has {student.depth} "
