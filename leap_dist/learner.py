@@ -166,8 +166,7 @@ class Learner:
         """One optimizer step; leaves its numbers in `pending`."""
         step = self.progress.step
         self._enter(work.block)
-        # Drop path and dropout: the same after a resume.
-        torch.manual_seed(step_seed(self.config.seed, step, DROPOUT, self.world.rank))
+        torch.manual_seed(step_seed(self.config.seed, step, DROPOUT, self.world.rank))  # as it was, after a resume
         lr = self._set_lr()
         self.spectroscope.before(step)
         scored, evidence, losses = self._wants_score(), None, []
@@ -183,6 +182,7 @@ class Learner:
                 self.engine.backward(match.loss)
             with self.timer.phase("optimizer"):
                 self.engine.step()
+        self.engine.module.after_step()
 
     def _enter(self, block: int) -> None:
         """The student meets a target block: a new one is noted, and the head starts anew if that is asked for."""

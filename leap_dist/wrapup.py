@@ -14,7 +14,7 @@ from torch import Tensor
 from leap_dist.config import Config
 from leap_dist.evaluation import FeatureSet, HeldOut, evaluate
 from leap_dist.matching import linear_cka_of_features
-from leap_dist.models import Student, export_student, load_student
+from leap_dist.models import Student, export_average, export_student, load_student
 from leap_dist.monitoring import table
 from leap_dist.monitoring.comparison import LEDGER, SUMMARY, VALIDATION
 from leap_dist.runtime.distributed import World, gather_objects, on_main
@@ -41,13 +41,16 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
     """
     trainer.learner.journal.end_bar()
     exported = export_student(trainer.learner.engine, config, world)
+    averaged = export_average(trainer.learner.engine, config, world)
     summary, times = _progress_summary(config, trainer), _earlier_times(config, world, trainer)
     if times is None:
         _write(summary, config, world)
     trainer.loader.close()  # its workers' memory is free for those of the evaluation
     judge = None if config.data.val is None else Judge(config, world)
     if judge is not None:
-        summary |= judge.student(load_student(exported, world.device))
+        summary |= judge.student(load_student(exported, world.device, config.student.model))
+        if averaged is not None:
+            summary |= judge.average(load_student(averaged, world.device, config.student.model))
         if times is None:
             _write(summary, config, world)
     summary |= _time_saved(config, world, trainer) if times is None else times
@@ -193,6 +196,14 @@ class Judge:
             results |= _top1(self._held_out.validation(lambda images: student.classify(student(images))))
         return results
 
+    def average(self, student: Student) -> dict[str, float]:
+        """kNN, linear probe and top-1, as `student`, of the one with averaged weights."""
+        results = self._accuracies("student_ema", self._held_out.features(lambda images: student(images).patch.mean(1)))
+        if self._config.student.num_classes:
+            logits = self._held_out.validation(lambda images: student.classify(student(images)))
+            results |= {f"student_ema_{key.removeprefix('student_')}": value for key, value in _top1(logits).items()}
+        return results
+
     def teacher(self, teacher: Teacher) -> dict[str, float]:
         """At its last block: its kNN and linear probe, if `evaluation.teacher`; and `student_teacher_cka`, linear CKA
         of what was judged on the held-out images, biased upward by about width / images.
@@ -255,6 +266,9 @@ def _final_table(summary: dict[str, Any], config: Config) -> str:
             ("student top-1", _percent(summary.get("student_top1"))),
             ("student kNN", _percent(summary.get("student_knn"))),
             ("student linear probe", _percent(summary.get("student_probe"))),
+            ("averaged student top-1", _percent(summary.get("student_ema_top1"))),
+            ("averaged student kNN", _percent(summary.get("student_ema_knn"))),
+            ("averaged student linear probe", _percent(summary.get("student_ema_probe"))),
             ("teacher kNN", _percent(summary.get("teacher_knn"))),
             ("teacher linear probe", _percent(summary.get("teacher_probe"))),
             ("CKA of student and teacher", _decimals(summary.get("student_teacher_cka"))),

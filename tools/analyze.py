@@ -1,4 +1,4 @@
-"""Look at the tokens of vision transformers: dimensions, subspace rotation, spectral energy, CKA between layers.
+"""Look at the tokens of vision backbones: dimensions, subspace rotation, spectral energy, CKA between layers.
 
     python tools/analyze.py run runs/leap --teacher runs/leap/config.yaml \\
         --data /data/imagenet-mds/val --out runs/leap/analysis
@@ -12,7 +12,8 @@ MODEL is one of
     RUN                               a run's folder: the student that it exported
     PATH/student.safetensors          the same, with its .json beside it; or a teacher of tools/train_teacher.py
     PATH/config.yaml                  the teacher of a run, as its config names it
-    NAME, NAME=random, NAME=FILE      a timm model with its pretrained, with random or with a file's weights
+    NAME, NAME=random, NAME=FILE      a timm model with its pretrained, with random or with a file's weights; of one
+                                      that is no plain vision transformer, every stage at its own width and grid
 
 Also under torchrun or deepspeed, on several processes. OUT appears when everything is in it: blocks.csv, cka.csv,
 curves.npz, analysis.json, figures as PNG and PDF, and tensorboard/. docs/analysis.md explains what they show, and
@@ -159,7 +160,9 @@ def _open_timm(asked: Request, size: int, world: World) -> Subject:
         try:
             return timm_subject(asked.teacher, asked.name, size, world.device)
         except UserError as error:  # in the words of a run's config, where here it is NAME=FILE
-            words = str(error).replace("teacher.weights=", f"{asked.teacher.model}=").replace("teacher.model=", "")
+            words = str(error).replace("teacher.model=", "").replace("student.model=", "")
+            for option in ("teacher.weights=", "student.weights="):
+                words = words.replace(option, f"{asked.teacher.model}=")
             raise UserError(words) from error
     from leap_dist.assembly import with_demo_teacher
 

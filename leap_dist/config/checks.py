@@ -11,6 +11,7 @@ from leap_dist.config.options import (
     DEMO_TEACHER,
     DIGITS,
     HUB,
+    NO_WEIGHTS,
     RANDOM,
     Config,
     CurriculumConfig,
@@ -245,6 +246,9 @@ def _path_problems(config: Config) -> list[str]:
     weights, replay, resume = config.teacher.weights, config.curriculum.replay, config.resume
     if weights not in (HUB, RANDOM, DEMO_TEACHER) and (fault := no_file_to_read(weights)):
         problems.append(f"teacher.weights={short(weights)}: {fault} (nor {HUB}, {RANDOM} or {DEMO_TEACHER})")
+    start = config.student.weights
+    if start not in (NO_WEIGHTS, HUB) and (nameless(start) or not Path(start).exists()):
+        problems.append(f"student.weights={short(start)}: no such file (nor {NO_WEIGHTS} or {HUB})")
     if replay is not None and (fault := no_file_to_read(replay)):
         problems.append(f"curriculum.replay={short(replay)}: {fault}")
     if resume not in ("auto", "none") and (nameless(resume) or not Path(resume).is_dir()):

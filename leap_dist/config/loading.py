@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 OPERATIONAL = (
     "output", "resume", "checkpoint.", "telemetry.", "evaluation.", "data.train", "data.val", "data.cache",
     "data.cache_limit", "data.predownload", "data.workers", "data.timeout_s", "data.validate_hash",
-    "data.max_bad_fraction", "teacher.weights",
+    "data.max_bad_fraction", "teacher.weights", "student.weights",
     "teacher.placement", "teacher.stages", "teacher.microbatches", "teacher.rebalance", "teacher.memory_budget",
     "engine.silence_s",
     "engine.accumulation", "objective.impl", "teacher.compile",
@@ -35,8 +35,8 @@ MISFITS = (OmegaConfBaseException, TypeError)  # the latter for a list in a mapp
 
 # Stand-ins for the files that a YAML names.
 WITHOUT_FILES = (
-    "data.train=digits", "data.val=null", "evaluation.every_epochs=0", "teacher.weights=random", "resume=none",
-    "curriculum.replay=null",
+    "data.train=digits", "data.val=null", "evaluation.every_epochs=0", "teacher.weights=random",
+    "student.weights=none", "resume=none", "curriculum.replay=null",
 )  # fmt: skip
 
 

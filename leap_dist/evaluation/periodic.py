@@ -47,7 +47,7 @@ class Validation:
         options, device = self._config.evaluation, self._world.device
         if self._held_out is None:
             self._held_out = HeldOut(self._config, self._world, options.quick_images, options.quick_images)
-        student = load_student(export_student(engine, self._config, self._world), device)
+        student = load_student(export_student(engine, self._config, self._world), device, self._config.student.model)
         found = self._held_out.features(lambda images: student(images).patch.mean(1))
         return gather_objects(knn_accuracy(*found, options.knn_k, device) if found else None, self._world)[0]
 

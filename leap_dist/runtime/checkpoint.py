@@ -26,6 +26,7 @@ import torch
 
 from leap_dist.config import Config, abridged, differences, flat, load, to_yaml
 from leap_dist.errors import UserError
+from leap_dist.runtime.average import WeightAverage
 from leap_dist.runtime.checkpoint_folder import (
     CONFIG,
     LATEST,
@@ -48,13 +49,17 @@ from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.plain_checkpoint import require_plain
 from leap_dist.runtime.reporting import is_lost_worker
 from leap_dist.runtime.run_lock import Claim, require_shared
+from leap_dist.runtime.running_stats import all_running_stats, restore_running_stats
 from leap_dist.runtime.universal import remove_leftovers, universal_copy
 
 log = logging.getLogger(__name__)
 
 
 # What makes the weights of a checkpoint fit.
-STUDENT = ("student.model", "student.kwargs", "student.remedy", "student.num_classes", "objective.head")
+STUDENT = (
+    "student.model", "student.kwargs", "student.remedy", "student.num_classes", "student.reduction",
+    "student.image_size", "objective.head",
+)  # fmt: skip
 # Beginnings of what no other run can go on with, see `Checkpoints.needs_conversion`.
 ANOTHER_RUN = (
     *STUDENT, "seed", "engine.zero_stage", "engine.precision", "data.global_batch", "data.canonical_nodes",
@@ -217,6 +222,11 @@ def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
     return None if scaler is None else scaler.state_dict()
 
 
+def _average(engine: Any) -> Optional[WeightAverage]:
+    """Of the student's weights, if the run has one."""
+    return getattr(engine.module, "average", None)
+
+
 class Checkpoints:
     """The checkpoints of one run; every method is called by all ranks.
 
@@ -271,12 +281,15 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
         if fault := gather_objects(self._claim.fault(), self.world)[0]:
             raise UserError(fault)
-        client = {"leap": state, "scaler": _scaler_state(engine)}
+        stats = all_running_stats(engine.module, self.world)
+        client = {"leap": state, "scaler": _scaler_state(engine), "running_stats": stats}
         marks = self._all_marks()
         fault = ""
         try:
             with without_crc(), met_by_all(engine):
                 engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
+            if (average := _average(engine)) is not None:
+                average.save(partial, self.world)
             if self.world.is_main:
                 write_text(partial / CONFIG, to_yaml(self.config))
             position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
@@ -349,6 +362,8 @@ class Checkpoints:
         try:
             with _own_settings(engine):
                 loaded, client = engine.load_checkpoint(str(files.parent), tag=files.name)
+            if (average := _average(engine)) is not None:
+                average.load(path, self.world)
         except Exception as error:  # torch, pickle, zip and DeepSpeed each raise their own
             if is_lost_peer(error) or is_lost_worker(error):
                 raise
@@ -364,6 +379,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {path}: cannot be read (DeepSpeed found no model state in it); {others(path)}")
         if client["scaler"] is not None:
             gradscaler(engine).load_state_dict(client["scaler"])
+        restore_running_stats(engine.module, client.get("running_stats", []), self.world)
         return client["leap"]
 
     def _all_marks(self) -> dict[str, str]:

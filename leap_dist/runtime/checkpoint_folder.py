@@ -26,6 +26,7 @@ from leap_dist.runtime.schema import misfit
 log = logging.getLogger(__name__)
 
 LATEST, CONFIG, RUN = "latest", "config.yaml", "run.json"
+AVERAGE = "weight_average.pt"  # see `leap_dist.runtime.average`
 NOTHING: Mapping[Path, str] = {}
 _RANKS_PART = re.compile(r"zero_pp_rank_(\d+)_")  # in the names of files that one rank writes, and reads, alone
 
@@ -150,7 +151,7 @@ def fault_of(path: Path) -> Optional[str]:
     parts = [file for file in files if file.name.endswith("_optim_states.pt")]
     if parts and len(parts) != saved["world_size"]:
         return f"has the optimizer's parts of {len(parts)} ranks, not of {saved['world_size']}"
-    if not any(file.name not in (RUN, CONFIG) and file not in parts for file in files):
+    if not any(file.name not in (RUN, CONFIG, AVERAGE) and file not in parts for file in files):
         return "has no model states"
     for name, mark in saved.get(FILES, {}).items():
         if not (path / name).is_file():
