@@ -54,16 +54,16 @@ def _fault(about: Any) -> str:
         for name, value in arguments.items():
             if name in LOADERS or not _is_plain(name, value):
                 return f"{key}.{name:.50}={value!r:.100} is no plain argument of a model"
-    for key, most in (
-        ("width", MOST),
-        ("map_at", MOST_PIXELS),
-        ("resized_to", MOST_PIXELS),
-        ("reduction", MOST_PIXELS),
-    ):
-        if not (about.get(key) is None or _is_count(about[key], most)):
+    most = {
+        "width": MOST,
+        "mean_head": MOST,
+        "map_at": MOST_PIXELS,
+        "resized_to": MOST_PIXELS,
+        "reduction": MOST_PIXELS,
+    }
+    for key, bound in most.items():
+        if about.get(key) not in (None, 0) and not _is_count(about[key], bound):
             return f"{key}={about[key]!r:.100}"
-    if not _is_count(about.get("mean_head", 0) + 1 if _is_number(about.get("mean_head", 0)) else None, MOST):
-        return f"mean_head={about['mean_head']!r:.100}"
     if not _is_count(about.get("image_size", 1), MOST_PIXELS):
         return f"image_size={about['image_size']!r:.100}: 1 to {MOST_PIXELS} pixels are expected"
     for key in ("mean", "std"):

@@ -65,12 +65,12 @@ def read_weights(path: Path, option: str = "teacher.weights", *, silent: bool = 
         UserError: no such file, it is something else or damaged, or it does not say which weights it means.
     """
     try:
-        return _read(path)
+        return _read(path, silent)
     except UserError as error:
         raise UserError(f"{option}={error}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, silent: bool) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"{path}: a folder; give the one file in it that holds all weights")
     if not path.is_file():
