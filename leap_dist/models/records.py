@@ -54,13 +54,7 @@ def _fault(about: Any) -> str:
         for name, value in arguments.items():
             if name in LOADERS or not _is_plain(name, value):
                 return f"{key}.{name:.50}={value!r:.100} is no plain argument of a model"
-    most = {
-        "width": MOST,
-        "mean_head": MOST,
-        "map_at": MOST_PIXELS,
-        "resized_to": MOST_PIXELS,
-        "reduction": MOST_PIXELS,
-    }
+    most = {"width": MOST, "mean_head": MOST} | dict.fromkeys(("map_at", "resized_to", "reduction"), MOST_PIXELS)
     for key, bound in most.items():
         if about.get(key) not in (None, 0) and not _is_count(about[key], bound):
             return f"{key}={about[key]!r:.100}"

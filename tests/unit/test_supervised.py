@@ -159,7 +159,7 @@ def test_shards_without_labels_are_refused(tmp_path: Path) -> None:
     [
         (["objective.kd_alpha=0.5"], "objective.kd_alpha=0.5: needs a classifier; set student.num_classes"),
         (["objective.label_smoothing=0.1"], "objective.label_smoothing=0.1: needs a classifier"),
-        (["objective.kd_alpha=1.5", "student.num_classes=2"], "objective.kd_alpha=1.5: must be between 0 and 1"),
+        (["objective.kd_alpha=1.5", "student.num_classes=2"], "objective.kd_alpha=1.5: must be at least 0, at most 1"),
         (["objective.kd_tau=0"], "objective.kd_tau=0.0: must be above 0"),
         (["objective.feature_weight=0", "student.num_classes=2"], "objective.feature_weight=0: nothing would train"),
         (["objective.feature_weight=-1"], "objective.feature_weight=-1.0: must be at least 0"),
