@@ -10,26 +10,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from timm.layers import convert_sync_batchnorm
 
-from leap_dist.config import DEMO_TEACHER, Config, matching_head
+from leap_dist.config import DEMO_TEACHER, DIGITS, HUB, RANDOM, Config, matching_head
 from leap_dist.curriculum import build_curriculum
 from leap_dist.curriculum.coordinator import Coordinator
 from leap_dist.curriculum.ledger import replayed_schedule
 from leap_dist.data import BadSamples, build_train_loader, check_groups, check_sources, resolve
+from leap_dist.data.classes import check_outputs, numbered
 from leap_dist.errors import UserError
 from leap_dist.evaluation import Validation
 from leap_dist.matching import Objective, check_impl, check_widths
-from leap_dist.models import DTYPES, Student, build_student, step_flops
+from leap_dist.models import DTYPES, Student, build_student, step_flops, warm_start
 from leap_dist.models.placement_plan import check_pipelines
 from leap_dist.monitoring import check_window
+from leap_dist.runtime.average import WeightAverage
 from leap_dist.runtime.checkpoint import Checkpoints, find_resume
-from leap_dist.runtime.distributed import World, barrier, check_nodes
+from leap_dist.runtime.distributed import World, check_nodes, on_first
 from leap_dist.runtime.engine import build_engine, micro_batch
 from leap_dist.runtime.optim import build_optimizer
 from leap_dist.runtime.progress import total_steps
 from leap_dist.runtime.run_lock import Claim
+from leap_dist.runtime.running_stats import running_stats
 from leap_dist.runtime.timing import PhaseTimer
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
+from leap_dist.teacher.record import CLASSES, read_record
 from leap_dist.trainer import Parts, Trainer
 
 BAD_SAMPLES = "bad_samples.jsonl"  # in the run folder
@@ -53,8 +58,9 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     check_pipelines(config.teacher, ranks=world.size, local_size=world.local_size, batch=batch)
     spec = describe_teacher(config.teacher, config.data.image_size)
     curriculum = build_curriculum(config.curriculum, spec.depth)
-    check_pair(config, spec, world.device)
+    check_pair(config, spec, world.device, batch)
     check_sources(config.data, world, config.student.num_classes)
+    check_class_order(config, world)
     if world.is_main:
         warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
@@ -75,12 +81,15 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
         config, world, loader.layout, teacher.fingerprint, claim, teacher.marks, contents=loader.contents
     )
     convert = resume is not None and checkpoints.needs_conversion(resume)
-    objective = build_objective(config, spec)
+    objective = build_objective(config, spec, fresh=resume is None)
     optimizer = build_optimizer(config.optim, objective)
+    engine = build_engine(config, objective, optimizer, batch, load_universal=convert)
+    if config.student.ema_decay:
+        objective.average = WeightAverage(objective.student.backbone, config.student.ema_decay)
     parts = Parts(
         teacher=teacher,
         flops=flops,
-        engine=build_engine(config, objective, optimizer, batch, load_universal=convert),
+        engine=engine,
         loader=loader,
         bad_samples=BadSamples(Path(config.output) / BAD_SAMPLES, most_bad, world),
         coordinator=Coordinator(curriculum, world, schedule, timer),
@@ -95,18 +104,31 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     return replace(config, data=data), trainer
 
 
-def build_objective(config: Config, spec: TeacherSpec) -> Objective:
-    """Student and heads, initialised from the seed alone, so that every rank and world size starts equal."""
+def build_objective(config: Config, spec: TeacherSpec, fresh: bool = True) -> Objective:
+    """Student and heads, initialised from the seed alone, so that every rank and world size starts equal.
+
+    fresh: no checkpoint is loaded after this, so the student takes `student.weights`.
+    """
     torch.manual_seed(config.seed)
     student = build_student(config.student, config.data.image_size, spec.dim)
+    if fresh:
+        warm_start(student, config.student.weights)
     targets = spec.depth if config.curriculum.mode == "all_layers" else 1
-    return Objective(student, spec.dim, spec.grid, config.objective, config.curriculum.metric, targets)
+    objective = Objective(student, spec.dim, spec.grid, config.objective, config.curriculum.metric, targets)
+    if config.student.sync_batchnorm:
+        student.backbone = convert_sync_batchnorm(student.backbone)
+    return objective
 
 
-def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
-    """Raise UserError where teacher and student do not go together on this device, before either is loaded."""
+def check_pair(config: Config, spec: TeacherSpec, device: torch.device, batch: int) -> None:
+    """Raise UserError where teacher and student do not go together on this device, before either is loaded.
+
+    batch: images per forward on each rank.
+    """
     student: Student = build_student(config.student, config.data.image_size, spec.dim, torch.device("meta"))
-    if config.curriculum.mode == "all_layers" and student.depth != spec.depth:
+    if student.recipe.map_at:
+        build_student(config.student, config.data.image_size, spec.dim)  # which tries it on one image
+    if config.curriculum.mode == "all_layers" and student.depth not in (0, spec.depth):
         raise UserError(
             f"curriculum.mode=all_layers: needs equal depths, student.model={config.student.model} has {student.depth} "
             f"blocks and teacher.model={config.teacher.model} {spec.depth}"
@@ -117,21 +139,68 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
             f"objective.kd_alpha={config.objective.kd_alpha} with curriculum.block={config.curriculum.block}: the "
             f"teacher has logits at its last block only, which is {spec.depth}"
         )
+    check_batchnorm(config, student, device, batch)
     check_widths(matching_head(config.objective, config.student.remedy), student.width, spec.dim)
     products, targets = DTYPES[config.engine.precision], DTYPES[config.teacher.dtype]
     check_impl(config.objective.impl, student.width, products, targets, device)
-    layered = inspect.signature(student.backbone.forward_intermediates).parameters
-    if config.curriculum.mode == "all_layers" and "return_prefix_tokens" not in layered:
-        raise UserError(f"curriculum.mode=all_layers: student.model={config.student.model} cannot give every layer")
-    for side, model, has_cls in (
-        ("teacher", config.teacher.model, spec.has_cls),
-        ("student", config.student.model, student.has_cls),
-    ):
-        if config.objective.cls_weight and not has_cls:
+    if config.objective.cls_weight and student.cls_width != student.width:
+        check_widths(matching_head(config.objective, config.student.remedy), student.cls_width, spec.dim)
+        check_impl(config.objective.impl, student.cls_width, products, targets, device)
+    has_cls = {"teacher": spec.has_cls}
+    if config.curriculum.mode == "all_layers":
+        check_layers(config, student)
+        has_cls["student"] = student.has_cls  # a pooled output is there at the last layer only
+    for side, has in has_cls.items():
+        if config.objective.cls_weight and not has:
+            model = getattr(config, side).model
             raise UserError(
                 f"objective.cls_weight={config.objective.cls_weight}: {side}.model={model} has no class token at its "
                 "intermediate blocks; set objective.cls_weight=0"
             )
+
+
+def check_class_order(config: Config, world: World) -> None:
+    """UserError if logits that the student is to learn from the teacher are not in the order of data.train's labels."""
+    if not config.objective.kd_alpha or config.data.train == DIGITS:
+        return
+    from leap_dist.data.store import class_names  # 3 s to import
+
+    known = config.teacher.weights not in (HUB, RANDOM, DEMO_TEACHER)
+    path, record = read_record(Path(config.teacher.weights)) if known else (None, {})
+    outputs = numbered(record[CLASSES], str(path)) if CLASSES in record else None
+    told = check_outputs(
+        class_names(config.data.train, config.data),
+        outputs,
+        (f"data.train={config.data.train}", f"teacher.weights={config.teacher.weights}"),
+    )
+    if told and world.is_main:
+        log.warning("objective.kd_alpha=%s: %s", config.objective.kd_alpha, told)
+
+
+def check_batchnorm(config: Config, student: Student, device: torch.device, batch: int) -> None:
+    """Raise UserError where batch norms cannot be synchronised, or have one image to go by."""
+    if running_stats(student) and batch == 1:
+        raise UserError(
+            f"data.global_batch={config.data.global_batch}: one image a rank and micro-batch, and the batch "
+            f"norms of student.model={config.student.model} need more"
+        )
+    if not config.student.sync_batchnorm:
+        return
+    if not running_stats(student):
+        raise UserError(f"student.sync_batchnorm=true: student.model={config.student.model} has no batch norm")
+    if device.type == "cpu":
+        raise UserError(
+            "student.sync_batchnorm=true: torch synchronises batch norms on GPUs only, and this run has none"
+        )
+
+
+def check_layers(config: Config, student: Student) -> None:
+    """Raise UserError where a student cannot give its tokens layer by layer."""
+    what = f"curriculum.mode=all_layers: student.model={config.student.model}"
+    if not student.depth:
+        raise UserError(f"{what} is no plain vision transformer, whose layers all have one width and grid")
+    if "return_prefix_tokens" not in inspect.signature(student.backbone.forward_intermediates).parameters:
+        raise UserError(f"{what} cannot give every layer")
 
 
 def warn_of_normalisation(config: Config, spec: TeacherSpec) -> None:
@@ -163,7 +232,5 @@ def with_demo_teacher(config: Config, world: World) -> Config:
     from leap_dist.pretraining.demo import demo_cache, ensure_demo_teacher
 
     cache = demo_cache(Path(config.output))
-    if world.local_rank == 0:
-        ensure_demo_teacher(cache)
-    barrier(world)
+    on_first(lambda: ensure_demo_teacher(cache), world)
     return replace(config, teacher=replace(config.teacher, weights=str(ensure_demo_teacher(cache))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import statistics
 import time
 from pathlib import Path
@@ -14,16 +14,20 @@ from torch import Tensor
 from leap_dist.config import Config
 from leap_dist.evaluation import KINDS, FeatureSet, HeldOut, Pooling, evaluate, protocol_of
 from leap_dist.matching import linear_cka_of_features
-from leap_dist.models import Student, export_student, load_student
+from leap_dist.models import Student, export_average, export_student, load_student
 from leap_dist.monitoring import table
-from leap_dist.runtime.distributed import World, gather_objects
+from leap_dist.monitoring.comparison import LEDGER, SUMMARY, VALIDATION
+from leap_dist.runtime.distributed import World, gather_objects, on_main
 from leap_dist.runtime.engine import micro_batch
-from leap_dist.runtime.files import write_json
+from leap_dist.runtime.integrity import named_files, read_sealed, write_sealed
 from leap_dist.runtime.timing import CALIBRATION, PHASES
 from leap_dist.teacher import Teacher
 from leap_dist.trainer import Trainer
 
+log = logging.getLogger(__name__)
+
 TIMED_PASSES = 5
+WHOSE = {"student": "student", "student_ema": "averaged student", "teacher": "teacher"}  # accuracies, in the table
 TIMES = (
     "full_teacher_seconds_per_pass", "time_saved_seconds", "time_saved", "time_saved_at_least", "skip_efficiency",
     "teacher_skip_efficiency",
@@ -38,13 +42,16 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
     """
     trainer.learner.journal.end_bar()
     exported = export_student(trainer.learner.engine, config, world)
+    averaged = export_average(trainer.learner.engine, config, world)
     summary, times = _progress_summary(config, trainer), _earlier_times(config, world, trainer)
     if times is None:
         _write(summary, config, world)
     trainer.loader.close()  # its workers' memory is free for those of the evaluation
     judge = None if config.data.val is None else Judge(config, world)
     if judge is not None:
-        summary |= judge.student(load_student(exported, world.device))
+        summary |= judge.student(load_student(exported, world.device, config.student.model))
+        if averaged is not None:
+            summary |= judge.average(load_student(averaged, world.device, config.student.model))
         if times is None:
             _write(summary, config, world)
     summary |= _time_saved(config, world, trainer) if times is None else times
@@ -56,16 +63,28 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
 
 
 def _write(summary: dict[str, Any], config: Config, world: World) -> None:
-    if world.is_main:
-        write_json(Path(config.output) / "summary.json", summary)
+    def write() -> None:
+        folder = Path(config.output)
+        write_sealed(folder / SUMMARY, summary | named_files(folder, LEDGER, VALIDATION))
+
+    on_main(write, world)
 
 
 def _earlier_times(config: Config, world: World, trainer: Trainer) -> Optional[dict[str, Any]]:
     """What the end of this very run said of its time, if this session made no step. Rank 0's for all; collective."""
-    path = Path(config.output) / "summary.json"
-    earlier = json.loads(path.read_text()) if world.is_main and path.is_file() else {}
+    earlier = _earlier_summary(Path(config.output) / SUMMARY) if world.is_main else {}
     same = trainer.first_step == trainer.progress.step == earlier.get("steps") and "time_saved" in earlier
     return gather_objects({key: earlier[key] for key in TIMES if key in earlier} if same else None, world)[0]
+
+
+def _earlier_summary(path: Path) -> dict[str, Any]:
+    """What is there of an earlier end; nothing of it is believed where it is damaged."""
+    if not path.is_file():
+        return {}
+    earlier, fault = read_sealed(path)
+    if fault:
+        log.warning("%s is %s: what it said is worked out anew", path, fault.split()[-1])
+    return earlier if not fault else {}
 
 
 def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
@@ -180,6 +199,15 @@ class Judge:
             results |= _top1(self._held_out.validation(lambda images: student.classify(student(images))))
         return results
 
+    def average(self, student: Student) -> dict[str, float]:
+        """kNN, linear probe and top-1, as `student`, of the one with averaged weights."""
+        pooling = Pooling(student)
+        results = self._accuracies("student_ema", self._held_out.features(pooling), pooling)
+        if self._config.student.num_classes:
+            logits = self._held_out.validation(lambda images: student.classify(student(images)))
+            results |= {f"student_ema_{key.removeprefix('student_')}": value for key, value in _top1(logits).items()}
+        return results
+
     def teacher(self, teacher: Teacher) -> dict[str, float]:
         """At its last block: its kNN and linear probe, if `evaluation.teacher`; and `student_teacher_cka`, linear CKA
         of their mean patches on the held-out images, biased upward by about width / images.
@@ -188,11 +216,12 @@ class Judge:
 
         pooling = Pooling(teacher.features)
         results: dict[str, float] = {}
+        whose = f"block {teacher.spec.depth} of teacher.weights={self._config.teacher.weights}"
         if self._config.evaluation.teacher:
-            found = self._held_out.features(pooling)
+            found = self._held_out.features(pooling, whose)
             results, theirs = self._accuracies("teacher", found, pooling), found and found[1]
         else:
-            theirs = self._held_out.validation(pooling)
+            theirs = self._held_out.validation(pooling, whose)
         if self._ours and theirs:
             theirs = pooling.of("patch", theirs)
             results["student_teacher_cka"] = linear_cka_of_features(self._ours.features, theirs.features).item()
@@ -254,10 +283,11 @@ def _final_table(summary: dict[str, Any], config: Config) -> str:
         [
             ("student top-1", _percent(summary.get("student_top1"))),
             *(
-                (f"{who}, {words}", _judged(summary, f"{who}_{kind}"))
-                for who in ("student", "teacher")
+                (f"{title}, {words}", _judged(summary, f"{who}_{kind}"))
+                for who, title in WHOSE.items()
                 for kind, words in KINDS.items()
             ),
+            ("averaged student top-1", _percent(summary.get("student_ema_top1"))),
             ("CKA of student and teacher", _decimals(summary.get("student_teacher_cka"))),
             ("target block at the end", f"{summary['final_block']} of {summary['teacher_depth']}"),
             ("optimizer steps", f"{summary['steps']} in {summary['train_seconds']:.1f} s"),

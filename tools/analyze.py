@@ -1,4 +1,4 @@
-"""Look at the tokens of vision transformers: dimensions, subspace rotation, spectral energy, CKA between layers.
+"""Look at the tokens of vision backbones: dimensions, subspace rotation, spectral energy, CKA between layers.
 
     python tools/analyze.py run runs/leap --teacher runs/leap/config.yaml \\
         --data /data/imagenet-mds/val --out runs/leap/analysis
@@ -12,7 +12,8 @@ MODEL is one of
     RUN                               a run's folder: the student that it exported
     PATH/student.safetensors          the same, with its .json beside it; or a teacher of tools/train_teacher.py
     PATH/config.yaml                  the teacher of a run, as its config names it
-    NAME, NAME=random, NAME=FILE      a timm model with its pretrained, with random or with a file's weights
+    NAME, NAME=random, NAME=FILE      a timm model with its pretrained, with random or with a file's weights; of one
+                                      that is no plain vision transformer, every stage at its own width and grid
 
 Also under torchrun or deepspeed, on several processes. OUT appears when everything is in it: blocks.csv, cka.csv,
 curves.npz, analysis.json, figures as PNG and PDF, and tensorboard/. docs/analysis.md explains what they show, and
@@ -29,12 +30,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from leap_dist.config import DataConfig, EvaluationConfig, is_remote
-from leap_dist.errors import UserError
+from leap_dist.config.ranges import RANGES, Range
+from leap_dist.errors import UserError, one_line
 from leap_dist.judging.requests import Request, named_apart, open_subjects, request
 
 if TYPE_CHECKING:
     from leap_dist.analysis import Analysis, Subject
     from leap_dist.runtime.distributed import World
+
+OPTION_RANGES = {
+    **{option: Range(1, 10**9) for option in ("images", "train_images")},
+    **{option: Range(1, 10**6) for option in ("pairs", "subspace", "batch")},
+    **{option: RANGES[f"data.{option}"] for option in ("workers", "crop_pct", "image_size")},
+}
 
 
 def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
@@ -84,13 +92,10 @@ def _add_survey_options(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> list[Request]:
     """Everything that can be wrong before anything is loaded. UserError in one line."""
-    for option in ("images", "train_images", "pairs", "subspace", "batch"):
-        if getattr(args, option, 1) < 1:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: at least 1")
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        raise UserError(f"--crop-pct {args.crop_pct}: above 0, at most 1")
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: at least 0")
+    for option, wanted in OPTION_RANGES.items():
+        value = getattr(args, option, None)
+        if value is not None and not wanted.holds(value):
+            raise UserError(f"--{option.replace('_', '-')} {value}: {wanted.words}")
     for option in ("data", "train"):
         if is_remote(getattr(args, option, "")) and not args.cache:
             raise UserError(f"--{option} {getattr(args, option)}: a URI needs --cache, a local folder for its shards")
@@ -199,7 +204,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         analyse(parse(argv))
     except UserError as error:
-        say(f"error: {error}")
+        say(f"error: {one_line(str(error))}")
         return 2
     except Exception:
         traceback.print_exc()

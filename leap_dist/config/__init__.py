@@ -22,6 +22,7 @@ from leap_dist.config.options import (
     DEMO_TEACHER,
     DIGITS,
     HUB,
+    NO_WEIGHTS,
     RANDOM,
     CheckpointConfig,
     Config,
@@ -38,11 +39,13 @@ from leap_dist.config.options import (
     matching_head,
     option,
 )
+from leap_dist.config.yaml_files import read_yaml
 
 __all__ = [
     "DEMO_TEACHER",
     "DIGITS",
     "HUB",
+    "NO_WEIGHTS",
     "RANDOM",
     "CheckpointConfig",
     "Config",
@@ -69,6 +72,7 @@ __all__ = [
     "option",
     "option_fields",
     "problems",
+    "read_yaml",
     "tables",
     "to_yaml",
 ]

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 DIGITS = "digits"  # data.train / data.val: the embedded demo set
 HUB = "hub"  # teacher.weights: timm's pretrained weights
+NO_WEIGHTS = "none"  # student.weights: random initialisation
 RANDOM = "random"  # teacher.weights: untrained, for tests and throughput work only
 DEMO_TEACHER = "demo"  # teacher.weights: the small ViT trained here on the digits
 
@@ -44,11 +45,25 @@ class TeacherConfig:
 class StudentConfig:
     """The student backbone."""
 
-    model: str = option(MISSING, "timm model name, e.g. vit_small_patch14_dinov2")
+    model: str = option(
+        MISSING,
+        "timm model name, e.g. vit_small_patch14_dinov2 or convnext_tiny; or package.module:function of one's own",
+    )
     kwargs: dict[str, Any] = field(
         default_factory=dict,
         metadata={"doc": "further arguments of timm.create_model, e.g. {embed_dim: 192, num_heads: 3}"},
     )
+    weights: str = option(
+        NO_WEIGHTS, "what training starts from: none | hub | path of a timm checkpoint or of an earlier run's export"
+    )
+    image_size: Optional[int] = option(
+        None, "side of the images it sees, pixels, resized on the device from the teacher's; null = the teacher's"
+    )
+    reduction: Optional[int] = option(
+        None, "pixels of a side that one token stands for, which picks the stage, e.g. 16; null = the deepest stage"
+    )
+    ema_decay: float = option(0.0, "average its weights over the steps with this decay, for a second export; 0 = off")
+    sync_batchnorm: bool = option(False, "batch norms normalise by the images of all ranks; on GPUs only")
     num_classes: int = option(0, "outputs of a classifier on the kept features; 0 = none")
     remedy: Literal["none", "lift", "wide_last"] = option(
         "none",

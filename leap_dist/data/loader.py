@@ -10,26 +10,30 @@ import os
 import signal
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch, Request
 from leap_dist.data.classes import UNLABELLED
+from leap_dist.data.colours import Crops
 from leap_dist.data.order import Share, epoch_order
 from leap_dist.data.transforms import Whole, eval_transform, train_transform
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World
+from leap_dist.runtime.files import refusal, takes_no_more
 from leap_dist.runtime.signals import STOPPING
 
 if TYPE_CHECKING:
     from leap_dist.data.streaming import ImageDataset
 
 log = logging.getLogger(__name__)
+SHARED_MEMORY = Path("/dev/shm")
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -45,6 +49,11 @@ def _guarded(batches: Iterable[Batch], source: str) -> Iterator[Batch]:
         message = str(error).rstrip().splitlines()[-1]
         raise UserError(message.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
     except RuntimeError as error:
+        if "shared memory" in str(error) and takes_no_more(error):
+            raise UserError(
+                f"loader workers pass images through shared memory. {refusal(error, SHARED_MEMORY, probe=False)} "
+                "(fewer data.workers take less; in a container --shm-size or --ipc=host gives more)"
+            ) from None
         if not str(error).startswith("DataLoader"):  # 'DataLoader timed out ...', 'DataLoader worker (pid 7) ...'
             raise
         raise UserError(f"{source}: {' '.join(str(error).split())} (data.workers, data.timeout_s)") from error
@@ -76,8 +85,17 @@ class _Requests:
         return iter(self.pending)
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    """The dataset has collated it."""
+def _shared(batch: Batch) -> Batch:
+    """A batch, which the dataset has collated, in the memory that its worker shares with the rank.
+
+    The worker's queue would move it there by itself, but in a thread whose fault nobody hears of: without room the rank
+    would wait for the batch until `data.timeout_s`.
+    """
+    if get_worker_info() is None:
+        return batch
+    pixels = batch.images.pixels if isinstance(batch.images, Crops) else batch.images
+    for tensor in (pixels, batch.labels, batch.ids, batch.positions):
+        tensor.share_memory_()
     return batch
 
 
@@ -87,7 +105,7 @@ def _data_loader(
     return DataLoader(
         dataset,
         batch_sampler=requests,
-        collate_fn=_as_it_is,
+        collate_fn=_shared,
         generator=torch.Generator(),  # else every pass draws a worker seed from the trainer's global stream
         num_workers=config.workers,
         # Python 3.14 would start them by a server, whose children they then were.

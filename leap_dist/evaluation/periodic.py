@@ -18,7 +18,7 @@ from leap_dist.evaluation.knn import knn_accuracy
 from leap_dist.evaluation.protocol import protocol_of
 from leap_dist.evaluation.tokens import Pooling
 from leap_dist.models import export_student, load_student
-from leap_dist.runtime.distributed import World, gather_objects
+from leap_dist.runtime.distributed import World, gather_objects, on_main
 from leap_dist.runtime.files import write_text
 from leap_dist.runtime.progress import Progress
 
@@ -51,7 +51,8 @@ class Validation:
         if self._held_out is None:
             few = options.quick_images
             self._held_out = HeldOut(self._config, self._world, few, few, bicubic=protocol.bicubic)
-        pooling = Pooling(load_student(export_student(engine, self._config, self._world), device))
+        exported = export_student(engine, self._config, self._world)
+        pooling = Pooling(load_student(exported, device, self._config.student.model))
         found = self._held_out.features(pooling)
         accuracies = {}
         for kind in pooling.chosen(protocol.features, "student") if found else ():
@@ -60,8 +61,12 @@ class Validation:
         return gather_objects(accuracies, self._world)[0]
 
     def write(self, lines: list[dict[str, float]]) -> None:
-        """Write, on rank 0, all of the run's evaluations so far: those of a checkpoint, and those since."""
-        if not self._world.is_main:
+        """Write, on rank 0, all of the run's evaluations so far: those of a checkpoint, and those since. Collective.
+
+        Raises:
+            UserError: on every rank, the disk refuses.
+        """
+        if not lines:
             return
         text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines)
-        write_text(Path(self._config.output) / VALIDATION, text)
+        on_main(lambda: write_text(Path(self._config.output) / VALIDATION, text), self._world)

@@ -66,7 +66,9 @@ def open_timm(asked: Request, size: int, world: World) -> Subject:
         try:
             return timm_subject(asked.teacher, asked.name, size, world.device)
         except UserError as error:  # in the words of a run's config, where here it is NAME=FILE
-            words = str(error).replace("teacher.weights=", f"{asked.teacher.model}=").replace("teacher.model=", "")
+            words = str(error).replace("teacher.model=", "").replace("student.model=", "")
+            for option in ("teacher.weights=", "student.weights="):
+                words = words.replace(option, f"{asked.teacher.model}=")
             raise UserError(words) from error
     from leap_dist.assembly import with_demo_teacher
 

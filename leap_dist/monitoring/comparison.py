@@ -8,7 +8,6 @@ counted from its first point, and there are no FLOPs. Runs of one name have one 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from leap_dist.errors import UserError
+from leap_dist.runtime.integrity import check_named, read_lines, read_sealed
+from leap_dist.runtime.schema import misfit
 
 LEDGER, SUMMARY, BOARD, VALIDATION = "curriculum.jsonl", "summary.json", "tensorboard", "evaluation.jsonl"
 SCORES = ("curriculum/cka", "curriculum/cosine")
@@ -69,8 +70,8 @@ def read(folder: Path, name: str) -> Run:
     """The run in `folder`. UserError if there is none, or a file of it cannot be read."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    ledger, board, summary = json_lines(folder / LEDGER), _board(folder / BOARD), read_summary(folder / SUMMARY)
-    evaluated = json_lines(folder / VALIDATION)
+    ledger, board, summary = read_ledger(folder), _board(folder / BOARD), read_summary(folder / SUMMARY)
+    evaluated = _lines(folder / VALIDATION, _Validation)
     validations = [{**line, "step": line["step"] - 1} for line in evaluated]  # steps that are done -> the last of them
     series = {row: found for row, found in board.items() if row in ROWS}
     clocks = {"seconds": board["seconds"]} if "seconds" in board else {}
@@ -96,14 +97,55 @@ def read(folder: Path, name: str) -> Run:
     )
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Of a file in the run folder; none where it is not there. UserError for what is not JSON."""
+@dataclass(frozen=True)
+class _Decision:
+    """What is read of a ledger's line."""
+
+    step: int
+    block: int
+    score: float | None = None
+    next_block: int | None = None
+    teacher_flops: float | None = None
+    seconds: float | None = None
+    threshold: float | None = None
+    depth: int | None = None
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """What is read of a line of evaluation.jsonl."""
+
+    step: int
+    knn: float
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What is read of summary.json."""
+
+    student_knn: float | None = None
+    student_probe: float | None = None
+    teacher_depth: int | None = None
+    teacher_flops_saved: float | None = None
+    epochs: float | None = None
+    train_seconds: float | None = None
+    flops: dict[str, float] = field(default_factory=dict)
+
+
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ledger; none where it is not there. UserError for one that is damaged."""
+    return _lines(folder / LEDGER, _Decision)
+
+
+def _lines(path: Path, shape: Any) -> list[dict[str, Any]]:
+    """Of a file in the run folder; none where it is not there. UserError for what is not what was written."""
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON lines ({error})") from None
+        check_named(path, path.with_name(SUMMARY))
+        return read_lines(path, shape)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def column(lines: Sequence[dict[str, Any]], key: str) -> Series:
@@ -147,13 +189,18 @@ def _board(folder: Path) -> dict[str, Series]:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """Of a run folder; empty where it is not there. UserError for what is not JSON."""
+    """Of a run folder; empty where it is not there. UserError for what is not what was written."""
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        summary, fault = read_sealed(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if fault:
+        raise UserError(f"{path} is {fault.split()[-1]}; remove it, and resume=auto writes it anew")
+    if fault := misfit(summary, _Summary):
+        raise UserError(f"{path} is no run's summary ({fault})")
+    return summary
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from published import inputs
 
 from leap_dist import assembly
 from leap_dist.config import Config, load
@@ -20,6 +19,7 @@ from leap_dist.matching.calibration import block_scores
 from leap_dist.runtime.distributed import World, initialise, shutdown
 from leap_dist.runtime.run_lock import Claim
 from leap_dist.trainer import Trainer
+from published import inputs
 
 STEPS_PER_EPOCH = 10
 

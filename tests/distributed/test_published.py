@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from published import inputs
 from safetensors.numpy import save_file
 
+from published import inputs
 from runs import on_ranks, scalars
 
 TRAJECTORY = json.loads((Path(inputs.__file__).parent / "leap_trajectory.json").read_text())

@@ -123,7 +123,7 @@ def test_a_teacher_of_a_students_name_is_told_apart() -> None:
         (["run", "nowhere/student.safetensors"], "nowhere/student.safetensors: no such file"),
         (["run", "nowhere/config.yaml"], "nowhere/config.yaml: no such file"),
         (["run", TEACHER, "--pairs", "0"], "--pairs 0: at least 1"),
-        (["run", TEACHER, "--crop-pct", "0"], "--crop-pct 0.0: above 0, at most 1"),
+        (["run", TEACHER, "--crop-pct", "0"], "--crop-pct 0.0: at least 0.01, at most 1"),
         (["run", TEACHER, "--data", "s3://bucket/val"], "--data s3://bucket/val: a URI needs --cache"),
         (["run", TEACHER, "--out", "{used}"], "exists and is not empty"),
         (["run", TEACHER, "--out", "{link}"], "a link or mount point; name a new folder"),

@@ -19,6 +19,7 @@ import sweep
 import yaml
 
 from fake_run import summary
+from leap_dist.runtime.integrity import write_sealed
 from leap_dist.sweeps import runner
 from leap_dist.sweeps.plan import read_plan
 from runs import write_config
@@ -167,7 +168,7 @@ def test_a_run_that_died_while_it_was_evaluated_is_gone_on_with(tmp_path: Path) 
     assert sweep.main([str(path)]) == 0
     left = tmp_path / "out/runs/a-s0/summary.json"
     whole = json.loads(left.read_text())
-    left.write_text(json.dumps({key: value for key, value in whole.items() if key != "time_saved"}))
+    write_sealed(left, {key: value for key, value in whole.items() if key != "time_saved"})
     assert sweep.main([str(path)]) == 0
     assert started(tmp_path) == ["a-s0", "a-s0"]
     assert json.loads(left.read_text()) == whole

@@ -15,7 +15,7 @@ from leap_dist.config import EvaluationConfig, load
 from leap_dist.data import build_eval_loader
 from leap_dist.errors import UserError
 from leap_dist.evaluation import Pooling, evaluate, protocol_of
-from leap_dist.evaluation.features import FeatureSet, extract, in_step, merge
+from leap_dist.evaluation.features import FeatureSet, check_finite, extract, in_step, merge
 from leap_dist.evaluation.held_out import HeldOut
 from leap_dist.evaluation.knn import knn_accuracy, knn_ranking
 from leap_dist.evaluation.probe import Probes, Recipe, judge, probe_accuracy, train_probes
@@ -298,3 +298,5 @@ def test_features_that_are_not_finite_are_refused(value: float, side: int) -> No
     sets[side].features[3, 1] = value
     with pytest.raises(UserError, match="features of 1 of 8 images are not finite"):
         evaluate(*sets, EvaluationConfig(), device=CPU)
+    with pytest.raises(UserError, match="the weights of the teacher hold NaN"):
+        check_finite(*sets, whose="the teacher")

@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from leap_dist.data import build_eval_loader, resolve
 from leap_dist.errors import UserError
 from leap_dist.evaluation.periodic import VALIDATION, Validation
-from leap_dist.runtime.checkpoint import newest
+from leap_dist.runtime.checkpoint_folder import newest
 from leap_dist.trainer import Trainer
 from stubs import ONE, scalars, stub_config, stub_trainer
 
