@@ -131,7 +131,7 @@ def test_a_teacher_of_a_students_name_is_told_apart() -> None:
         (["run", "vit_tiny_patch16_224=nowhere.pth"], "vit_tiny_patch16_224=nowhere.pth: no such file"),
         (["run", "{student}", "--image-size", "64"], "takes images of 32 pixels, not 64"),
         (["run", "{empty}"], "empty/student.safetensors: no such file"),
-        (["run", "{plain}"], "are no exported student"),
+        (["run", "{plain}"], "no readable record of an export"),
         (["run", "{cait}"], "cait_xxs24_224 cannot give the tokens of every block"),
         (["run", "{student}", "--subspace", "16"], "has room for 1 to 15; set --subspace"),
         (["run", TEACHER, "--data", "nowhere"], "nowhere/index.json does not exist"),
