@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from leap_dist.config import DEMO_TEACHER, Config, matching_head
+from leap_dist.config import DEMO_TEACHER, DIGITS, HUB, RANDOM, Config, matching_head
 from leap_dist.curriculum import build_curriculum
 from leap_dist.curriculum.coordinator import Coordinator
 from leap_dist.curriculum.ledger import replayed_schedule
 from leap_dist.data import BadSamples, build_train_loader, check_groups, check_sources, resolve
+from leap_dist.data.classes import check_outputs, numbered
 from leap_dist.errors import UserError
 from leap_dist.evaluation import Validation
 from leap_dist.matching import Objective, check_impl, check_widths
@@ -25,7 +26,7 @@ from leap_dist.models.placement_plan import check_pipelines
 from leap_dist.monitoring import check_window
 from leap_dist.runtime.average import WeightAverage
 from leap_dist.runtime.checkpoint import Checkpoints, find_resume
-from leap_dist.runtime.distributed import World, barrier, check_nodes
+from leap_dist.runtime.distributed import World, check_nodes, on_first
 from leap_dist.runtime.engine import build_engine, micro_batch
 from leap_dist.runtime.optim import build_optimizer
 from leap_dist.runtime.progress import total_steps
@@ -33,6 +34,7 @@ from leap_dist.runtime.run_lock import Claim
 from leap_dist.runtime.running_stats import running_stats
 from leap_dist.runtime.timing import PhaseTimer
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
+from leap_dist.teacher.record import CLASSES, read_record
 from leap_dist.trainer import Parts, Trainer
 
 BAD_SAMPLES = "bad_samples.jsonl"  # in the run folder
@@ -56,8 +58,9 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     check_pipelines(config.teacher, ranks=world.size, local_size=world.local_size, batch=batch)
     spec = describe_teacher(config.teacher, config.data.image_size)
     curriculum = build_curriculum(config.curriculum, spec.depth)
-    check_pair(config, spec, world.device)
+    check_pair(config, spec, world.device, batch)
     check_sources(config.data, world, config.student.num_classes)
+    check_class_order(config, world)
     if world.is_main:
         warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
@@ -117,9 +120,14 @@ def build_objective(config: Config, spec: TeacherSpec, fresh: bool = True) -> Ob
     return objective
 
 
-def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
-    """Raise UserError where teacher and student do not go together on this device, before either is loaded."""
-    student: Student = build_student(config.student, config.data.image_size, spec.dim)  # and tried on one image
+def check_pair(config: Config, spec: TeacherSpec, device: torch.device, batch: int) -> None:
+    """Raise UserError where teacher and student do not go together on this device, before either is loaded.
+
+    batch: images per forward on each rank.
+    """
+    student: Student = build_student(config.student, config.data.image_size, spec.dim, torch.device("meta"))
+    if student.recipe.map_at:
+        build_student(config.student, config.data.image_size, spec.dim)  # which tries it on one image
     if config.curriculum.mode == "all_layers" and student.depth not in (0, spec.depth):
         raise UserError(
             f"curriculum.mode=all_layers: needs equal depths, student.model={config.student.model} has {student.depth} "
@@ -131,7 +139,7 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
             f"objective.kd_alpha={config.objective.kd_alpha} with curriculum.block={config.curriculum.block}: the "
             f"teacher has logits at its last block only, which is {spec.depth}"
         )
-    check_batchnorm(config, student, device)
+    check_batchnorm(config, student, device, batch)
     check_widths(matching_head(config.objective, config.student.remedy), student.width, spec.dim)
     products, targets = DTYPES[config.engine.precision], DTYPES[config.teacher.dtype]
     check_impl(config.objective.impl, student.width, products, targets, device)
@@ -151,8 +159,31 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
             )
 
 
-def check_batchnorm(config: Config, student: Student, device: torch.device) -> None:
-    """Raise UserError where batch norms cannot be synchronised."""
+def check_class_order(config: Config, world: World) -> None:
+    """UserError if logits that the student is to learn from the teacher are not in the order of data.train's labels."""
+    if not config.objective.kd_alpha or config.data.train == DIGITS:
+        return
+    from leap_dist.data.store import class_names  # 3 s to import
+
+    known = config.teacher.weights not in (HUB, RANDOM, DEMO_TEACHER)
+    path, record = read_record(Path(config.teacher.weights)) if known else (None, {})
+    outputs = numbered(record[CLASSES], str(path)) if CLASSES in record else None
+    told = check_outputs(
+        class_names(config.data.train, config.data),
+        outputs,
+        (f"data.train={config.data.train}", f"teacher.weights={config.teacher.weights}"),
+    )
+    if told and world.is_main:
+        log.warning("objective.kd_alpha=%s: %s", config.objective.kd_alpha, told)
+
+
+def check_batchnorm(config: Config, student: Student, device: torch.device, batch: int) -> None:
+    """Raise UserError where batch norms cannot be synchronised, or have one image to go by."""
+    if running_stats(student) and batch == 1:
+        raise UserError(
+            f"data.global_batch={config.data.global_batch}: one image a rank and micro-batch, and the batch "
+            f"norms of student.model={config.student.model} need more"
+        )
     if not config.student.sync_batchnorm:
         return
     if not running_stats(student):
@@ -201,7 +232,5 @@ def with_demo_teacher(config: Config, world: World) -> Config:
     from leap_dist.pretraining.demo import demo_cache, ensure_demo_teacher
 
     cache = demo_cache(Path(config.output))
-    if world.local_rank == 0:
-        ensure_demo_teacher(cache)
-    barrier(world)
+    on_first(lambda: ensure_demo_teacher(cache), world)
     return replace(config, teacher=replace(config.teacher, weights=str(ensure_demo_teacher(cache))))

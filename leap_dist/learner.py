@@ -19,13 +19,14 @@ from torch import Tensor
 from leap_dist.analysis.live import Spectroscope
 from leap_dist.config import Config
 from leap_dist.curriculum.coordinator import Coordinator, Decision
+from leap_dist.curriculum.ledger import LEDGER, known_lines
 from leap_dist.data import BadSamples
 from leap_dist.evaluation import Validation
 from leap_dist.matching import Evidence, Match, best_block, reset_heads
 from leap_dist.models import Features, StepFlops
 from leap_dist.monitoring import Accountant, Costs, Journal, configured_peaks, memory_bytes
-from leap_dist.runtime.distributed import World, device_name, sum_over_ranks
-from leap_dist.runtime.engine import update_numbers
+from leap_dist.runtime.distributed import World, device_name, on_first, sum_over_ranks
+from leap_dist.runtime.engine import check_scale, update_numbers
 from leap_dist.runtime.host_copy import HostCopy
 from leap_dist.runtime.optim import lr_factor, peak_lr
 from leap_dist.runtime.progress import Progress
@@ -91,7 +92,7 @@ class Learner:
         self.progress = Progress()
         self.costs = Costs()
         self.pending: Optional[Pending] = None
-        self._ledger_from: tuple[int, Optional[Path]] = (0, None)  # lines known to the checkpoint, its run's folder
+        self._ledger: list[bytes] = []  # on rank 0, the lines known to the checkpoint
 
     # -- from session to session --------------------------------------------------------------------------------------
 
@@ -100,23 +101,22 @@ class Learner:
         return {
             "costs": asdict(self.costs),
             "curriculum": self.curriculum.state_dict(),
-            "ledger_lines": self.journal.lines(),
+            **self.journal.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], progress: Progress, run: Path) -> None:
         """Continue from `state_dict()` of the run in the folder `run`."""
         self.progress = progress
         self.costs = Costs(**state["costs"])
-        self._ledger_from = (state["ledger_lines"], run)
+        known = (run / LEDGER, state["ledger_lines"], state.get("ledger_mark", ""))
+        on_first(lambda: self._ledger.extend(known_lines(*known) if self.world.is_main else ()), self.world)
         self.curriculum.load_state_dict(state["curriculum"])
 
     def open(self) -> None:
         """Begin to write."""
-        lines, source = self._ledger_from
-        self.journal.open(
-            self.progress, self.costs, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps, lines=lines,
-            source=source,
-        )  # fmt: skip
+        length = {"steps_per_epoch": self.steps_per_epoch, "total_steps": self.total_steps}
+        self.journal.open(self.progress, self.costs, **length, ledger=self._ledger)
+        self.validation.write(self.progress.validations)  # over whatever has become of the file
         self.accountant.begin(self.progress.step, self.costs)
 
     def read_clocks(self) -> None:
@@ -166,8 +166,7 @@ class Learner:
         """One optimizer step; leaves its numbers in `pending`."""
         step = self.progress.step
         self._enter(work.block)
-        # Drop path and dropout: the same after a resume.
-        torch.manual_seed(step_seed(self.config.seed, step, DROPOUT, self.world.rank))
+        torch.manual_seed(step_seed(self.config.seed, step, DROPOUT, self.world.rank))  # as it was, after a resume
         lr = self._set_lr()
         self.spectroscope.before(step)
         scored, evidence, losses = self._wants_score(), None, []
@@ -234,14 +233,14 @@ class Learner:
         pending, self.pending = self.pending, None
         own_loss, loss, *terms, score, norm, scale = pending.values.read()
         target = self.curriculum.block
-        # Work that began before an advance says nothing about the new block.
-        judged = score if pending.block == target else math.nan
+        judged = score if pending.block == target else math.nan  # work begun before an advance is of the old block
         with self.timer.phase("decide", host=True):
             decision = self.coordinator.decide(
                 step=pending.step, loss=own_loss, score=judged, stop=stop, bad=len(bad_samples.fresh)
             )
         if decision.bad:
             bad_samples.share()
+        check_scale(scale, pending.step)
         self.accountant.charge(self.costs, pending.block, scored=not math.isnan(score))
         self.read_clocks()
         self.journal.decision(pending.step, pending.block, judged, advanced=self.curriculum.block != target)
@@ -291,7 +290,7 @@ class Learner:
             {
                 "epoch": progress.epoch,
                 "step": progress.step,
-                "knn": knn,
+                **knn,
                 "teacher_flops": costs.flops["teacher"],
                 "flops": costs.total_flops,
                 "seconds": costs.seconds,
@@ -299,7 +298,7 @@ class Learner:
             }
         )
         self.validation.write(progress.validations)
-        self.journal.points(progress.step - 1, {"evaluation/knn": knn})
+        self.journal.points(progress.step - 1, {f"evaluation/{key}": value for key, value in knn.items()})
 
 
 def _gathered(evidence: Optional[Evidence], match: Match) -> Optional[Evidence]:

@@ -12,13 +12,23 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from leap_dist.config import Config
-from leap_dist.config.command_line import parse
-from leap_dist.runtime import reporting, signals
+from leap_dist.runtime import reporting
+from leap_dist.runtime.signals import EVALUATING, UNBEGUN, Interrupt
+
+if TYPE_CHECKING:
+    from leap_dist.config import Config
 
 
-def train(config: Config) -> None:
+def parse(argv: list[str]) -> Config:
+    """Command line -> checked config. Imported here, like all that takes long: a signal is heard from the start."""
+    from leap_dist.config.command_line import parse
+
+    return parse(argv, __doc__)
+
+
+def train(config: Config, interrupt: Interrupt) -> None:
     """One run, from building the parts to the final table."""
     from leap_dist.assembly import build_trainer  # torch and DeepSpeed: seconds, only for a config that holds
     from leap_dist.runtime.distributed import initialise, shutdown
@@ -29,18 +39,20 @@ def train(config: Config) -> None:
     world = initialise()
     reporting.report_to_stderr(logging.INFO if world.is_main else logging.WARNING)
     claim = Claim(Path(config.output), world)
-    with Heartbeat(world, config.engine.silence_s, reporting.give_up) as heartbeat, claim:
+    with Heartbeat(world, config.engine.silence_s, reporting.give_up, interrupt) as heartbeat, claim:
         config, trainer = build_trainer(config, world, claim)
         heartbeat.step = lambda: trainer.progress.step
         try:
-            if trainer.run():
-                signals.leave_from_now_on()
+            if trainer.run(interrupt):
+                interrupt.let_go(EVALUATING)
                 wrap_up(config, world, trainer)
+                interrupt.over()
             else:
-                signals.ignore_from_now_on()
+                interrupt.over()
                 if world.is_main:
                     reporting.say_stopped(trainer.progress.step, launched=world.size > 1)
         except Exception as error:
+            interrupt.hold()
             heartbeat.explain(error)
             if " step " not in str(error):
                 error.add_note(f"after step {trainer.progress.step}")
@@ -51,18 +63,24 @@ def train(config: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, or stopped by a signal with everything saved; 2 a user's mistake, one line; 1 a bug."""
-    try:
-        config = parse(sys.argv[1:] if argv is None else argv, __doc__)
-    except Exception as error:
-        reporting.leave_the_word_to_rank_0()
-        return reporting.failed(error)
-    try:
-        train(config)
-    except Exception as error:
-        return reporting.failed(error)
-    finally:
-        reporting.forget_lost_output()
+    """Exit status: 0 done, or stopped by a signal with everything saved; 2 a user's mistake, one line; 1 a bug.
+
+    128 and the signal's number where one came before the first step.
+    """
+    with Interrupt(UNBEGUN) as interrupt:
+        try:
+            config = parse(sys.argv[1:] if argv is None else argv)
+        except Exception as error:
+            reporting.leave_the_word_to_rank_0()
+            interrupt.hold()
+            return reporting.failed(error)
+        try:
+            train(config, interrupt)
+        except Exception as error:
+            interrupt.hold()  # a launcher that ends the other ranks must not cut this one's word short
+            return reporting.failed(error)
+        finally:
+            reporting.forget_lost_output()
     return 0
 
 

@@ -27,7 +27,7 @@ from leap_dist.runtime.distributed import World
 from leap_dist.runtime.engine import weights_are_finite
 from leap_dist.runtime.progress import Progress, total_steps
 from leap_dist.runtime.seeds import MIXUP, step_seed
-from leap_dist.runtime.signals import Interrupt
+from leap_dist.runtime.signals import EVALUATING, Interrupt
 from leap_dist.runtime.timing import PhaseTimer, RunClock
 from leap_dist.teacher import Teacher
 from leap_dist.teacher.blame import teacher_fault
@@ -86,6 +86,7 @@ class Trainer:
         self.coming: Optional[Work] = None
         self.trained: Optional[Work] = None  # the last step's, should its loss be non-finite
         self.stopping = False
+        self.interrupt = Interrupt()
         self.first_step = 0  # of this session
         self.saved_step = -1
 
@@ -100,8 +101,15 @@ class Trainer:
         self.timer.carry_on(self.learner.costs.phases)
         self.saved_step = self.progress.step if path.parent.resolve() == self.checkpoints.folder.resolve() else -1
 
-    def run(self) -> bool:
-        """Train to the last step (True), or until a rank is told to stop (False). Saves in both cases."""
+    def run(self, interrupt: Optional[Interrupt] = None) -> bool:
+        """Train to the last step (True), or until a rank is told to stop (False). Saves in both cases.
+
+        interrupt: of the process, that ends it at a signal until the first step is done.
+        """
+        if interrupt is None:
+            with Interrupt() as interrupt:
+                return self.run(interrupt)
+        self.interrupt = interrupt
         self.checkpoints.claim_output()
         self.bad_samples.reopen(resumed=self.progress.step > 0)
         self.clock.start(self.learner.costs.seconds)
@@ -110,13 +118,11 @@ class Trainer:
             self._keep()  # another run's checkpoint: a kill from here on must not start afresh
             self._evaluate()
         self.profiler.before(self.progress.step)
-        with Interrupt() as interrupt:
-            while not (self._done or self.stopping):
-                self._epoch(interrupt)
-            # Still inside: a second signal, torchrun's after SLURM's, must not kill the save that the first asked for.
-            self.profiler.close()
-            self._save()
-            self.checkpoints.confirm()
+        while not (self._done or self.stopping):
+            self._epoch(interrupt)
+        self.profiler.close()
+        self._save()
+        self.checkpoints.confirm()
         return self._done
 
     @property
@@ -163,6 +169,7 @@ class Trainer:
         except NonFiniteLoss as error:
             raise self._explained(error) from error
         if decision is not None:
+            interrupt.hold()  # there is a step to save from now on
             self.checkpoints.confirm()  # the loss that the saved weights gave is finite
             self.stopping = decision.stop
 
@@ -240,7 +247,8 @@ class Trainer:
         if self.stopping or not self.learner.validation.is_due(self.progress):
             return
         self._keep()  # what fails from here on does not cost the epoch
-        self.learner.evaluate()
+        with self.interrupt.saved(EVALUATING):
+            self.learner.evaluate()
 
     @staticmethod
     def _is_save_due(count: int, every: int) -> bool:

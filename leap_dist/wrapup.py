@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import statistics
 import time
 from pathlib import Path
@@ -12,18 +12,22 @@ import torch
 from torch import Tensor
 
 from leap_dist.config import Config
-from leap_dist.evaluation import FeatureSet, HeldOut, evaluate
+from leap_dist.evaluation import KINDS, FeatureSet, HeldOut, Pooling, evaluate, protocol_of
 from leap_dist.matching import linear_cka_of_features
 from leap_dist.models import Student, export_average, export_student, load_student
 from leap_dist.monitoring import table
-from leap_dist.runtime.distributed import World, gather_objects
+from leap_dist.monitoring.comparison import LEDGER, SUMMARY, VALIDATION
+from leap_dist.runtime.distributed import World, gather_objects, on_main
 from leap_dist.runtime.engine import micro_batch
-from leap_dist.runtime.files import write_json
+from leap_dist.runtime.integrity import named_files, read_sealed, write_sealed
 from leap_dist.runtime.timing import CALIBRATION, PHASES
 from leap_dist.teacher import Teacher
 from leap_dist.trainer import Trainer
 
+log = logging.getLogger(__name__)
+
 TIMED_PASSES = 5
+WHOSE = {"student": "student", "student_ema": "averaged student", "teacher": "teacher"}  # accuracies, in the table
 TIMES = (
     "full_teacher_seconds_per_pass", "time_saved_seconds", "time_saved", "time_saved_at_least", "skip_efficiency",
     "teacher_skip_efficiency",
@@ -59,16 +63,28 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, Any]:
 
 
 def _write(summary: dict[str, Any], config: Config, world: World) -> None:
-    if world.is_main:
-        write_json(Path(config.output) / "summary.json", summary)
+    def write() -> None:
+        folder = Path(config.output)
+        write_sealed(folder / SUMMARY, summary | named_files(folder, LEDGER, VALIDATION))
+
+    on_main(write, world)
 
 
 def _earlier_times(config: Config, world: World, trainer: Trainer) -> Optional[dict[str, Any]]:
     """What the end of this very run said of its time, if this session made no step. Rank 0's for all; collective."""
-    path = Path(config.output) / "summary.json"
-    earlier = json.loads(path.read_text()) if world.is_main and path.is_file() else {}
+    earlier = _earlier_summary(Path(config.output) / SUMMARY) if world.is_main else {}
     same = trainer.first_step == trainer.progress.step == earlier.get("steps") and "time_saved" in earlier
     return gather_objects({key: earlier[key] for key in TIMES if key in earlier} if same else None, world)[0]
+
+
+def _earlier_summary(path: Path) -> dict[str, Any]:
+    """What is there of an earlier end; nothing of it is believed where it is damaged."""
+    if not path.is_file():
+        return {}
+    earlier, fault = read_sealed(path)
+    if fault:
+        log.warning("%s is %s: what it said is worked out anew", path, fault.split()[-1])
+    return earlier if not fault else {}
 
 
 def _progress_summary(config: Config, trainer: Trainer) -> dict[str, Any]:
@@ -162,18 +178,20 @@ class Judge:
 
     def __init__(self, config: Config, world: World) -> None:
         self._config, self._world = config, world
-        self._held_out = HeldOut(config, world, config.evaluation.max_train_images, None)
+        self._protocol = protocol_of(config.evaluation)
+        self._held_out = HeldOut(config, world, self._protocol.train_images, None, bicubic=self._protocol.bicubic)
         self._ours: Optional[FeatureSet] = None
 
     def student(self, student: Student) -> dict[str, float]:
-        """Its kNN and linear probe on average-pooled patch tokens; top-1 of its own classifier, if it has one.
+        """Its kNN and linear probe on each kind of features, and top-1 of its own classifier, if it has one.
 
         known_images, judged_images: of `data.train` and `data.val`; fewer than asked for where some cannot be read.
         judged_classes: that the latter are of.
         """
-        found = self._held_out.features(lambda images: student(images).patch.mean(1))
-        self._ours = found and found[1]
-        results = self._accuracies("student", found)
+        pooling = Pooling(student)
+        found = self._held_out.features(pooling)
+        self._ours = found and pooling.of("patch", found[1])
+        results = self._accuracies("student", found, pooling)
         if found:
             results |= {"known_images": len(found[0].ids), "judged_images": len(found[1].ids)}
             results["judged_classes"] = len(found[1].labels.unique())
@@ -183,7 +201,8 @@ class Judge:
 
     def average(self, student: Student) -> dict[str, float]:
         """kNN, linear probe and top-1, as `student`, of the one with averaged weights."""
-        results = self._accuracies("student_ema", self._held_out.features(lambda images: student(images).patch.mean(1)))
+        pooling = Pooling(student)
+        results = self._accuracies("student_ema", self._held_out.features(pooling), pooling)
         if self._config.student.num_classes:
             logits = self._held_out.validation(lambda images: student.classify(student(images)))
             results |= {f"student_ema_{key.removeprefix('student_')}": value for key, value in _top1(logits).items()}
@@ -191,28 +210,34 @@ class Judge:
 
     def teacher(self, teacher: Teacher) -> dict[str, float]:
         """At its last block: its kNN and linear probe, if `evaluation.teacher`; and `student_teacher_cka`, linear CKA
-        of what was judged on the held-out images, biased upward by about width / images.
+        of their mean patches on the held-out images, biased upward by about width / images.
         """
         teacher.retarget(teacher.spec.depth)
 
-        def pooled(images: Tensor) -> Tensor:
-            return teacher.features(images).patch.float().mean(1)
-
+        pooling = Pooling(teacher.features)
         results: dict[str, float] = {}
+        whose = f"block {teacher.spec.depth} of teacher.weights={self._config.teacher.weights}"
         if self._config.evaluation.teacher:
-            found = self._held_out.features(pooled)
-            results, theirs = self._accuracies("teacher", found), found and found[1]
+            found = self._held_out.features(pooling, whose)
+            results, theirs = self._accuracies("teacher", found, pooling), found and found[1]
         else:
-            theirs = self._held_out.validation(pooled)
+            theirs = self._held_out.validation(pooling, whose)
         if self._ours and theirs:
+            theirs = pooling.of("patch", theirs)
             results["student_teacher_cka"] = linear_cka_of_features(self._ours.features, theirs.features).item()
         return results
 
-    def _accuracies(self, who: str, found: Optional[tuple[FeatureSet, FeatureSet]]) -> dict[str, float]:
-        if found is None:
-            return {}
-        results = evaluate(*found, self._config.evaluation, device=self._world.device, seed=self._config.seed)
-        return {f"{who}_{name}": value for name, value in results.items()}
+    def _accuracies(
+        self, who: str, found: Optional[tuple[FeatureSet, FeatureSet]], pooling: Pooling
+    ) -> dict[str, float]:
+        """By WHO_KIND_MEASURE, such as student_cls_knn_top5; the measures are those of `evaluate`."""
+        results = {}
+        for kind in pooling.chosen(self._protocol.features, who) if found else ():
+            train, val = (pooling.of(kind, each) for each in found)
+            options = {"device": self._world.device, "seed": self._config.seed}
+            judged = evaluate(train, val, self._config.evaluation, **options)
+            results |= {f"{who}_{kind}_{name}": value for name, value in judged.items()}
+        return results
 
 
 def _top1(logits: Optional[FeatureSet]) -> dict[str, float]:
@@ -224,6 +249,15 @@ def _top1(logits: Optional[FeatureSet]) -> dict[str, float]:
 
 def _percent(value: Optional[float]) -> Optional[str]:
     return None if value is None else f"{value:.1%}"
+
+
+def _judged(summary: dict[str, Any], of: str) -> Optional[str]:
+    """kNN and probe of one kind of features in words; None where it was not judged."""
+    if f"{of}_knn" not in summary:
+        return None
+    best = summary.get(f"{of}_probe_best_epoch")
+    optimistic = "" if best is None else f" (best epoch {best:.1%}, chosen on the same images: optimistic)"
+    return f"kNN {summary[f'{of}_knn']:.1%}, linear probe {summary[f'{of}_probe']:.1%}{optimistic}"
 
 
 def _decimals(value: Optional[float]) -> Optional[str]:
@@ -248,13 +282,12 @@ def _final_table(summary: dict[str, Any], config: Config) -> str:
     return table(
         [
             ("student top-1", _percent(summary.get("student_top1"))),
-            ("student kNN", _percent(summary.get("student_knn"))),
-            ("student linear probe", _percent(summary.get("student_probe"))),
+            *(
+                (f"{title}, {words}", _judged(summary, f"{who}_{kind}"))
+                for who, title in WHOSE.items()
+                for kind, words in KINDS.items()
+            ),
             ("averaged student top-1", _percent(summary.get("student_ema_top1"))),
-            ("averaged student kNN", _percent(summary.get("student_ema_knn"))),
-            ("averaged student linear probe", _percent(summary.get("student_ema_probe"))),
-            ("teacher kNN", _percent(summary.get("teacher_knn"))),
-            ("teacher linear probe", _percent(summary.get("teacher_probe"))),
             ("CKA of student and teacher", _decimals(summary.get("student_teacher_cka"))),
             ("target block at the end", f"{summary['final_block']} of {summary['teacher_depth']}"),
             ("optimizer steps", f"{summary['steps']} in {summary['train_seconds']:.1f} s"),

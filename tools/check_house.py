@@ -21,7 +21,7 @@ LONGEST_FILE = 500
 FLOORS = [
     {"__init__"},  # what `import leap_dist` gives
     {"train"},
-    {"benchmarking", "deployment", "sweeps"},
+    {"benchmarking", "deployment", "judging", "sweeps"},
     {"assembly"},
     {"pretraining", "wrapup"},
     {"trainer"},

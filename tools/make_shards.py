@@ -22,12 +22,20 @@ from typing import Optional
 
 from tqdm import tqdm
 
+from leap_dist.config.ranges import Range
 from leap_dist.data.names import printable
 from leap_dist.data.sharding import JPEG_QUALITY, QUARANTINE, Plan, Recipe, check_apart, check_out, plan, write_planned
 from leap_dist.data.sources import WHOLE, Images, counted, open_source
 from leap_dist.data.verifying import count_classes, stored_shards, verify
 from leap_dist.errors import UserError
 
+RANGES = {
+    "workers": Range(0, 1024),
+    "resize": Range(1, 65_535),  # JPEG has no more pixels a side
+    "quality": Range(1, 100),
+    "max_bad": Range(0, 1),
+    "shard_mib": Range(1e-6, 4095),  # MDS counts a shard's bytes in 32 bits
+}
 CLASS_LISTS = {"imagenet100": files("leap_dist.data") / "imagenet100.txt"}
 
 
@@ -56,10 +64,10 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
         parser.error("give SRC and OUT, or --verify and OUT")
     if options.quality is not None and options.resize is None:
         parser.error("--quality is about --resize, which is not given")
-    for name, lowest in (("workers", 0), ("resize", 1), ("quality", 1), ("max_bad", 0), ("shard_mib", 1e-6)):
+    for name, wanted in RANGES.items():
         value = getattr(options, name)
-        if value is not None and value < lowest:
-            parser.error(f"--{name.replace('_', '-')} {value}: at least {lowest}")
+        if value is not None and not wanted.holds(value):
+            parser.error(f"--{name.replace('_', '-')} {value}: {wanted.words}")
     return options
 
 

@@ -28,7 +28,7 @@ CLUSTERS = {
 # ViT-22B (arXiv 2302.05442) on paper: its shape, in timm's terms.
 VIT_22B = {"patch_size": 14, "embed_dim": 6144, "depth": 48, "num_heads": 48}
 TEACHERS = {
-    "vit-g14": TeacherConfig(model="vit_giant_patch14_dinov2", weights="random", dtype="bf16"),
+    "vit-g14": TeacherConfig(model="vit_giant_patch14_reg4_dinov2", weights="random", dtype="bf16"),
     "vit-7b": TeacherConfig(model="vit_7b_patch16_dinov3", weights="random", dtype="bf16"),
     "vit-22b": TeacherConfig(model="vit_base_patch16_224", kwargs=VIT_22B, weights="random", dtype="bf16"),
 }

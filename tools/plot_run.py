@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, one_line
 from leap_dist.monitoring import climb
 from leap_dist.monitoring.comparison import draw, names, read
+from leap_dist.runtime.files import write_whole
 
 
 def side_by_side(folders: Sequence[Path]) -> Any:
@@ -38,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         figure = climb.draw(climb.read(args.runs[0])) if len(args.runs) == 1 else side_by_side(args.runs)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.out, dpi=120)
+        kind = args.out.suffix.removeprefix(".") or "png"
+        write_whole(args.out, lambda partial: figure.savefig(partial, dpi=120, format=kind))
     except UserError as error:
-        print(f"plot_run: error: {error}", file=sys.stderr)
+        print(f"plot_run: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     print(f"written to {args.out}")
     return 0

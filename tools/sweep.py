@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, one_line
 from leap_dist.sweeps.plan import read_plan
 from leap_dist.sweeps.results import check_columns, draw_curves, write_results
 from leap_dist.sweeps.runner import Sweep, check_launcher, sigterm_as_ctrl_c
@@ -49,7 +49,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         write_results(plan, sweep.failures)
         draw_curves(plan)
     except UserError as error:
-        print(f"sweep: error: {error}", file=sys.stderr)
+        print(f"sweep: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sweep: stopped; the same command goes on", file=sys.stderr)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Optional
 
 from leap_dist.config import describe
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, one_line
 from leap_dist.pretraining.recipe import TeacherRecipe, load_recipe
 
 
@@ -64,8 +64,11 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         options.run(options)
     except UserError as error:
-        print(f"train_teacher: error: {error}", file=sys.stderr)
+        print(f"train_teacher: error: {one_line(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train_teacher: stopped before its first step; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -17,7 +17,7 @@ myst_heading_anchors = 4  # as GitHub makes them
 
 CONTENTS = {
     "Use": ["configuration", "imagenet", "running", "data", "students", "objectives", "teachers", "scaling"],
-    "Look": ["profiling", "analysis", "sweeps"],
+    "Look": ["profiling", "analysis", "evaluation", "sweeps"],
     "Evidence": ["evidence", "benchmarks/README", "benchmarks/*"],
     "Inside": ["design", "kernels", "/CHANGELOG"],
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import shutil
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -173,8 +172,8 @@ def obstacle(device: torch.device, width: int | None, compute: torch.dtype, teac
         return "needs the triton package"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs a CUDA device (or TRITON_INTERPRET=1), but the inputs are on {device}"
-    if device.type == "cuda" and not _has_compiler():
-        return "needs a C compiler, with which Triton builds its launcher: install gcc, or set CC"
+    if device.type == "cuda" and (fault := _driver_fault()):
+        return fault
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
         # Compiled for a T4: from a width of 768 on no tile fits its shared memory.
         least, own = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
@@ -188,8 +187,16 @@ def obstacle(device: torch.device, width: int | None, compute: torch.dtype, teac
 
 
 @functools.cache
-def _has_compiler() -> bool:
-    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+def _driver_fault() -> str | None:
+    """What keeps Triton from building its driver on this machine, which it does in C when it is first asked."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # no compiler, no Python.h, no libcuda.so.1 in the linker's cache: of any kind
+        reason = " ".join(str(error).split())[:200]
+        return f"cannot build its driver; it needs gcc, or CC, and Python's headers (python3-dev): {reason}"
+    return None
 
 
 def _empty_outputs(

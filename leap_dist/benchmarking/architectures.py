@@ -1,4 +1,4 @@
-"""Every timm architecture as a student: built, trained for a step, exported and read back. docs/students.md has the list.
+"""Every timm architecture as a student: built, trained for a step, exported and read back (docs/students.md).
 
 Random weights and two random images, at the smallest size that the architecture takes. What is refused is refused in
 the words that a run would be.
@@ -7,12 +7,12 @@ the words that a run would be.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Any
 
 import timm
 import torch
@@ -27,6 +27,7 @@ from leap_dist.runtime.distributed import World
 from leap_dist.runtime.optim import build_optimizer
 
 SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 299, 331, 384, 448, 512)
+BEGIN, END = "<!-- list of students -->", "<!-- end of the list -->"  # in the page
 _ONE = World(0, 1, 0, 1, torch.device("cpu"))
 _TEACHER_WIDTH, _TEACHER_GRID = 24, (4, 4)
 
@@ -66,12 +67,6 @@ def evenly(names: Iterable[str], count: int) -> list[str]:
     """`count` of the names, evenly spread."""
     names = list(names)
     return [names[index * len(names) // count] for index in range(min(count, len(names)))]
-
-
-def sweep(names: Iterable[str]) -> Iterator[Verdict]:
-    """`try_out` every one."""
-    for name in names:
-        yield try_out(name)
 
 
 def try_out(name: str) -> Verdict:
@@ -170,9 +165,34 @@ def _norms(model: torch.nn.Module, images: Tensor) -> bool:
     return True
 
 
-def smallest_of_each_kind(names: Iterable[str], skip: Optional[set[str]] = None) -> list[str]:
-    """For every class of timm the architecture with the fewest parameters."""
-    found: dict[str, str] = {}
-    for name in sorted(names, key=lambda name: _outline(name)[1]):
-        found.setdefault(_outline(name)[0], name)
-    return [name for kind, name in sorted(found.items()) if kind not in (skip or set())]
+def page_with(page: str, verdicts: list[Verdict]) -> str:
+    """The page with the list between `BEGIN` and `END` made anew. UserError where it has no such place."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"has no lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{listing(verdicts)}\n{END}{after}"
+
+
+def listing(verdicts: list[Verdict]) -> str:
+    """What became of them as Markdown: a line for every class of timm, and one for every refusal."""
+    trained = [verdict for verdict in verdicts if not verdict.refusal]
+    kinds: dict[str, list[Verdict]] = {}
+    for verdict in sorted(trained, key=lambda verdict: (verdict.kind.lower(), verdict.name)):
+        kinds.setdefault(verdict.kind, []).append(verdict)
+    lines = [
+        f"Tried with timm {timm.__version__}: {len(verdicts)}. Trained: {len(trained)}. "
+        f"Refused: {len(verdicts) - len(trained)}.",
+        "",
+        "| class | class token | that train, with the size they were tried at |",
+        "|---|---|---|",
+    ]
+    for kind, group in kinds.items():
+        ways = ", ".join(sorted({verdict.cls for verdict in group}))
+        names = ", ".join(f"`{verdict.name}` {verdict.size}" for verdict in group)
+        lines.append(f"| {kind} | {ways} | {names} |")
+    refused = sorted((verdict for verdict in verdicts if verdict.refusal), key=lambda verdict: verdict.name)
+    if refused:
+        lines += ["", "| refused | because |", "|---|---|"]
+        lines += [f"| `{verdict.name}` | {verdict.refusal.replace('|', '/')} |" for verdict in refused]
+    return "\n".join(lines) + "\n"

@@ -122,7 +122,7 @@ class Conducted:
 def build_conducted(config: Config, world: World, teacher: ReplicatedTeacher, images: Tensor) -> Trainer:
     """A trainer whose run `conduct` conducts; everything but loader and teacher is a run's own."""
     spec = describe_teacher(config.teacher, config.data.image_size)
-    check_pair(config, spec, world.device)
+    check_pair(config, spec, world.device, len(images))
     objective = build_objective(config, spec)
     timer = PhaseTimer(world.device)
     parts = Parts(

@@ -28,6 +28,7 @@ from leap_dist.config.options import (
     matching_head,
     option,
 )
+from leap_dist.config.yaml_files import read_yaml
 
 __all__ = [
     "DEMO_TEACHER",
@@ -60,6 +61,7 @@ __all__ = [
     "option",
     "option_fields",
     "problems",
+    "read_yaml",
     "tables",
     "to_yaml",
 ]

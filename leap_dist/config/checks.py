@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from operator import attrgetter
 from pathlib import Path
@@ -21,6 +20,8 @@ from leap_dist.config.options import (
     is_remote,
     matching_head,
 )
+from leap_dist.config.paths import nameless, no_file_to_read, no_folder_to_write, short
+from leap_dist.config.ranges import RANGES, complaint
 
 SIZE = re.compile(r"\d+b?|\d+(\.\d+)? *[kmgtpezy]b")  # as streaming reads it
 
@@ -42,43 +43,6 @@ OWNED_BY_ENGINE = {
     "nebula": "the options of checkpoint",
 }
 
-# What numbers may be, in the words of a complaint and of docs/configuration.md.
-RANGES = {
-    "at least 1": (
-        "data.image_size", "data.global_batch", "data.canonical_nodes", "data.timeout_s",
-        "curriculum.max_epochs_per_block", "curriculum.last_block_after", "teacher.stages", "teacher.microbatches",
-        "engine.accumulation", "checkpoint.keep", "telemetry.every", "optim.batch_reference", "evaluation.knn_k",
-        "evaluation.probe_epochs", "evaluation.quick_images", "evaluation.max_train_images",
-        "student.image_size", "student.reduction",
-    ),
-    "at least 0": (
-        "seed", "student.num_classes", "data.workers", "data.predownload", "data.cutmix_alpha", "objective.cls_weight",
-        "objective.feature_weight", "optim.weight_decay", "optim.warmup_epochs", "engine.clip", "engine.silence_s",
-        "checkpoint.every_epochs", "checkpoint.every_steps", "telemetry.spectra_every", "evaluation.every_epochs",
-    ),
-    "above 0": (
-        "epochs", "data.mixup_alpha", "data.std", "objective.kd_tau", "optim.lr", "optim.trust_coefficient",
-        "evaluation.probe_lr", "teacher.memory_budget", "telemetry.peak_tflops",
-    ),
-    "between 0 and 1": (
-        "objective.kd_alpha", "objective.label_smoothing", "data.max_bad_fraction", "optim.final_lr_fraction",
-        "optim.momentum",
-    ),
-    "in (0, 1]": ("curriculum.ema_alpha", "data.crop_pct"),
-    "in [0, 1)": ("optim.betas", "student.ema_decay"),
-    "below 2**32": ("seed",),
-}  # fmt: skip
-_HOLDS = {
-    "at least 1": lambda value: value >= 1,
-    "at least 0": lambda value: value >= 0,
-    "above 0": lambda value: value > 0,
-    "between 0 and 1": lambda value: 0 <= value <= 1,
-    "in (0, 1]": lambda value: 0 < value <= 1,
-    "in [0, 1)": lambda value: 0 <= value < 1,
-    "below 2**32": lambda value: value < 2**32,
-}
-_UNBOUNDED = ("at least 0", "above 0")
-
 
 def problems(config: Config) -> list[str]:
     """Every impossible value or combination, one line each."""
@@ -98,24 +62,21 @@ def problems(config: Config) -> list[str]:
 
 
 def _range_problems(config: Config) -> list[str]:
-    found = []
-    for words, keys in RANGES.items():
-        for key in keys:
-            value = attrgetter(key)(config)
-            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-            if not all(map(_HOLDS[words], numbers)):
-                found.append(f"{key}={list(value) if isinstance(value, tuple) else value}: must be {words}")
-            elif words in _UNBOUNDED and math.inf in numbers:
-                found.append(f"{key}=inf: must be finite")
-    return found
+    found = (complaint(key, attrgetter(key)(config), RANGES) for key in RANGES)
+    return [problem for problem in found if problem is not None]
+
+
+def _is_of_unit_range(data: DataConfig) -> bool:
+    """Whether mean and deviation can be those of numbers between 0 and 1."""
+    return all(0 <= mean <= 1 for mean in data.mean) and all(std <= 1 for std in data.std)
 
 
 def _pixel_problems(data: DataConfig) -> list[str]:
     low, high = data.crop_scale
-    finite = all(map(math.isfinite, (*data.mean, *data.std)))
+    said = f"data.mean={list(data.mean)}, data.std={list(data.std)}"
     return [
-        *([] if finite else ["data.mean, data.std: must be finite"]),
-        *([] if 0 < low <= high <= 1 else [f"data.crop_scale=[{low}, {high}]: must satisfy 0 < low <= high <= 1"]),
+        *([] if _is_of_unit_range(data) else [f"{said}: must be of pixels from 0 to 1"]),
+        *([] if low <= high else [f"data.crop_scale=[{low}, {high}]: must satisfy low <= high"]),
     ]
 
 
@@ -159,8 +120,6 @@ def _curriculum_problems(curriculum: CurriculumConfig, epochs: float) -> list[st
         )
     if curriculum.replay is not None and curriculum.mode != "leap":
         problems.append(f"curriculum.replay={curriculum.replay}: only used with curriculum.mode=leap")
-    if not math.isfinite(curriculum.threshold):
-        problems.append(f"curriculum.threshold={curriculum.threshold}: must be a finite number")
     return problems
 
 
@@ -197,15 +156,19 @@ def _telemetry_problems(telemetry: TelemetryConfig) -> list[str]:
     problems = []
     if telemetry.profile_steps is not None:
         first, last = telemetry.profile_steps
-        if not 0 <= first <= last:
-            problems.append(f"telemetry.profile_steps=[{first}, {last}]: must satisfy 0 <= first <= last")
+        if first > last:
+            problems.append(f"telemetry.profile_steps=[{first}, {last}]: must satisfy first <= last")
     return problems
 
 
 def _evaluation_problems(config: Config) -> list[str]:
-    if config.evaluation.every_epochs and config.data.val is None:
-        return [f"evaluation.every_epochs={config.evaluation.every_epochs}: needs data.val"]
-    return []
+    options, found = config.evaluation, []
+    if options.every_epochs and config.data.val is None:
+        found.append(f"evaluation.every_epochs={options.every_epochs}: needs data.val")
+    for key, asked in (("features", options.features), ("probe_lrs", options.probe_lrs)):
+        if asked is not None and (not asked or len(set(asked)) < len(asked)):
+            found.append(f"evaluation.{key}={asked}: at least one, and each once; null = what the protocol takes")
+    return found
 
 
 def _placement_problems(config: Config) -> list[str]:
@@ -272,23 +235,26 @@ def _path_problems(config: Config) -> list[str]:
     for key, path in (("output", config.output), ("data.cache", config.data.cache)):
         if path is not None and path.startswith("~"):
             problems.append(f"{key}={path}: write the home folder out; no shell has seen this ~")
+        elif path is not None and (fault := no_folder_to_write(path)):
+            problems.append(f"{key}={short(path)}: {fault}")
     for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
         if source is None or source == DIGITS:
             continue
-        if is_remote(source) and config.data.cache is None:
+        if fault := nameless(source):
+            problems.append(f"{key}={short(source)}: {fault}")
+        elif is_remote(source) and config.data.cache is None:
             problems.append(f"{key}={source}: a remote source needs data.cache, a local folder for its shards")
-        if not is_remote(source) and not Path(source).is_dir():
+        elif not is_remote(source) and not Path(source).is_dir():
             problems.append(f"{key}={source}: no such folder (nor '{DIGITS}', nor a remote URI)")
     problems += _digits_problems(config.data)
-    if config.teacher.weights not in (HUB, RANDOM, DEMO_TEACHER) and not Path(config.teacher.weights).is_file():
-        problems.append(
-            f"teacher.weights={config.teacher.weights}: no such file (nor {HUB}, {RANDOM} or {DEMO_TEACHER})"
-        )
-    if config.student.weights not in (NO_WEIGHTS, HUB) and not Path(config.student.weights).exists():
-        problems.append(f"student.weights={config.student.weights}: no such file (nor {NO_WEIGHTS} or {HUB})")
-    replay = config.curriculum.replay
-    if replay is not None and not Path(replay).is_file():
-        problems.append(f"curriculum.replay={replay}: no such file")
-    if config.resume not in ("auto", "none") and not Path(config.resume).is_dir():
-        problems.append(f"resume={config.resume}: no such checkpoint folder (nor auto or none)")
+    weights, replay, resume = config.teacher.weights, config.curriculum.replay, config.resume
+    if weights not in (HUB, RANDOM, DEMO_TEACHER) and (fault := no_file_to_read(weights)):
+        problems.append(f"teacher.weights={short(weights)}: {fault} (nor {HUB}, {RANDOM} or {DEMO_TEACHER})")
+    start = config.student.weights
+    if start not in (NO_WEIGHTS, HUB) and (nameless(start) or not Path(start).exists()):
+        problems.append(f"student.weights={short(start)}: no such file (nor {NO_WEIGHTS} or {HUB})")
+    if replay is not None and (fault := no_file_to_read(replay)):
+        problems.append(f"curriculum.replay={short(replay)}: {fault}")
+    if resume not in ("auto", "none") and (nameless(resume) or not Path(resume).is_dir()):
+        problems.append(f"resume={short(resume)}: no such checkpoint folder (nor auto or none)")
     return problems

@@ -12,8 +12,11 @@ from typing import Any, Optional, TypeVar
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from leap_dist.config.checks import RANGES, problems
+from leap_dist.config.checks import problems
 from leap_dist.config.options import Config
+from leap_dist.config.paths import no_file_to_read, short
+from leap_dist.config.ranges import RANGES
+from leap_dist.config.yaml_files import read_yaml
 from leap_dist.errors import UserError
 
 _T = TypeVar("_T")
@@ -65,11 +68,13 @@ def merge(schema: type[_T], path: Optional[Path], overrides: list[str]) -> _T:
     config, known = OmegaConf.structured(schema), option_fields(schema)
     for source, layer in (*_yaml_layers(path), *_override_layers(overrides, known)):
         leaves = _leaves(layer, known)
+        own = source in ("command line", str(path))
         for key, value in leaves:
-            _require_known(key, source, list(known))
+            _require_known(key, source, list(known), own)
             if _is_text(known[key]) and isinstance(value, (bool, int, float)):
                 # What YAML takes for a number is not what was typed: 2026_07_01 would be 20260701.
-                raise UserError(f"{key}={value!r} ({source}): expected {_expected(known[key])}; put it in quotes")
+                what = f"{key}={value!r:.200}" if own else key
+                raise UserError(f"{what} ({source}): expected {_expected(known[key])}; put it in quotes")
         try:
             config = _with(config, leaves)
         except MISFITS:
@@ -77,7 +82,8 @@ def merge(schema: type[_T], path: Optional[Path], overrides: list[str]) -> _T:
                 try:
                     config = _with(config, [(key, value)])
                 except MISFITS:
-                    raise UserError(f"{key}={value!r} ({source}): expected {_expected(known[key])}") from None
+                    what = f"{key}={value!r:.200}" if own else key
+                    raise UserError(f"{what} ({source}): expected {_expected(known[key])}") from None
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -100,19 +106,19 @@ def _yaml_layers(path: Optional[Path], seen: tuple[Path, ...] = ()) -> list[tupl
     """The YAML at `path`, after the one its `base` names (relative to it), if any."""
     if path is None:
         return []
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
+    if fault := no_file_to_read(str(path)):
+        raise UserError(f"--config {short(str(path))}: {fault}")
+    layer = read_yaml(path, f"--config {path}")
     if path.resolve() in seen:
         raise UserError(f"--config {path}: is its own base")
-    try:
-        layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as error:  # yaml has no common base for what a broken file raises
-        raise UserError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(layer, dict):
         raise UserError(f"--config {path}: expected a mapping of sections")
     base = layer.pop("base", None)
-    base_layers = [] if base is None else _yaml_layers(path.parent / str(base), (*seen, path.resolve()))
-    return [*base_layers, (str(path), layer)]
+    if base is None:
+        return [(str(path), layer)]
+    if Path(str(base)).suffix not in (".yaml", ".yml"):
+        raise UserError(f"--config {path}: base: the name of a .yaml file is expected")
+    return [*_yaml_layers(path.parent / str(base), (*seen, path.resolve())), (str(path), layer)]
 
 
 def _override_layers(overrides: list[str], known: dict[str, dataclasses.Field]) -> list[tuple[str, Any]]:
@@ -165,9 +171,12 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _require_known(key: str, source: str, known: list[str]) -> None:
+def _require_known(key: str, source: str, known: list[str], own: bool) -> None:
+    """UserError unless there is such an option. own: the source is the user's own; a base may be any file, unquoted."""
     if key in known:
         return
+    if not own and not difflib.get_close_matches(key[:100], known, 1, 0.8):
+        raise UserError(f"{source}: the base of a config; it has a key that is no option")
     sections = {name.split(".")[0] for name in known if "." in name}
     if key in sections:
         raise UserError(f"{key} ({source}): is a section; set one of its keys, e.g. {_nearest(key + '.', known)}")
@@ -191,12 +200,16 @@ def _kind(option: dataclasses.Field) -> tuple[str, str]:
     """The words of `_expected`, its "or null" apart; "" where null is not allowed."""
     words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
     words |= {"tuple[int, int]": "two whole numbers", "tuple[float, float]": "two numbers"}
+    words |= {"list[float]": "a list of numbers"}
     words |= {"tuple[float, float, float]": "three numbers", "dict[str, Any]": "a mapping"}
     annotation = str(option.type)
     optional = annotation.startswith("Optional[")
     annotation = annotation.removeprefix("Optional[").removesuffix("]") if optional else annotation
+    several = annotation.startswith("list[Literal")
+    annotation = annotation.removeprefix("list[").removesuffix("]") if several else annotation
     if annotation.startswith("Literal"):
-        text = "one of " + annotation.removeprefix("Literal[").removesuffix("]").replace('"', "")
+        names = annotation.removeprefix("Literal[").removesuffix("]").replace('"', "")
+        text = f"a list of {names}" if several else f"one of {names}"
     else:
         text = words.get(annotation, annotation)
     return text, "or null" if optional else ""
@@ -267,8 +280,7 @@ def tables(schema: type = Config) -> str:
                 "|---|---|---|---|",
             ]
         text, null = _kind(option)
-        ranges = [words for words, keys in RANGES.items() if key in keys]
-        allowed = ", ".join(filter(None, [text, *ranges, null]))
+        allowed = ", ".join(filter(None, [text, RANGES[key].words if key in RANGES else "", null]))
         cells = (f"`{key}`", f"`{_shown_default(option)}`", allowed, option.metadata["doc"])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

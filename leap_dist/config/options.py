@@ -225,10 +225,24 @@ class TelemetryConfig:
 class EvaluationConfig:
     """What is measured at the end of the run, and between its epochs (needs data.val)."""
 
+    protocol: Literal["swept", "leap"] = option(
+        "swept",
+        "what null stands for in the next options. swept: every kind of feature, the probe's best of several rates; "
+        "leap: as published, class token, one rate, all images, bicubic, and the probe's best epoch beside its last",
+    )
+    features: Optional[list[Literal["cls", "patch", "cls_patch"]]] = field(
+        default=None,
+        metadata={"doc": "what kNN and probe see: class token, mean patch, both side by side; null = all, or cls"},
+    )
+    probe_lrs: Optional[list[float]] = field(
+        default=None,
+        metadata={"doc": "rates that probes try, chosen on a tenth of the training images; null = 0.01 to 1, or 0.1"},
+    )
+    max_train_images: Optional[int] = option(
+        None, "training images used for kNN and probe; 0 = all; null = 50,000, or all"
+    )
     knn_k: int = option(20, "neighbours that kNN asks")
     probe_epochs: int = option(100, "epochs of the linear probe on frozen features")
-    probe_lr: float = option(0.1, "SGD learning rate of the probe")
-    max_train_images: Optional[int] = option(50_000, "training images used for kNN and probe; null = all")
     teacher: bool = option(
         True, "kNN and probe of the teacher's last block too. Its CKA with the student is always measured"
     )

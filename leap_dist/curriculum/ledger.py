@@ -12,47 +12,103 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+import xxhash
+
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, gather_objects
-from leap_dist.runtime.files import write_text
+from leap_dist.runtime.files import write_whole, writing
+from leap_dist.runtime.integrity import Damaged, check_named, read_lines
 
 LEDGER = "curriculum.jsonl"
 
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is read back of a line."""
+
+    step: int
+    block: int
+    next_block: int
+    depth: Optional[int] = None
+
+
+def known_lines(path: Path, lines: int, mark: str) -> list[bytes]:
+    """The first `lines` lines of a ledger: those that a checkpoint knew of. None are left of one that is not there.
+
+    mark: their hash, as `Ledger.mark`; empty in an older version's checkpoint.
+
+    Raises:
+        UserError: they are not what was written.
+    """
+    if not lines:
+        return []
+    if not path.is_file():
+        log.warning("%s is missing: the run goes on without its first %d lines", path, lines)
+        return []
+    try:
+        with path.open("rb") as file:
+            found = list(itertools.islice(file, lines))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if mark and xxhash.xxh3_128_hexdigest(b"".join(found)) != mark:
+        raise UserError(
+            f"{path}: its first {lines} lines are not those that the checkpoint was saved with; put them back, or "
+            "remove the file to go on without them"
+        )
+    return found
+
 
 class Ledger:
-    """Appends to the ledger of one run; on rank 0 only.
+    """Appends to the ledger of one run; on rank 0 only. A line that the disk refuses waits in memory for the next try.
 
     Args:
-        lines: that are kept, from the run this one continues: those that its checkpoint knew of.
-        source: folder of that run; None: `output` itself.
+        kept: lines of the run that this one continues, `known_lines`.
+
+    lines: so far.
     """
 
-    def __init__(self, output: Path, lines: int = 0, source: Optional[Path] = None) -> None:
-        path, old = output / LEDGER, (source or output) / LEDGER
-        kept: list[str] = []
-        if lines and old.is_file():
-            with old.open() as file:
-                kept = list(itertools.islice(file, lines))
-        write_text(path, "".join(kept))
-        self._file = path.open("a")
+    def __init__(self, output: Path, kept: Sequence[bytes] = ()) -> None:
+        self._path, text = output / LEDGER, b"".join(kept)
+        write_whole(self._path, lambda partial: partial.write_bytes(text))
+        self._file = self._path.open("ab", buffering=0)
+        self._waiting = bytearray()
+        self._hash = xxhash.xxh3_128(text)
         self.lines = len(kept)
+
+    @property
+    def mark(self) -> str:
+        """The hash of all lines so far."""
+        return self._hash.hexdigest()
 
     def write(self, **line: Any) -> None:
         """Add a line; it reaches the disk with the next `flush`."""
-        self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
+        text = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        self._waiting += text
+        self._hash.update(text)
         self.lines += 1
 
     def flush(self) -> None:
-        self._file.flush()
+        """Write what waits. UserError if the disk refuses; what it did not take waits on."""
+        with writing(self._path.parent):
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
 
     def close(self) -> None:
-        self._file.close()
+        """Safe at any time. UserError as `flush`."""
+        try:
+            self.flush()
+        finally:
+            self._waiting.clear()
+            self._file.close()
 
 
 @dataclass(frozen=True)
@@ -112,11 +168,9 @@ def read_schedule(path: Path, depth: int, total_steps: int) -> Schedule:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = [json.loads(text) for text in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"curriculum.replay={path}: cannot be read as JSON lines ({error})") from None
-    for number, line in enumerate(lines, 1):
-        numbers = [line.get(key) for key in ("step", "block", "next_block")] if isinstance(line, dict) else [None]
-        if not all(isinstance(value, int) for value in numbers):
-            raise UserError(f"curriculum.replay={path}: line {number} lacks a whole step, block or next_block")
-    return lines
+        check_named(path, path.with_name("summary.json"))
+        return read_lines(path, Line)
+    except OSError as error:
+        raise UserError(f"curriculum.replay={path}: cannot be read ({error.strerror})") from None
+    except Damaged as error:
+        raise UserError(f"curriculum.replay={error}") from None

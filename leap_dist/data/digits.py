@@ -13,7 +13,7 @@ from leap_dist.config import DIGITS, DataConfig
 from leap_dist.data.classes import CLASSES
 from leap_dist.data.shards import INDEX, write_shards
 from leap_dist.errors import UserError
-from leap_dist.runtime.distributed import World, barrier
+from leap_dist.runtime.distributed import World, on_first
 from leap_dist.runtime.files import write_json
 
 VAL_SIZE = 297  # 1,500 remain for training
@@ -52,8 +52,10 @@ def resolve(config: DataConfig, output: Path, world: World) -> DataConfig:
     Local rank 0 writes and the others wait, so all ranks must call it. Any other source passes unchanged.
     """
     wanted = {split: output / "data" / DIGITS / split for split in SPLITS if getattr(config, split) == DIGITS}
-    if world.local_rank == 0:
+
+    def write() -> None:
         for split, folder in wanted.items():
             _write_once(folder, split)
-    barrier(world)
+
+    on_first(write, world)
     return dataclasses.replace(config, **{split: str(folder) for split, folder in wanted.items()})

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from leap_dist.errors import UserError
-from leap_dist.runtime.distributed import World, gather_objects, on_first
+from leap_dist.runtime.distributed import World, gather_objects, on_first, on_main
 from leap_dist.runtime.files import write_text
+from leap_dist.runtime.integrity import Damaged, read_lines
 
 NOT_FETCHED = "FetchError: "  # in the reason where a shard did not arrive; see `data.store`
 
 
 class BadSample(NamedTuple):
     """A sample that cannot be read: its index in the whole set, the file name of its shard, and why."""
+
+    id: int
+    shard: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What is read back of a line."""
 
     id: int
     shard: str
@@ -51,8 +62,8 @@ class BadSamples:
         if not self.path.exists():
             return {}
         try:
-            bad = [BadSample(**json.loads(line)) for line in self.path.read_text().splitlines()]
-        except (OSError, ValueError, TypeError) as error:
+            bad = [BadSample(line["id"], line["shard"], line["reason"]) for line in read_lines(self.path, _Line)]
+        except (OSError, Damaged) as error:
             raise UserError(f"{self.path} is not a list of bad samples: {error}; delete it") from None
         return {sample.id: sample for sample in bad if NOT_FETCHED not in sample.reason}
 
@@ -68,14 +79,13 @@ class BadSamples:
         """Tell all ranks what each has found, and list it. Collective.
 
         Raises:
-            UserError: on every rank, when there are more than may be.
+            UserError: on every rank, when there are more than may be, or the list cannot be written.
         """
         for found in gather_objects(self.fresh, self.world):
             self._known |= found
         self.fresh = {}
-        if self.world.is_main:
-            lines = [json.dumps(self._known[sample_id]._asdict()) for sample_id in sorted(self._known)]
-            write_text(self.path, "\n".join(lines) + "\n")
+        lines = [json.dumps(self._known[sample_id]._asdict()) for sample_id in sorted(self._known)]
+        on_main(lambda: write_text(self.path, "\n".join(lines) + "\n"), self.world)
         if len(self) > self.most:
             raise UserError(
                 f"data.max_bad_fraction: {len(self)} training samples cannot be read, at most {self.most} may be; "

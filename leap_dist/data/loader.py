@@ -10,26 +10,30 @@ import os
 import signal
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch, Request
 from leap_dist.data.classes import UNLABELLED
+from leap_dist.data.colours import Crops
 from leap_dist.data.order import Share, epoch_order
 from leap_dist.data.transforms import Whole, eval_transform, train_transform
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World
+from leap_dist.runtime.files import refusal, takes_no_more
 from leap_dist.runtime.signals import STOPPING
 
 if TYPE_CHECKING:
     from leap_dist.data.streaming import ImageDataset
 
 log = logging.getLogger(__name__)
+SHARED_MEMORY = Path("/dev/shm")
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -45,6 +49,11 @@ def _guarded(batches: Iterable[Batch], source: str) -> Iterator[Batch]:
         message = str(error).rstrip().splitlines()[-1]
         raise UserError(message.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
     except RuntimeError as error:
+        if "shared memory" in str(error) and takes_no_more(error):
+            raise UserError(
+                f"loader workers pass images through shared memory. {refusal(error, SHARED_MEMORY, probe=False)} "
+                "(fewer data.workers take less; in a container --shm-size or --ipc=host gives more)"
+            ) from None
         if not str(error).startswith("DataLoader"):  # 'DataLoader timed out ...', 'DataLoader worker (pid 7) ...'
             raise
         raise UserError(f"{source}: {' '.join(str(error).split())} (data.workers, data.timeout_s)") from error
@@ -76,8 +85,17 @@ class _Requests:
         return iter(self.pending)
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    """The dataset has collated it."""
+def _shared(batch: Batch) -> Batch:
+    """A batch, which the dataset has collated, in the memory that its worker shares with the rank.
+
+    The worker's queue would move it there by itself, but in a thread whose fault nobody hears of: without room the rank
+    would wait for the batch until `data.timeout_s`.
+    """
+    if get_worker_info() is None:
+        return batch
+    pixels = batch.images.pixels if isinstance(batch.images, Crops) else batch.images
+    for tensor in (pixels, batch.labels, batch.ids, batch.positions):
+        tensor.share_memory_()
     return batch
 
 
@@ -87,7 +105,7 @@ def _data_loader(
     return DataLoader(
         dataset,
         batch_sampler=requests,
-        collate_fn=_as_it_is,
+        collate_fn=_shared,
         generator=torch.Generator(),  # else every pass draws a worker seed from the trainer's global stream
         num_workers=config.workers,
         # Python 3.14 would start them by a server, whose children they then were.
@@ -202,7 +220,7 @@ class EvalLoader:
     sample and by what is left out, so ranks may get different numbers of batches: where a collective runs inside the
     loop, as an evaluated teacher may be, `evaluation.features.in_step` gives all ranks the same number.
     What was left out is said when the loop has come to its end. num_samples: over all ranks.
-    table: what labels become, -1 where it has none; None: they stay.
+    table: what labels become, -1 where it has none; None: they stay. only: the samples to be read, else all.
     """
 
     def __init__(
@@ -214,15 +232,17 @@ class EvalLoader:
         world: World,
         limit: Optional[int],
         table: Optional[Mapping[int, int]] = None,
+        only: Optional[NDArray[np.int64]] = None,
     ) -> None:
         self._table = table
         self.source: str = dataset.store.source
         total = dataset.store.size
         self.num_samples = total if limit is None else min(limit, total)
         # Neighbours lie in one shard: a node that reads through a cache needs few.
-        positions = np.array_split(np.arange(self.num_samples), world.size)[world.rank]
+        wanted = np.arange(self.num_samples) if only is None else only
+        positions = np.array_split(wanted, world.size)[world.rank]
         # Fewer samples than ranks: a model may be collective, so every rank has one; `merge` drops the repeats.
-        positions = positions if len(positions) else np.zeros(1, np.int64)
+        positions = positions if len(positions) else wanted[:1]
         self._positions = [positions[i : i + batch] for i in range(0, len(positions), batch)]
         self._dataset = dataset
         self._most_bad = math.ceil(config.max_bad_fraction * self.num_samples)
@@ -272,17 +292,18 @@ def build_eval_loader(
     world: World,
     limit: Optional[int] = None,
     numbered_as: Optional[str] = None,
+    bicubic: bool = False,
 ) -> EvalLoader:
     """Open `source` (a folder or URI of shards) to read each sample once over all ranks; all ranks together.
 
     limit: read that many samples, evenly strided over the set. numbered_as: the set whose numbers the labels are to
-    be, where both name their classes; None: its own. UserError if the shards are not fit to be read, or the classes of
-    the two sets do not go together.
+    be, where both name their classes; None: its own. bicubic: see `eval_transform`. UserError if the shards are not fit
+    to be read, or the classes of the two sets do not go together.
     """
     from leap_dist.data.store import label_table
     from leap_dist.data.streaming import open_dataset
 
-    transform = Whole(eval_transform(config))
+    transform = Whole(eval_transform(config, bicubic=bicubic))
     dataset = open_dataset(source, config, world=world, transform=transform, seed=0, substitutes=False)
     table = label_table(source, numbered_as or source, config)
     return EvalLoader(dataset, config, batch=batch, world=world, limit=limit, table=table)

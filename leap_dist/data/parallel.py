@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import parent_process
+from pathlib import Path
 from typing import Any, Generic, TypeVar, Union
 
 from torch.utils.data import DataLoader, Dataset
 
 from leap_dist.errors import UserError
+from leap_dist.runtime.files import refusal
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,7 +33,7 @@ class _Mapped(Dataset, Generic[Item, Result]):
         except UserError as error:
             return error
         except OSError as error:
-            return UserError(str(error))
+            return UserError(refusal(error, Path.cwd(), probe=False) or str(error))
 
 
 def _unchanged(result: Any) -> Any:

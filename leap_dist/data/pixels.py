@@ -1,4 +1,7 @@
-"""Any image that PIL opens as 8-bit RGB: the one place that knows PIL's modes.
+"""Images as 8-bit RGB: the one place that knows PIL's formats and modes.
+
+Files come from strangers. So only FORMATS are opened: of PIL's others some start programs (EPS: Ghostscript), and
+nobody means them by an image. What has too many pixels is refused by its header, before memory is taken for them.
 
 Grey of more than 8 bits is scaled by its format's full range, which PIL's own conversion cuts off at 255. Where nothing
 says what white is (floats, most 32-bit integers), the image is refused rather than guessed at.
@@ -6,15 +9,27 @@ says what white is (floats, most 32-bit integers), the image is refused rather t
 
 from __future__ import annotations
 
+import functools
 import io
+import warnings
 
 import numpy as np
 from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM")  # PIL's words
+MOST_PIXELS = 2**26  # 8192 x 8192; the largest image of ImageNet-1K has 6 x 10^7. Decoded it takes 256 MiB
+MOST_OF = {"WEBP": 2**25, "AVIF": 2**25, "JPEG2000": 2**24}  # whose decoders take two and four times as much a pixel
+MOST_DEEP = 2**25  # 4 bytes a pixel, and as many again for what is read
+STRIP_PIXELS = 2**20  # deep grey is scaled so many at a time
 
 # Tags of TIFF.
 BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT, LOWEST, HIGHEST = 258, 259, 262, 284, 339, 340, 341
 SIGNED, WHITE_IS_ZERO, UNCOMPRESSED, SEPARATE = 2, 0, 1, 2
 STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # of what PIL multiplied by alpha
+
+
+class TooManyPixels(ValueError):
+    """An image that would take too much memory."""
 
 
 class UnknownRange(ValueError):
@@ -24,9 +39,31 @@ class UnknownRange(ValueError):
 def open_rgb(data: bytes) -> Image.Image:
     """The first picture in encoded `data`, decoded to 8-bit RGB, without its alpha and without EXIF rotation.
 
-    Raises UnknownRange, or whatever PIL raises.
+    Raises TooManyPixels, UnknownRange, or whatever PIL raises.
     """
-    return rgb(Image.open(io.BytesIO(data)))
+    return rgb(open_image(data))
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Encoded `data` as PIL opens it: its header is read, nothing is decoded.
+
+    Raises TooManyPixels, or whatever PIL raises if it is of none of FORMATS.
+    """
+    _silence()
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise TooManyPixels(f"{error}".partition(",")[0]) from None
+    most = min(MOST_OF.get(image.format or "", MOST_PIXELS), MOST_DEEP if is_deep(image) else MOST_PIXELS)
+    if image.width * image.height > most:
+        raise TooManyPixels(f"{image.width} x {image.height} pixels, at most {most} are decoded; store it smaller")
+    return image
+
+
+@functools.cache
+def _silence() -> None:
+    """PIL warns where `open_image` may raise, which says it better."""
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -62,11 +99,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "I" and tags and tags.get(SAMPLE_FORMAT, (1,))[0] != SIGNED:
         values = values.view(np.uint32)  # PIL has no unsigned 32 bits
-    values = values.astype(np.float64)
     low, high = _range(image, tags, values)
     if not np.isfinite(values).all():
         raise UnknownRange("pixels that are no finite numbers")
-    grey = ((values - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
+    grey = np.empty(values.shape, np.uint8)
+    rows = max(1, STRIP_PIXELS // max(1, image.width))
+    for top in range(0, len(values), rows):  # in float64, eight times the memory, a strip at a time
+        strip = values[top : top + rows].astype(np.float64)
+        grey[top : top + rows] = ((strip - low) * (255 / (high - low))).round().clip(0, 255)
     inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO  # PIL inverts 8 bits only
     return Image.fromarray(255 - grey if inverted else grey)
 

@@ -33,7 +33,7 @@ from leap_dist.data.pixels import open_rgb
 from leap_dist.data.shards import COLUMNS, HASH, INDEX
 from leap_dist.data.sources import WHOLE, Images
 from leap_dist.errors import UserError
-from leap_dist.runtime.files import lock, write_json
+from leap_dist.runtime.files import lock, write_json, writing
 
 QUARANTINE = "quarantine.csv"
 RUN = "sharding.json"  # what the shards were made of: stays beside them
@@ -195,7 +195,11 @@ class ShardWriter:
     out: Path
 
     def __call__(self, shard: Shard) -> dict[str, Any]:
-        """Write the shard; return its record."""
+        """Write the shard; return its record. UserError if the disk refuses."""
+        with writing(self.out):
+            return self._write(shard)
+
+    def _write(self, shard: Shard) -> dict[str, Any]:
         from streaming import MDSWriter  # 3 s to import
 
         scratch = shard.record(self.out).with_suffix(".tmp")
@@ -241,12 +245,13 @@ def write_planned(plan: Plan, out: Path, workers: int, max_bad: float) -> Iterat
     """
     import streaming  # noqa: F401  # once, for all workers
 
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     if _begun(plan, out) and _complete(plan, out):
         shutil.rmtree(out / WORK, ignore_errors=True)
         yield plan.size
         return
-    with _sole_writer(out):
+    with writing(out), _sole_writer(out):
         if not _begun(plan, out):
             _publish(out, RUN, plan.parameters())
         for split in plan.sources:

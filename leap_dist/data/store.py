@@ -13,6 +13,7 @@ import functools
 import glob
 import hashlib
 import json
+import logging
 import os
 import queue
 import random
@@ -26,19 +27,24 @@ from typing import Any, Optional, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming import Stream
-from streaming.base.format import reader_from_json
+from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
 from streaming.base.util import bytes_to_int
 
 from leap_dist.config import DataConfig, is_remote
 from leap_dist.data.classes import CLASSES, read_classes, translation
+from leap_dist.data.columns import open_shard
 from leap_dist.data.shards import INDEX, check_shards, read_index, require_hash
+from leap_dist.data.unpacking import unpack
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, on_first
+from leap_dist.runtime.files import read_json, read_regular, refusal, takes_no_more
 
 _T = TypeVar("_T")
+log = logging.getLogger(__name__)
 STAGING, LOCKS = ".staging", ".locks"  # in the folder that shards are fetched into
+OURS = os.O_NOFOLLOW | os.O_NONBLOCK  # to open a lock with, where a stranger may have left a link or a pipe
+ROOM = ".room"  # the lock of what a cache has room for; no shard's name begins with a dot
 INDEX_ATTEMPTS = 4  # to fetch the index, with pauses of 1, 2 and 4 s: somebody may be waiting to hear of a wrong name
 ATTEMPTS = 7  # to fetch a shard, with pauses of 1, 2, 4 ... s: the network may be away for a minute
 DOWNLOAD_TIMEOUT_S = 60.0
@@ -69,7 +75,7 @@ class ShardStore:
     def __init__(self, source: str, config: DataConfig) -> None:
         self.source = source
         self.folder = _folder(source, config)
-        self.shards = [reader_from_json(str(self.folder), None, info) for info in read_index(self.folder)]
+        self.shards = [open_shard(self.folder, info) for info in read_index(self.folder)]
         self.shard_sizes: NDArray[np.int64] = np.array([shard.samples for shard in self.shards], np.int64)
         self.size = int(self.shard_sizes.sum())
         self._in_place = config.cache is None
@@ -77,7 +83,8 @@ class ShardStore:
         self._ends = self.shard_sizes.cumsum()
         self._validate_hash = config.validate_hash
         self._limit = bytes_to_int(config.cache_limit) if config.cache and config.cache_limit else None
-        self._stream: Optional[Stream] = None  # built by the process that uses it: cloud clients do not survive a fork
+        # Built by the process that uses it: cloud clients do not survive a fork.
+        self._downloader: Optional[CloudDownloader] = None
         self._wanted: Optional[queue.SimpleQueue[int]] = None
 
     def layout(self) -> str:
@@ -102,7 +109,7 @@ class ShardStore:
     def read(self, sample_id: int) -> dict[str, Any]:
         """The columns of a sample; blocks while its shard is fetched, and raises anything if it cannot be read.
 
-        UserError if the cache is too small for it to stay until then.
+        UserError if the cache is too small for it to stay until then, or its disk is full.
         """
         shard_id = self._shard_of(sample_id)
         shard, path = self.shards[shard_id], self._path(shard_id)
@@ -110,7 +117,8 @@ class ShardStore:
             try:
                 sample = shard[sample_id - int(self._ends[shard_id]) + shard.samples]
                 if self._limit is not None:
-                    os.utime(path)  # what was read longest ago is evicted first
+                    with _storing(self.folder):
+                        os.utime(path)  # what was read longest ago is evicted first
                 return sample
             except FileNotFoundError:
                 self._fetch(shard_id)
@@ -143,18 +151,23 @@ class ShardStore:
         return self.folder / self._raw(shard_id).basename
 
     def _fetch(self, shard_id: int) -> None:
-        """Bring a shard into the folder, unless another process has just done so; FetchError if it fails."""
+        """Bring a shard into the folder, unless another process has just done so.
+
+        FetchError if it fails; UserError if the folder's disk is full, which no other attempt would mend.
+        """
         raw, packed = self.shards[shard_id].file_pairs[0]
         target = self.folder / raw.basename
         if self._in_place and packed is None:
             raise FileNotFoundError(f"{target} is missing")
-        with _locked(self.folder, raw.basename) as note:
+        with _storing(self.folder), _locked(self.folder, raw.basename) as note:
             if target.exists():
                 return
             _raise_recent(note)
             try:
                 self._keep(_persistently(lambda: self._download(shard_id), ATTEMPTS), target)
             except Exception as error:
+                if takes_no_more(error):
+                    raise
                 os.pwrite(note, one_line(error).encode(), 0)
                 raise FetchError(one_line(error)) from error
 
@@ -167,25 +180,28 @@ class ShardStore:
             # amazon's writes under names of its own.
             for left in (staging / info.basename, *staging.glob(f"{glob.escape(info.basename)}.*")):
                 left.unlink(missing_ok=True)
-        if self._stream is None:
-            self._stream = Stream(
-                remote=self.source,
-                local=str(staging),
-                validate_hash=self._validate_hash,
-                download_retry=1,  # `_persistently` does, and clears away what the last attempt left
-                download_timeout=DOWNLOAD_TIMEOUT_S,
-                keep_zip=False,
-            )
-        self._stream.prepare_shard(shard)
-        size = (staging / raw.basename).stat().st_size
-        if size != raw.bytes:
-            raise WrongSize(f"{raw.basename} arrived with {size} bytes where {INDEX} says {raw.bytes}")
+        if self._downloader is None:
+            self._downloader = CloudDownloader.get(self.source)
+        info = packed or raw
+        arrived = staging / info.basename
+        self._downloader.download(f"{self.source.rstrip('/')}/{info.basename}", str(arrived), DOWNLOAD_TIMEOUT_S)
+        _require_size(arrived, info.bytes)
+        if self._validate_hash:
+            self._require_hash(arrived, info.hashes)
+        if packed is not None:
+            unpack(arrived, staging / raw.basename, shard.compression, raw.bytes)
+            arrived.unlink()
         return staging / raw.basename
+
+    def _require_hash(self, path: Path, hashes: dict[str, str]) -> None:
+        require_hash(self._validate_hash, hashes, self.source)
+        if get_hash(self._validate_hash, path.read_bytes()) != hashes[self._validate_hash]:
+            raise ValueError(f"{path.name} is corrupt: its {self._validate_hash} differs from the one in {INDEX}")
 
     def _keep(self, arrived: Path, target: Path) -> None:
         """Move a shard to its place, under one lock with its evictions: what others keep at the same moment counts."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder, "room"):
+        with _locked(self.folder, ROOM):
             if self._limit is not None:
                 self._evict(arrived.stat().st_size - self._limit)
             os.replace(arrived, target)
@@ -211,10 +227,9 @@ class ShardStore:
             with suppress(FileNotFoundError):
                 if path.stat().st_size != self._raw(shard_id).bytes:
                     path.unlink()
-        if (self.folder / LOCKS).is_dir():
-            for path in (self.folder / LOCKS).iterdir():
-                with suppress(FileNotFoundError):
-                    os.truncate(path, 0)
+        for name in os.listdir(self.folder / LOCKS) if self.fetches and (self.folder / LOCKS).is_dir() else ():
+            with suppress(OSError):  # gone meanwhile, or none of ours
+                os.close(os.open(self.folder / LOCKS / name, os.O_WRONLY | os.O_TRUNC | OURS))
 
     def check(self) -> None:
         """Raise UserError where the options do not go with the set."""
@@ -222,6 +237,8 @@ class ShardStore:
             raw, packed = shard.file_pairs[0]
             if self._validate_hash:
                 require_hash(self._validate_hash, (packed or raw).hashes, self.source)
+        if self.fetches:
+            self._require_own_folders()
         if self._in_place and self.fetches and not os.access(self.folder, os.W_OK):
             raise UserError(
                 f"{self.folder}: its shards are compressed, to be unpacked where nobody may write; set data.cache"
@@ -232,6 +249,20 @@ class ShardStore:
                 f"data.cache_limit: {self._limit} bytes are too few for {self.source}, whose largest shard takes "
                 f"{largest}; at least four must fit"
             )
+
+    def _require_own_folders(self) -> None:
+        """UserError where what is written would follow a link out of the folder that shards are fetched into."""
+        parents = {self._path(shard_id).parent for shard_id in range(len(self.shards))} - {self.folder}
+        base = self.folder.resolve()
+        for path in (*parents, self.folder / STAGING, self.folder / LOCKS):
+            if path.resolve() != base / path.relative_to(self.folder):
+                raise UserError(f"{path} is a link that leads elsewhere: nothing is unpacked through it; remove it")
+
+
+def _require_size(path: Path, size: int) -> None:
+    there = path.stat().st_size
+    if there != size:
+        raise WrongSize(f"{path.name} arrived with {there} bytes where {INDEX} says {size}")
 
 
 def open_store(source: str, config: DataConfig, world: World) -> ShardStore:
@@ -279,27 +310,54 @@ def _folder(source: str, config: DataConfig) -> Path:
 def _fetch_index(source: str, folder: Path) -> None:
     """Bring the index into the cache, unless it is there. UserError if shards of another one lie there."""
     if (folder / INDEX).exists():
-        if not is_remote(source) and (Path(source) / INDEX).read_bytes() != (folder / INDEX).read_bytes():
-            raise UserError(
-                f"{source} has changed since its shards were copied to {folder}; remove that folder, or set another "
-                "data.cache, once no run reads it"
-            )
+        if is_remote(source):
+            _ask_for_changes(source.rstrip("/"), folder)
+        else:
+            _check_same(source, read_regular(Path(source) / INDEX), folder)
         return
     staged = folder / STAGING / INDEX
 
     def download() -> None:
-        staged.unlink(missing_ok=True)
-        CloudDownloader.direct_download(f"{source.rstrip('/')}/{INDEX}", str(staged), DOWNLOAD_TIMEOUT_S)
-        json.loads(staged.read_text())  # half an index must not get into the cache
+        _download_beside(source.rstrip("/"), staged)
+        read_json(staged)  # half an index must not get into the cache
 
     try:
         with _locked(folder, INDEX):
             _persistently(download, INDEX_ATTEMPTS)
+            read_index(folder / STAGING)  # what is no index, or a hostile one, does not get into the cache
             os.replace(staged, folder / INDEX)
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).replace(str(folder / STAGING / INDEX), INDEX)}") from None
     except Exception as error:  # every cloud's package has its own, down to a missing module
-        raise UserError(f"{source} cannot be opened: {one_line(error)}") from error
+        reason = refusal(error, folder, probe=False) if takes_no_more(error) else one_line(error)
+        raise UserError(f"{source} cannot be opened: {reason}") from error
     if is_remote(source):
         _fetch_classes(source.rstrip("/"), folder)
+
+
+@functools.cache
+def _ask_for_changes(source: str, folder: Path) -> None:
+    """Compare the index in the cache with that of a remote source, once in a process; say so where nobody answers."""
+    staged = folder / STAGING / INDEX
+    try:
+        with _locked(folder, INDEX):
+            _download_beside(source, staged)
+            found = staged.read_bytes()
+            staged.unlink()
+    except Exception as error:  # as of `_fetch_index`; all of it may be in the cache, and the network away
+        log.warning("%s: cannot be asked whether it has changed since it was cached (%s)", source, one_line(error))
+        return
+    _check_same(source, found, folder)
+    _fetch_classes(source, folder)
+
+
+def _check_same(source: str, index: bytes, folder: Path) -> None:
+    """UserError unless the shards in `folder` are of the `index` that `source` has now."""
+    if index != read_regular(folder / INDEX):
+        raise UserError(
+            f"{source} has changed since its shards were copied to {folder}; remove that folder, or set another "
+            "data.cache, once no run reads it"
+        )
 
 
 def _fetch_classes(source: str, folder: Path) -> None:
@@ -307,10 +365,15 @@ def _fetch_classes(source: str, folder: Path) -> None:
     staged = folder / STAGING / CLASSES
     for place in (source, source.rpartition("/")[0]):
         with suppress(Exception):  # every cloud has its own way to say that there is none
-            staged.unlink(missing_ok=True)
-            CloudDownloader.direct_download(f"{place}/{CLASSES}", str(staged), DOWNLOAD_TIMEOUT_S)
+            _download_beside(place, staged)
             os.replace(staged, folder / CLASSES)
             return
+
+
+def _download_beside(place: str, staged: Path) -> None:
+    """Download the file of `staged`'s name that lies in `place`."""
+    staged.unlink(missing_ok=True)
+    CloudDownloader.direct_download(f"{place}/{staged.name}", str(staged), DOWNLOAD_TIMEOUT_S)
 
 
 def class_names(source: str, config: DataConfig) -> Optional[dict[str, int]]:
@@ -328,9 +391,8 @@ def label_table(source: str, numbered_as: str, config: DataConfig) -> Optional[d
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether a file arrived, and was not what the index says; streaming makes a ValueError of a wrong hash."""
-    unpacking = type(error).__module__.partition(".")[0] in ("zstd", "brotli", "gzip", "snappy")
-    return unpacking or isinstance(error, (ValueError, EOFError, WrongSize))
+    """Whether a file arrived, and was not what the index says."""
+    return isinstance(error, (ValueError, WrongSize))
 
 
 def _persistently(work: Callable[[], _T], attempts: int) -> _T:
@@ -344,7 +406,8 @@ def _persistently(work: Callable[[], _T], attempts: int) -> _T:
             return work()
         except Exception as error:
             done += 1
-            worth = 1 if isinstance(error, FileNotFoundError) else 2 if _is_damage(error) else attempts
+            hopeless = isinstance(error, FileNotFoundError) or takes_no_more(error)
+            worth = 1 if hopeless else 2 if _is_damage(error) else attempts
             if done >= min(worth, attempts):
                 raise
         # Not from `random`, which loader workers of all ranks have seeded alike: they would come back in step.
@@ -352,11 +415,24 @@ def _persistently(work: Callable[[], _T], attempts: int) -> _T:
 
 
 @contextmanager
+def _storing(folder: Path) -> Iterator[None]:
+    """UserError, in a line, where the disk of a cache takes no more of what this block writes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # clouds' packages have their own
+        if takes_no_more(error):
+            raise UserError(f"data.cache: {refusal(error, folder)}") from error
+        raise
+
+
+@contextmanager
 def _locked(folder: Path, name: str) -> Iterator[int]:
     """Hold the lock `name` of a folder against threads and processes; gives its open file. A kill releases it."""
     path = folder / LOCKS / name.replace("/", "-")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | OURS, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle

@@ -18,6 +18,7 @@ from leap_dist.data.store import ShardStore, one_line, open_store
 from leap_dist.data.transforms import Transform, sample_stream
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World
+from leap_dist.runtime.reporting import no_descriptors
 
 STAND_INS = 20  # tried for one sample; with a tenth of the set unreadable all fail for one in 1e20
 
@@ -71,6 +72,8 @@ class ImageDataset(Dataset):
         except UserError:
             raise
         except Exception as error:
+            if words := no_descriptors(error):  # no fault of the sample
+                raise UserError(words) from error
             raise Unreadable(f"cannot be read: {one_line(error)}") from error
         random = sample_stream(self.seed, epoch, sample_id)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +12,11 @@ from typing import Any
 from leap_dist.data.classes import CLASSES
 from leap_dist.data.parallel import parallel
 from leap_dist.data.sharding import QUARANTINE, RUN
-from leap_dist.data.shards import HASH, INDEX, read_index
+from leap_dist.data.shards import HASH, INDEX, is_inside, read_index
+from leap_dist.data.sources import WHOLE
 from leap_dist.data.transforms import decode
 from leap_dist.errors import UserError
+from leap_dist.runtime.files import read_json, read_regular
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,20 @@ def stored_shards(out: Path) -> list[StoredShard]:
         raise UserError(f"neither {out} nor a folder in it has an {INDEX}: no shards, or not all of them yet")
     shards = [StoredShard(folder, info) for folder in folders for info in read_index(folder)]
     if (out / RUN).exists():
-        planned = json.loads((out / RUN).read_text())["splits"]
-        _check_planned(out, {split: split_plan["images"] for split, split_plan in planned.items()}, shards)
+        planned = _planned(out / RUN)
+        _check_planned(out, planned, shards)
     return shards
+
+
+def _planned(path: Path) -> dict[str, int]:
+    """How many images each split should have, as sharding.json says. UserError if it says no such thing."""
+    try:
+        planned = {split: plan["images"] for split, plan in read_json(path)["splits"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error!r:.200}") from None
+    if not all(type(images) is int and (split == WHOLE or is_inside(split)) for split, images in planned.items()):
+        raise UserError(f"{path}: a number of images is expected for every split")
+    return planned
 
 
 def _check_planned(out: Path, planned: dict[str, int], shards: list[StoredShard]) -> None:
@@ -72,7 +84,7 @@ def verify(shards: list[StoredShard], classes: int, workers: int) -> Iterator[Co
 def count_classes(out: Path) -> int:
     """How many classes the class index of `out` has."""
     try:
-        return len(json.loads((out / CLASSES).read_text()))
+        return len(read_json(out / CLASSES))
     except (OSError, ValueError) as error:
         raise UserError(f"{out / CLASSES} cannot be read: {error}") from None
 
@@ -82,18 +94,19 @@ def _path(shard: StoredShard) -> Path:
 
 
 def _read(shard: StoredShard) -> Counter[int]:
-    from streaming.base.format import reader_from_json
     from streaming.base.hashing import get_hash
+
+    from leap_dist.data.columns import open_shard
 
     path, expected = _path(shard), shard.info["raw_data"]
     if shard.info["zip_data"]:
         raise UserError(f"{path} is compressed: only shards as tools/make_shards.py writes them can be verified")
-    data = path.read_bytes()
+    data = read_regular(path)
     if len(data) != expected["bytes"]:
         raise UserError(f"{path} has {len(data)} bytes where {INDEX} says {expected['bytes']}")
     if get_hash(HASH, data) != expected["hashes"].get(HASH):
         raise UserError(f"{path} is corrupt: its {HASH} is not the one in {INDEX}")
-    reader = reader_from_json(str(shard.folder), None, shard.info)
+    reader = open_shard(shard.folder, shard.info)
     labels = Counter()
     for i in range(reader.size):
         sample = reader[i]

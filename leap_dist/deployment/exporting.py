@@ -19,7 +19,7 @@ from leap_dist.config import DataConfig
 from leap_dist.deployment import images as pictures
 from leap_dist.deployment.comparing import Runner, described, differences, require_close
 from leap_dist.deployment.hub_folder import write_hub_folder
-from leap_dist.deployment.loaded import WEIGHTS, Distilled, record_of
+from leap_dist.deployment.loaded import WEIGHTS, Distilled
 from leap_dist.deployment.onnx_file import BOUNDS, onnx_runner, versions, write_half, write_int8, write_onnx
 from leap_dist.deployment.program_file import program_runner, write_program
 from leap_dist.deployment.speed import images_per_second
@@ -65,7 +65,7 @@ def export(order: Order, kind: str) -> dict[str, Runner]:
     folder = order.out / kind
     with whole_folder(folder) as part:
         if kind == "hub":
-            write_hub_folder(order.model, record_of(order.weights), part, _summary(order.weights.parent))
+            write_hub_folder(order.model, order.weights.absolute().parent.name, part, _summary(order.weights.parent))
         else:
             write_transformers_folder(order.model, part)
     print(f"{folder}: written")

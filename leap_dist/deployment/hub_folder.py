@@ -7,7 +7,6 @@ this package's in it says so in its card, and `leap_dist.load("FOLDER")` loads a
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Optional
 
@@ -57,16 +56,16 @@ def is_plain(model: Distilled) -> bool:
     return recipe.remedy == "none" and not (recipe.mean_head or recipe.reduction or is_own(recipe.model))
 
 
-def write_hub_folder(model: Distilled, record: Path, folder: Path, summary: Optional[dict[str, Any]]) -> None:
-    """Fill the empty `folder`. record: the student's; summary: of its run, if there is one."""
+def write_hub_folder(model: Distilled, title: str, folder: Path, summary: Optional[dict[str, Any]]) -> None:
+    """Fill the empty `folder`. title: of the card; summary: of the student's run, if there is one."""
     recipe, about = model.student.recipe, model.record
     save_for_hf(
         model.student.backbone, str(folder), safe_serialization=True, model_args=_arguments(recipe.kwargs),
         model_config={"pretrained_cfg": _pretrained(about)},
     )  # fmt: skip
     _forget_origin(folder / "config.json")
-    shutil.copy(record, folder / "student.json")
-    (folder / "README.md").write_text(_card(model, record.absolute().parent.name, summary))
+    write_json(folder / "student.json", about)
+    (folder / "README.md").write_text(_card(model, title, summary))
     (folder / WEIGHTS).chmod(0o644)  # it comes with its owner's rights alone
 
 

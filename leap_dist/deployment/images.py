@@ -68,7 +68,7 @@ def knn(models: dict[str, Any], data: DataConfig, count: int) -> dict[str, float
     config = Config(data=data, evaluation=EvaluationConfig())
     held_out = HeldOut(config, ALONE, count, count)
     k = config.evaluation.knn_k
-    return {name: knn_accuracy(*held_out.features(model), k, ALONE.device) for name, model in models.items()}
+    return {name: knn_accuracy(*held_out.features(model), k, ALONE.device)[0] for name, model in models.items()}
 
 
 def pooled_by(model: Distilled) -> Any:

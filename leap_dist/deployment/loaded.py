@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -12,7 +11,9 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from leap_dist.models.export import AVERAGED, STUDENT, load_student
+from leap_dist.models.records import read_record
 from leap_dist.models.student import Student
+from leap_dist.runtime.integrity import FILE, SEAL, record_of
 
 TEACHER, WEIGHTS = "teacher.safetensors", "model.safetensors"  # of tools/train_teacher.py; of an exported hub folder
 CROP_PCT = 0.875  # of records that are older than the option
@@ -87,15 +88,12 @@ def weights_file(path: str | Path, ema: bool = False) -> Path:
     raise FileNotFoundError(f"{path}: no {' or '.join(names)} there; the end of a run writes its student's")
 
 
-def record_of(weights: Path) -> Path:
-    """The record beside a file of weights."""
-    return weights.with_name("student.json") if weights.name == WEIGHTS else weights.with_suffix(".json")
-
-
 def load_distilled(
     path: str | Path, *, ema: bool = False, device: str | torch.device = "cpu", own: Optional[str] = None
 ) -> Distilled:
     """See `leap_dist.load`."""
     weights = weights_file(path, ema)
-    student = load_student(weights, device, own=own, record=record_of(weights))
-    return Distilled(student, json.loads(record_of(weights).read_text())).to(device)
+    noted = weights.with_name("student.json") if weights.name == WEIGHTS else None  # of a hub folder
+    student = load_student(weights, device, own=own, record=noted)
+    record = read_record(noted or record_of(weights))
+    return Distilled(student, {key: value for key, value in record.items() if key not in (SEAL, FILE)}).to(device)

@@ -39,14 +39,17 @@ def extract(
     return FeatureSet(*map(torch.cat, zip(*batches, strict=True)))
 
 
-def check_finite(*sets: FeatureSet) -> None:
-    """Raise UserError if a feature is infinite or no number: every distance to it is too, and any class might win."""
+def check_finite(*sets: FeatureSet, whose: str = "the judged model") -> None:
+    """Raise UserError if a feature is infinite or no number: every distance to it is too, and any class might win.
+
+    whose: they are, for the message.
+    """
     for found in sets:
         bad = ~found.features.isfinite().all(1)
         if bad.any():
             raise UserError(
                 f"evaluation: features of {len(found.ids[bad].unique())} of {len(found.ids.unique())} images are not "
-                "finite; the judged model's weights hold NaN, or its precision overflows"
+                f"finite; the weights of {whose} hold NaN, or its precision overflows"
             )
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from leap_dist.config import Config
@@ -26,40 +27,69 @@ class HeldOut:
 
     Args:
         train_limit, val_limit: as many images at most, evenly strided over the set; None = all.
+        bicubic: how images are resized, else bilinearly.
     """
 
-    def __init__(self, config: Config, world: World, train_limit: Optional[int], val_limit: Optional[int]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        train_limit: Optional[int],
+        val_limit: Optional[int],
+        *,
+        bicubic: bool = False,
+    ) -> None:
         assert config.data.val is not None
         parts = config.teacher.microbatches
         self._batch = -(-BATCH // parts) * parts
         self._world = world
         self._train, self._val = (
             build_eval_loader(
-                source, config.data, batch=self._batch, world=world, limit=limit, numbered_as=config.data.train
+                source,
+                config.data,
+                batch=self._batch,
+                world=world,
+                limit=limit,
+                numbered_as=config.data.train,
+                bicubic=bicubic,
             )
             for source, limit in ((config.data.train, train_limit), (config.data.val, val_limit))
         )
-        self._told: set[EvalLoader] = set()
+        self._told: set[str] = set()
 
-    def features(self, model: Callable[[Tensor], Tensor]) -> Optional[tuple[FeatureSet, FeatureSet]]:
+    def features(
+        self, model: Callable[[Tensor], Tensor], whose: str = "the student"
+    ) -> Optional[tuple[FeatureSet, FeatureSet]]:
         """Both sets as `model` sees them, images (B,3,H,W) -> features (B,D): on rank 0, None elsewhere. Collective.
 
-        Without the images that have no label.
+        Without the images that have no label. whose: the features are, for messages.
 
         Raises:
             UserError: some are not finite, or no image of a set has a label; on every rank.
         """
-        train, val = self._outputs(model, self._train), self.validation(model)
-        return None if train is None or val is None else (train, val)
+        train, val = self._outputs(model, self._train, whose), self.validation(model, whose)
+        if train is None or val is None:
+            return None
+        self._tell_of_unknown(train, val)
+        return train, val
 
-    def validation(self, model: Callable[[Tensor], Tensor]) -> Optional[FeatureSet]:
+    def validation(self, model: Callable[[Tensor], Tensor], whose: str = "the student") -> Optional[FeatureSet]:
         """The images of `data.val` alone, likewise."""
-        return self._outputs(model, self._val)
+        return self._outputs(model, self._val, whose)
 
-    def _outputs(self, model: Callable[[Tensor], Tensor], loader: EvalLoader) -> Optional[FeatureSet]:
+    def _tell_of_unknown(self, train: FeatureSet, val: FeatureSet) -> None:
+        """Say, once, how many images no classifier can get right."""
+        unknown = int((~torch.isin(val.labels, train.labels)).sum())
+        if unknown:
+            self._tell(
+                f"{self._val.source}: {unknown} of {len(val.labels)} images have labels that none of "
+                f"{len(train.labels)} images of {self._train.source} has, and count as errors"
+            )
+
+    def _outputs(self, model: Callable[[Tensor], Tensor], loader: EvalLoader, whose: str) -> Optional[FeatureSet]:
         batches = in_step(loader, self._batch, max(gather_objects(len(loader), self._world)))
         found = extract(model, batches, self._world.device)
-        _check_together(found, loader, self._world)
+        _check_together(found, loader, self._world, whose)
         columns = [collect(column, self._world) for column in found]
         if not self._world.is_main:
             return None
@@ -70,17 +100,22 @@ class HeldOut:
         """What can be judged; says once of each set how many images cannot."""
         known = labelled(whole)
         missing = len(whole.ids) - len(known.ids)
-        if missing and loader not in self._told:
-            log.warning("%s: %d images have no label of a class and are left out", loader.source, missing)
-            self._told.add(loader)
+        if missing:
+            self._tell(f"{loader.source}: {missing} images have no label of a class and are left out")
         return known
 
+    def _tell(self, line: str) -> None:
+        """Log a line, once however often the sets are looked at."""
+        if line not in self._told:
+            log.warning(line)
+            self._told.add(line)
 
-def _check_together(share: FeatureSet, loader: EvalLoader, world: World) -> None:
+
+def _check_together(share: FeatureSet, loader: EvalLoader, world: World, whose: str) -> None:
     """Raise UserError on every rank if one has features that are not finite, or none has an image with a label."""
     fault: Optional[str] = None
     try:
-        check_finite(share)
+        check_finite(share, whose=whose)
     except UserError as error:
         fault = str(error)
     faults, labels = zip(*gather_objects((fault, bool((share.labels >= 0).any())), world), strict=True)

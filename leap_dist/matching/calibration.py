@@ -15,13 +15,12 @@ from leap_dist.runtime.host_copy import HostCopy
 
 
 @torch.no_grad()
-def best_block(
+def block_scores(
     engine: Any, chunks: Iterable[tuple[Tensor, list[Features]]], score: Callable[[Evidence], Tensor]
-) -> int:
-    """The 1-indexed block with the highest score over all chunks, the shallowest of equals. Collective.
+) -> list[float]:
+    """The untrained student's score on each block, the shallowest first, over all chunks. Collective.
 
     chunks: images (B, 3, H, W) with the features of every block to choose from. score: of the evidence of all ranks.
-    A block whose score is not finite is never chosen before one whose score is.
     """
     evidence: list[Evidence] = []
     engine.eval()
@@ -30,4 +29,15 @@ def best_block(
         evidence = [a.merged(b) for a, b in zip(evidence, found, strict=True)] if evidence else found
     scores = HostCopy(torch.stack([score(item) for item in evidence])).read()
     engine.train()
+    return scores
+
+
+def best_block(
+    engine: Any, chunks: Iterable[tuple[Tensor, list[Features]]], score: Callable[[Evidence], Tensor]
+) -> int:
+    """The 1-indexed block with the highest of `block_scores`, the shallowest of equals. Collective.
+
+    A block whose score is not finite is never chosen before one whose score is.
+    """
+    scores = block_scores(engine, chunks, score)
     return 1 + max(range(len(scores)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)

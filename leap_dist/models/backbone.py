@@ -21,18 +21,14 @@ from leap_dist.errors import UserError
 from leap_dist.models.features import Features
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Arguments of timm.create_model that follow from the rest of the configuration.
-_MANAGED = {
-    "checkpoint_path",
-    "device",
-    "dtype",
-    "dynamic_img_size",
-    "features_only",
-    "img_size",
-    "in_chans",
-    "num_classes",
-    "pretrained",
-}
+# Arguments of timm.create_model that lead to files, to downloads or to another kind of model.
+LOADERS = {
+    "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cfg", "features_only", "kwargs_filter",
+    "model_name", "no_jit", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_filter_fn",
+    "pretrained_strict", "scriptable",
+}  # fmt: skip
+# Those, and what follows from the rest of the configuration.
+_MANAGED = LOADERS | {"dynamic_img_size", "img_size", "in_chans", "num_classes"}
 
 # As torch.hub and Hugging Face have them: dinov2_vitg14_reg, facebook/dinov3-vits16plus-pretrain-lvd1689m.
 _META_NAME = re.compile(r"(?:facebook/)?(dinov[23])_vit(7b|[sblgh])(\d+)(plus)?(_reg)?")

@@ -1,26 +1,29 @@
 """The trained student as a file that plain timm loads: safetensors plus a JSON with the arguments that rebuild it.
 
+The JSON also has the size and hash of the weights, and a seal on itself: `leap_dist.runtime.integrity`.
+
 docs/students.md has the lines that load it, without and with a remedy.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from leap_dist.config import Config
 from leap_dist.errors import UserError
 from leap_dist.models.own_student import is_own
+from leap_dist.models.records import read_record, require_weights_of
 from leap_dist.models.student import Student, StudentRecipe, assemble
 from leap_dist.runtime.average import WeightAverage
-from leap_dist.runtime.distributed import World, barrier
-from leap_dist.runtime.files import write_json, write_whole
+from leap_dist.runtime.distributed import World, on_main
+from leap_dist.runtime.integrity import check_recorded, record_of, write_recorded
 from leap_dist.runtime.running_stats import mean_running_stats
 
 STUDENT = "student.safetensors"
@@ -57,24 +60,21 @@ def export_average(engine: Any, config: Config, world: World) -> Optional[Path]:
     return _write(Path(config.output) / AVERAGED, state, engine.module.student, config, world)
 
 
-def _write(path: Path, state: dict[str, torch.Tensor], student: Student, config: Config, world: World) -> Path:
-    """Collective; only rank 0 has the state."""
-    if world.is_main:
-        write_whole(path, lambda partial: save_file(state, partial))
-        about = describe_student(student) | {
-            "image_size": config.student.image_size or config.data.image_size,
-            "mean": list(config.data.mean),
-            "std": list(config.data.std),
-            "crop_pct": config.data.crop_pct,
-        }
-        write_json(path.with_suffix(".json"), about)
-    barrier(world)
-    return path
-
-
 def describe_student(student: Student) -> dict[str, Any]:
     """What a record says of the student itself: its recipe, and how its tokens are made."""
     return asdict(replace(student.recipe, width=student.width)) | student.about()
+
+
+def _write(path: Path, state: dict[str, torch.Tensor], student: Student, config: Config, world: World) -> Path:
+    """Collective; only rank 0 has the state."""
+    about = describe_student(student) | {
+        "image_size": config.student.image_size or config.data.image_size,
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "crop_pct": config.data.crop_pct,
+    }
+    on_main(lambda: write_recorded(path, lambda partial: save_file(state, partial), about), world)
+    return path
 
 
 def load_student(
@@ -88,23 +88,32 @@ def load_student(
     path: of its file, or of the run's folder.
     own: `package.module:function` of a student that is a module of the user's own. The file names it too, but no
         file's word is taken for which code to run.
+    record: where it is not the JSON of the same stem that was written with the file, and so does not know its hash.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: a module of the user's own, and `own` is not its function.
+        UserError: it, or the JSON beside it, is not what was written, or not what an export writes: a model of timm
+            with plain arguments, and its weights; or it is a module of the user's own, and `own` is not its function.
     """
     path = Path(path)
     if path.is_dir():
         path = path / STUDENT
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the end of a run exports its student as RUN/{STUDENT}")
-    about = json.loads((record or path.with_suffix(".json")).read_text())
+    about = read_record(record or record_of(path))
+    if record is None:
+        check_recorded(path, StudentRecipe)
     if is_own(about["model"]) and about["model"] != own:
         raise UserError(
             f"{path}: is built by {about['model']}; if you trust it, load_student(path, own='{about['model']}')"
         )
-    student = assemble(
-        StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})
-    )
-    student.backbone.load_state_dict(load_file(path))
+    recipe = StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})
+    try:
+        with torch.device("meta"):
+            require_weights_of(assemble(recipe).backbone, path)  # before there is any memory for a model of any size
+        student = assemble(recipe)
+        student.backbone.load_state_dict(load_file(path))
+    except (SafetensorError, TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, OSError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: cannot be loaded as its record describes it ({reason})") from error
     return student.to(device).eval()

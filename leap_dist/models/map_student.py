@@ -35,7 +35,8 @@ class Layout(NamedTuple):
     source: forward_features gives it itself, or only `forward_intermediates` does; stage: index of an earlier map, None
     for the deepest; order: axes of the map; prefix: tokens before the cells in NLC; normed: intermediates pass the
     final norm; cls: the model's own token, its pooled output, or the mean of the cells; grid, width, cls_width: of the
-    tokens; reductions: pixels of a side that a token of each map stands for, the deepest last.
+    tokens; reductions: pixels of a side that a token of each map stands for, the deepest last; earlier: grids of the
+    maps before the last one.
     """
 
     source: Literal["features", "intermediates"]
@@ -48,6 +49,7 @@ class Layout(NamedTuple):
     width: int
     cls_width: int
     reductions: tuple[int, ...]
+    earlier: tuple[tuple[int, int], ...]
 
 
 _PROBED: dict[str, Layout] = {}  # by recipe: a run builds its student several times, and a look takes a second
@@ -80,6 +82,19 @@ class MapStudent(Student):
         if hasattr(model, "mean_head"):
             return Features(patch, cls, model.mean_head(patch.mean(1)))
         return Features(patch, cls, model.forward_head(raw) if self.classes else None)
+
+    @property
+    def layer_grids(self) -> tuple[tuple[int, int], ...]:
+        """As the base class; each stage has its own."""
+        return (*self.layout.earlier, self.grid)
+
+    def every_layer(self, images: Tensor) -> list[Features]:
+        """(B,3,H,W) -> cells of every map of timm's `forward_intermediates`, each at its own width and grid, without
+        class token; the last are those of `forward`.
+        """
+        maps = self.backbone.forward_intermediates(self.sized(images), output_fmt="NCHW", intermediates_only=True)
+        earlier = [Features(_cells(found, "NCHW", 0), None) for found in maps[: len(self.layout.earlier)]]
+        return [*earlier, self(images)]
 
     def classify(self, features: Features) -> Tensor:
         """The logits that came with the features: a pooling may need more than the tokens."""
@@ -240,12 +255,16 @@ def _layout(
         cls, cls_width = "pooled", pooled.shape[-1]
     if recipe.reduction in (None, deepest):
         stage = None
+        is_last = (grid, width) == (tuple(maps[-1].shape[2:]), maps[-1].shape[1])
+        before = maps[:-1] if is_last else maps  # there may be a convolution behind the last of them
     else:
         stage = max(index for index, found in enumerate(earlier) if found == recipe.reduction)
         grid, width = tuple(maps[stage].shape[-2:]), maps[stage].shape[1]
         source, order, prefix, cls, cls_width = "intermediates", "NCHW", 0, "mean", width
+        before = maps[:stage]
     return Layout(
-        source, stage, order, prefix, normed, cls, tuple(grid), width, cls_width, (*earlier, deepest)
+        source, stage, order, prefix, normed, cls, tuple(grid), width, cls_width, (*earlier, deepest),
+        tuple(tuple(found.shape[2:]) for found in before),
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ class Student(nn.Module):
     """A backbone cut into `Features`. Subclasses set the attributes and give `forward` and `classify`.
 
     width, cls_width: channels of the patch tokens and of the class token; grid: (rows, columns) of patch tokens;
-    depth: blocks that `every_layer` gives, 0 where there is no such thing; has_cls: whether the class token is the
+    depth: blocks of one width and grid, 0 where there is no such thing; has_cls: whether the class token is the
     model's own.
     """
 
@@ -59,6 +59,11 @@ class Student(nn.Module):
         self.backbone = backbone
         self.recipe = recipe
 
+    @property
+    def layer_grids(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of the tokens of each layer of `every_layer`."""
+        return (self.grid,) * max(1, self.depth)
+
     def forward(self, images: Tensor) -> Features:
         """(B,3,H,W) -> final-normed tokens."""
         raise NotImplementedError
@@ -68,8 +73,8 @@ class Student(nn.Module):
         raise NotImplementedError
 
     def every_layer(self, images: Tensor) -> list[Features]:
-        """(B,3,H,W) -> tokens of every layer, shallowest first."""
-        raise NotImplementedError
+        """(B,3,H,W) -> tokens of every layer, shallowest first; the last are those of `forward`."""
+        return [self(images)]
 
     def freeze_unreached(self, uses_cls: bool) -> None:
         """Take parameters that no loss reaches out of training: without a gradient weight decay alone would move them.

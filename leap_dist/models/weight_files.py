@@ -56,21 +56,21 @@ _HARMLESS: list[Any] = [
 ]  # fmt: skip
 
 
-def read_weights(path: Path, option: str = "teacher.weights") -> dict[str, Any]:
+def read_weights(path: Path, option: str = "teacher.weights", *, silent: bool = False) -> dict[str, Any]:
     """The state dict in `path`: a torch checkpoint or safetensors, under any name. Tensors are mapped, not read.
 
-    option: what names the file, for the messages.
+    option: what names the file, for the messages. silent: it has been said which of several sets of weights is taken.
 
     Raises:
         UserError: no such file, it is something else or damaged, or it does not say which weights it means.
     """
     try:
-        return _read(path)
+        return _read(path, silent)
     except UserError as error:
         raise UserError(f"{option}={error}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, silent: bool) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"{path}: a folder; give the one file in it that holds all weights")
     if not path.is_file():
@@ -81,7 +81,7 @@ def _read(path: Path) -> dict[str, Any]:
     except _UNREADABLE as error:
         reason = _why(error)
         raise UserError(f"{path} is truncated, damaged or no plain state dict ({reason})") from error
-    return _state_in(content, path)
+    return _state_in(content, path, silent)
 
 
 def _reader(path: Path) -> Callable[[Path], Any]:
@@ -133,7 +133,7 @@ def _why(error: BaseException) -> str:
     return repr(error)[:160]
 
 
-def _state_in(content: Any, path: Path) -> dict[str, Any]:
+def _state_in(content: Any, path: Path, silent: bool) -> dict[str, Any]:
     """Descend to the mapping that holds the weights, and say which was taken where there were several."""
     while isinstance(content, Mapping):
         inside = {key: value for key, value in content.items() if isinstance(key, str) and _holds_tensors(value)}
@@ -146,7 +146,7 @@ def _state_in(content: Any, path: Path) -> dict[str, Any]:
                 "save the one you mean by itself"
             )
         key = key or next(iter(inside))
-        if len(inside) > 1:
+        if len(inside) > 1 and not silent:
             said = ", a moving average," if any(word in key for word in _AVERAGES) else ""
             log.info("%s: takes '%s'%s of %s", path, key, said, ", ".join(sorted(inside)))
         content = inside[key]

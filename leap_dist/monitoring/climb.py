@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from leap_dist.errors import UserError
-from leap_dist.monitoring.comparison import LEDGER, SUMMARY, Series, column, json_lines, read_summary, stairs
+from leap_dist.monitoring.comparison import LEDGER, SUMMARY, Series, column, read_ledger, read_summary, stairs
 
 BLOCK, SAVED, SCORE = "#0072b2", "#009e73", "#d55e00"  # Okabe and Ito: told apart by every eye
 
@@ -42,7 +42,7 @@ def read(folder: Path) -> Climb:
 
     The ledger of a run that went on without its first half's begins in the middle; then the summary tells the depth.
     """
-    ledger, summary = json_lines(folder / LEDGER), read_summary(folder / SUMMARY)
+    ledger, summary = read_ledger(folder), read_summary(folder / SUMMARY)
     if not ledger:
         raise UserError(f"{folder}: no run folder, or nothing is decided yet; it holds no line of {LEDGER}")
     blocks = stairs(ledger)

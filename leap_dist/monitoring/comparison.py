@@ -8,7 +8,6 @@ counted from its first point, and there are no FLOPs. Runs of one name have one 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from leap_dist.errors import UserError
+from leap_dist.runtime.integrity import check_named, read_lines, read_sealed
+from leap_dist.runtime.schema import misfit
 
 LEDGER, SUMMARY, BOARD, VALIDATION = "curriculum.jsonl", "summary.json", "tensorboard", "evaluation.jsonl"
 SCORES = ("curriculum/cka", "curriculum/cosine")
 AXES = {"step": "optimizer step", "flops": "teacher FLOPs spent", "seconds": "seconds"}
-ROWS = {"score": "score", "loss": "loss", "block": "target block", "accuracy": "accuracy of the student"}
-ACCURACIES = {"student_knn": ("o", "kNN"), "student_probe": ("^", "linear probe")}
+ROWS = {"score": "score", "loss": "loss", "block": "target block"}
+KINDS = {"patch": "patches", "cls": "class token", "cls_patch": "both"}  # of features that are judged
+MEASURES = {"knn": ("o", "kNN"), "probe": ("^", "linear probe")}
 
 
 class Series(NamedTuple):
@@ -36,14 +38,15 @@ class Series(NamedTuple):
 class Run:
     """What one run folder tells.
 
-    series: by the names of ROWS, accuracy being kNN between epochs; clocks: cumulative FLOPs and seconds by step, as
-    far as they are known; accuracies: of the finished student; missing: inputs that are not there, for the user.
+    series: by the names of ROWS and of KINDS, the latter being kNN between epochs; clocks: cumulative FLOPs and seconds
+    by step, as far as they are known; accuracies: of the finished student, by kind and measure; missing: inputs that
+    are not there, for the user.
     """
 
     name: str
     series: dict[str, Series]
     clocks: dict[str, Series]
-    accuracies: dict[str, float] = field(default_factory=dict)
+    accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
 
     def along(self, axis: str, steps: np.ndarray) -> np.ndarray | None:
@@ -67,19 +70,23 @@ def read(folder: Path, name: str) -> Run:
     """The run in `folder`. UserError if there is none, or a file of it cannot be read."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    ledger, board, summary = json_lines(folder / LEDGER), _board(folder / BOARD), read_summary(folder / SUMMARY)
-    evaluated = json_lines(folder / VALIDATION)
+    ledger, board, summary = read_ledger(folder), _board(folder / BOARD), read_summary(folder / SUMMARY)
+    evaluated = _lines(folder / VALIDATION, _Validation)
     validations = [{**line, "step": line["step"] - 1} for line in evaluated]  # steps that are done -> the last of them
     series = {row: found for row, found in board.items() if row in ROWS}
     clocks = {"seconds": board["seconds"]} if "seconds" in board else {}
     if ledger:
         series |= {"score": column(ledger, "score"), "block": stairs(ledger)}
         clocks = {"flops": column(ledger, "teacher_flops"), "seconds": column(ledger, "seconds")}
-    series["accuracy"] = column(validations, "knn")
+    series |= {kind: column(validations, f"{kind}_knn") for kind in KINDS}
     series = {row: found for row, found in series.items() if len(found.steps)}
     if not series:
         raise UserError(f"{folder}: no run folder; it holds neither {LEDGER} nor TensorBoard points of a run")
-    accuracies = {key: summary[key] for key in ACCURACIES if key in summary}
+    accuracies = {
+        kind: found
+        for kind in KINDS
+        if (found := {m: summary[f"student_{kind}_{m}"] for m in MEASURES if f"student_{kind}_{m}" in summary})
+    }
     there = {LEDGER: ledger, BOARD: board, SUMMARY: summary, f"accuracies in {SUMMARY}": accuracies or not summary}
     return Run(
         name=name,
@@ -90,14 +97,55 @@ def read(folder: Path, name: str) -> Run:
     )
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Of a file in the run folder; none where it is not there. UserError for what is not JSON."""
+@dataclass(frozen=True)
+class _Decision:
+    """What is read of a ledger's line."""
+
+    step: int
+    block: int
+    score: float | None = None
+    next_block: int | None = None
+    teacher_flops: float | None = None
+    seconds: float | None = None
+    threshold: float | None = None
+    depth: int | None = None
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """What is read of a line of evaluation.jsonl."""
+
+    step: int
+    knn: float
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What is read of summary.json."""
+
+    student_knn: float | None = None
+    student_probe: float | None = None
+    teacher_depth: int | None = None
+    teacher_flops_saved: float | None = None
+    epochs: float | None = None
+    train_seconds: float | None = None
+    flops: dict[str, float] = field(default_factory=dict)
+
+
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ledger; none where it is not there. UserError for one that is damaged."""
+    return _lines(folder / LEDGER, _Decision)
+
+
+def _lines(path: Path, shape: Any) -> list[dict[str, Any]]:
+    """Of a file in the run folder; none where it is not there. UserError for what is not what was written."""
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON lines ({error})") from None
+        check_named(path, path.with_name(SUMMARY))
+        return read_lines(path, shape)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def column(lines: Sequence[dict[str, Any]], key: str) -> Series:
@@ -141,13 +189,18 @@ def _board(folder: Path) -> dict[str, Series]:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """Of a run folder; empty where it is not there. UserError for what is not JSON."""
+    """Of a run folder; empty where it is not there. UserError for what is not what was written."""
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        summary, fault = read_sealed(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if fault:
+        raise UserError(f"{path} is {fault.split()[-1]}; remove it, and resume=auto writes it anew")
+    if fault := misfit(summary, _Summary):
+        raise UserError(f"{path} is no run's summary ({fault})")
+    return summary
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,11 +208,12 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def draw(runs: Sequence[Run]) -> Any:
-    """Figure: a row for each of ROWS that a run has, a column for each of AXES."""
+    """Figure: a row for each of ROWS and KINDS that a run has, a column for each of AXES."""
     from matplotlib.figure import Figure
 
     colors = _colors(runs)
-    rows = [row for row in ROWS if any(row in run.series or (row == "accuracy" and run.accuracies) for run in runs)]
+    labels = ROWS | {kind: f"accuracy by {words}" for kind, words in KINDS.items()}
+    rows = [row for row in labels if any(row in run.series or row in run.accuracies for run in runs)]
     figure = Figure(figsize=(13, 2.9 * len(rows) + 0.5), layout="constrained")
     grid = figure.subplots(len(rows), len(AXES), squeeze=False, sharex="col", sharey="row")
     for row, panels in zip(rows, grid, strict=True):
@@ -167,7 +221,7 @@ def draw(runs: Sequence[Run]) -> Any:
             for run in runs:
                 _draw_run(panel, run, row, axis, colors[run.name])
             panel.grid(alpha=0.3)
-        panels[0].set_ylabel(ROWS[row])
+        panels[0].set_ylabel(labels[row])
         if row == "loss":
             panels[0].set_yscale("log")
     for label, panel in zip(AXES.values(), grid[-1], strict=True):
@@ -188,10 +242,9 @@ def _colors(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _draw_run(panel: Any, run: Run, row: str, axis: str, color: str) -> None:
-    if row == "accuracy":
-        end = run.along(axis, np.array([run.last_step]))
-        for key, value in run.accuracies.items() if end is not None else ():
-            panel.plot(end, [value], ACCURACIES[key][0], color=color)
+    end = run.along(axis, np.array([run.last_step]))
+    for measure, value in run.accuracies.get(row, {}).items() if end is not None else ():
+        panel.plot(end, [value], MEASURES[measure][0], color=color)
     if row in run.series:
         steps, values = run.series[row]
         where = run.along(axis, steps)
@@ -205,8 +258,8 @@ def _legend(figure: Any, runs: Sequence[Run], colors: dict[str, str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
-    for key, (mark, label) in ACCURACIES.items():
-        if any(key in run.accuracies for run in runs):
+    for measure, (mark, label) in MEASURES.items():
+        if any(measure in found for run in runs for found in run.accuracies.values()):
             handles.append(Line2D([], [], color="grey", marker=mark, linestyle="", label=label))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
 

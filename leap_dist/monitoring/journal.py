@@ -5,18 +5,22 @@ Rank 0 writes. On the other ranks the same calls do nothing.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from leap_dist.config import Config
 from leap_dist.curriculum import Curriculum
-from leap_dist.curriculum.ledger import Ledger
+from leap_dist.curriculum.ledger import LEDGER, Ledger
+from leap_dist.errors import UserError
 from leap_dist.monitoring.accounting import Costs
 from leap_dist.monitoring.telemetry import Telemetry
-from leap_dist.runtime.distributed import World
+from leap_dist.runtime.distributed import World, on_main
 from leap_dist.runtime.progress import Progress
+
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -29,6 +33,7 @@ class Journal:
         self._depth = depth
         self._telemetry: Optional[Telemetry] = None
         self._ledger: Optional[Ledger] = None
+        self._warned = False
         self._score, self._scored = math.nan, 0  # the last that was taken, and the steps that were done then
 
     def open(
@@ -38,25 +43,27 @@ class Journal:
         *,
         steps_per_epoch: int,
         total_steps: int,
-        lines: int = 0,
-        source: Optional[Path] = None,
+        ledger: Sequence[bytes] = (),
     ) -> None:
         """Begin, or go on from a checkpoint. The run keeps `progress` and `costs` up to date for what is written.
 
-        lines, source: of the ledger that a resumed run continues, see `Ledger`.
+        ledger: the lines that a resumed run continues, see `Ledger`.
         """
         self._progress, self._costs = progress, costs
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         if self._world.is_main:
             self._telemetry = Telemetry(self._config, total_steps, progress.step)
-            self._ledger = Ledger(Path(self._config.output), lines, source)
+        on_main(lambda: self._open_ledger(ledger), self._world)
+
+    def _open_ledger(self, kept: Sequence[bytes]) -> None:
+        self._ledger = Ledger(Path(self._config.output), kept)
 
     def close(self) -> None:
         """Give the terminal back; safe at any time."""
         if self._telemetry is not None:
             self._telemetry.close()
         if self._ledger is not None:
-            self._ledger.close()
+            self._attempt(self._ledger.close)
 
     # -- the ledger ---------------------------------------------------------------------------------------------------
 
@@ -73,10 +80,28 @@ class Journal:
             decision = "advance" if advanced else "stay"
             self._write(step, block, score, ema=ema, decision=decision, reason=reason)
 
-    def lines(self) -> int:
-        """Of the ledger so far, all of them on disk."""
-        self.flush()
-        return 0 if self._ledger is None else self._ledger.lines
+    def state_dict(self) -> dict[str, Any]:
+        """How many lines the ledger has so far, all of them on disk, and what tells them apart from others. Collective.
+
+        Raises:
+            UserError: on every rank, the disk refuses some of them.
+        """
+        return on_main(self._flushed, self._world)
+
+    def _flushed(self) -> dict[str, Any]:
+        if self._ledger is None:
+            return {"ledger_lines": 0, "ledger_mark": ""}
+        self._ledger.flush()
+        return {"ledger_lines": self._ledger.lines, "ledger_mark": self._ledger.mark}
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """A write that a run need not end for: what is not on the disk at the next save ends it then. Warns once."""
+        try:
+            write()
+        except UserError as error:
+            if not self._warned:
+                log.warning("%s waits for the next save: %s", LEDGER, error)
+            self._warned = True
 
     def _next_block(self) -> int:
         """The block of the step after the one that is settled: the curriculum's, unless its work has begun."""
@@ -135,9 +160,9 @@ class Journal:
             self._telemetry.points(step, {tag: value for tag, value in scalars.items() if math.isfinite(value)})
 
     def flush(self) -> None:
-        """What has been decided so far is to be read on the disk from now on."""
+        """What has been decided so far is to be read on the disk from now on, if that takes it."""
         if self._ledger is not None:
-            self._ledger.flush()
+            self._attempt(self._ledger.flush)
 
     def end_bar(self) -> None:
         """The last step is done."""

@@ -6,6 +6,7 @@ there is neither a profiler nor a hook.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from leap_dist.config import Config
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World
+from leap_dist.runtime.files import refusal
 from leap_dist.runtime.timing import PhaseTimer, around_forward
+
+log = logging.getLogger(__name__)
 
 
 def check_window(config: Config, total_steps: int) -> None:
@@ -64,7 +68,11 @@ class ProfilerWindow:
         if self._profiler is None:
             return
         profiler, self._profiler = self._profiler, None
-        profiler.stop()
+        try:
+            profiler.stop()
+        except (OSError, RuntimeError) as error:  # the trace is no result
+            reason = refusal(error, self._folder) or " ".join(str(error).split())
+            log.warning("no trace of %s: %s", self._worker, reason)
         self._timer.tracing = False
         for hook in self._hooks:
             hook.remove()

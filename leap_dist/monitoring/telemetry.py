@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from leap_dist.config import Config, hyperparameters, to_yaml
 from leap_dist.errors import UserError
+from leap_dist.monitoring.board import Board
 from leap_dist.monitoring.climb import draw, read
 from leap_dist.monitoring.dashboard import CARDS, layout
 from leap_dist.runtime.files import write_whole
@@ -40,14 +41,9 @@ class Telemetry:
     """
 
     def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.config = config
-        self.writer = SummaryWriter(str(Path(config.output) / "tensorboard"), purge_step=first_step)
-        self.writer.add_text("config", f"```yaml\n{to_yaml(config)}```", first_step)
-        self.writer.add_custom_scalars(layout(config))
-        for name, text in CARDS.items():
-            self.writer.add_text(f"what the charts mean/{name}", text.strip(), first_step)
+        self.board = Board(Path(config.output) / "tensorboard", purge_step=first_step)
+        self.board.write(lambda writer: self._explain(writer, first_step))
         self.bar = tqdm(
             total=total_steps * config.data.global_batch,
             initial=first_step * config.data.global_batch,
@@ -58,6 +54,12 @@ class Telemetry:
             dynamic_ncols=True,
             file=STDERR,
         )
+
+    def _explain(self, writer: Any, first_step: int) -> None:
+        writer.add_text("config", f"```yaml\n{to_yaml(self.config)}```", first_step)
+        writer.add_custom_scalars(layout(self.config))
+        for name, text in CARDS.items():
+            writer.add_text(f"what the charts mean/{name}", text.strip(), first_step)
 
     def is_due(self, step: int) -> bool:
         """Whether the 0-based `step` gets TensorBoard points."""
@@ -70,8 +72,12 @@ class Telemetry:
 
     def points(self, step: int, scalars: dict[str, float]) -> None:
         """Write TensorBoard points: tag -> value at the 0-based `step`."""
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)
+
+        def add(writer: Any) -> None:
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, step)
+
+        self.board.write(add)
 
     def say(self, line: str) -> None:
         """One line on the terminal, above the bar while there is one."""
@@ -88,20 +94,20 @@ class Telemetry:
             key: value if isinstance(value, (int, float, str, bool)) else str(value)
             for key, value in hyperparameters(self.config).items()
         }
-        self.writer.add_hparams(options, metrics, run_name=".")
-        self.writer.add_text("result", f"```text\n{results}\n```", summary["steps"])
+        self.board.write(lambda writer: writer.add_hparams(options, metrics, run_name="."))
+        self.board.write(lambda writer: writer.add_text("result", f"```text\n{results}\n```", summary["steps"]))
         output = Path(self.config.output)
         try:
             figure = draw(read(output))
-        except UserError as error:  # somebody removed the ledger: no reason to end without the results
+            write_whole(output / FIGURE, lambda partial: figure.savefig(partial, dpi=120, format="png"))
+        except UserError as error:  # no ledger, or no room: no reason to end without the results
             self.say(f"no {FIGURE}: {error}")
             return
-        write_whole(output / FIGURE, lambda partial: figure.savefig(partial, dpi=120, format="png"))
-        self.writer.add_figure("curriculum/climb", figure, summary["steps"])
+        self.board.write(lambda writer: writer.add_figure("curriculum/climb", figure, summary["steps"]))
 
     def close(self) -> None:
         self.bar.close()
-        self.writer.close()
+        self.board.close()
 
 
 def table(rows: list[tuple[str, Optional[str]]]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,8 +33,10 @@ from leap_dist.monitoring import bar_interval
 from leap_dist.pretraining.initial import initialise
 from leap_dist.pretraining.recipe import InitialWeights
 from leap_dist.runtime.distributed import uses_gpus
-from leap_dist.runtime.files import write_json, write_whole
+from leap_dist.runtime.integrity import Damaged, check_recorded, record_of, write_recorded
 from leap_dist.runtime.optim import build_optimizer, lr_factor
+
+log = logging.getLogger(__name__)
 
 CACHE, WEIGHTS = "demo-teacher", "teacher.safetensors"
 
@@ -60,7 +63,7 @@ class TeacherTraining(InitialWeights):
 
 
 def train_teacher(config: TeacherTraining, out: Path) -> float:
-    """Train on the digits' training split and write `out` (safetensors) and, last, a .json of the same stem beside it.
+    """Train on the digits' training split and write `out` (safetensors) and a .json of the same stem beside it.
 
     The file holds what timm.create_model(model, img_size=image_size, num_classes=classes, **kwargs) takes.
     Returns the accuracy of the class token on the validation split, 0 to 1. The caller's random state is kept.
@@ -72,8 +75,8 @@ def train_teacher(config: TeacherTraining, out: Path) -> float:
         _fit(model, config, device)
     accuracy = _accuracy(model, config, device)
     state = {key: value.cpu() for key, value in model.state_dict().items()}
-    write_whole(out, lambda partial: save_file(state, partial))
-    write_json(_record(out), {**_about(config), "val_accuracy": accuracy})
+    record_of(out).unlink(missing_ok=True)  # of another recipe: what it knows must not pass for this one
+    write_recorded(out, lambda partial: save_file(state, partial), {**_about(config), "val_accuracy": accuracy})
     return accuracy
 
 
@@ -91,13 +94,12 @@ def ensure_demo_teacher(cache: Path, seed: int = 0) -> Path:
     config = TeacherTraining(seed=seed)
     weights = cache / WEIGHTS
     about = _about(config)
-    if not weights.is_file() or {key: _recorded(weights).get(key) for key in about} != about:
-        train_teacher(config, weights)
+    if weights.is_file():
+        recorded = _recorded(weights)
+        if {key: recorded.get(key) for key in about} == about:
+            return weights
+    train_teacher(config, weights)
     return weights
-
-
-def _record(weights: Path) -> Path:
-    return weights.with_suffix(".json")
 
 
 def _about(config: TeacherTraining) -> dict[str, Any]:
@@ -114,11 +116,12 @@ def _about(config: TeacherTraining) -> dict[str, Any]:
 
 
 def _recorded(weights: Path) -> dict[str, Any]:
+    """What the record of cached weights says; nothing where the two are not what was written, which is said."""
     try:
-        record = json.loads(_record(weights).read_text())
-    except (OSError, ValueError):
+        return check_recorded(weights)
+    except Damaged as error:
+        log.warning("the demo's teacher is trained anew: %s", error)
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _kwargs(config: TeacherTraining) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from leap_dist.config import (
+    HUB,
     RANDOM,
     Config,
     DataConfig,
@@ -22,6 +23,8 @@ from leap_dist.config import (
     option,
     problems,
 )
+from leap_dist.config.paths import no_folder_to_write, short
+from leap_dist.config.ranges import RECIPE_RANGES, complaint
 from leap_dist.errors import UserError
 
 
@@ -45,10 +48,13 @@ class InitialWeights:
 class TeacherRecipe(InitialWeights):
     """How a teacher is trained on labelled shards."""
 
+    init: str = option(
+        RANDOM, "weights to start from: random; hub: timm's pretrained ones; or a file, as teacher.weights takes it"
+    )
     init_std: Optional[float] = option(
         None,
         "standard deviation of the blocks' linear weights; the options below make them grow with depth. For 12 blocks: "
-        "0.1 at a width of 96, 0.07 at 192. null = timm's weights",
+        "0.1 at a width of 96, 0.07 at 192. null = timm's weights, or those of init",
     )
     output: str = option("runs/teacher", "folder of the weights, their record and the checkpoint")
     seed: int = option(0, "initial weights, sample order, augmentation, mixing")
@@ -58,6 +64,10 @@ class TeacherRecipe(InitialWeights):
     classes: int = option(10, "labels are 0 to classes - 1")
     label_smoothing: float = option(0.1, "smoothing of the cross-entropy's targets")
     mix_prob: float = option(0.5, "share of the batches that are mixed, with data.mixup")
+    layer_decay: float = option(
+        1.0, "a block's rate is this share of the next one's; for init=hub or a file 0.65 to 0.9; 1 = one rate for all"
+    )
+    freeze_patch_embed: bool = option(False, "leave the patch embedding as it starts")
     ema_decay: float = option(0.999, "decay of the moving average of the weights; that average is the teacher")
     clip: float = option(1.0, "gradient-norm clip")
     precision: Literal["fp32", "bf16"] = option("fp32", "autocast dtype; weights stay fp32")
@@ -89,22 +99,26 @@ def changes(old: TeacherRecipe, new: TeacherRecipe) -> list[str]:
 
 def _problems(recipe: TeacherRecipe) -> list[str]:
     """Every impossible value or combination, one line each."""
-    at_least_one = {"classes": recipe.classes, "evaluate_every": recipe.evaluate_every}
-    above_zero = {
-        "clip": recipe.clip,
-        "save_minutes": recipe.save_minutes,
-        "embed_std": recipe.embed_std,
-        "init_std": 1.0 if recipe.init_std is None else recipe.init_std,
-    }
-    fractions = {"label_smoothing": recipe.label_smoothing, "ema_decay": recipe.ema_decay}
+    out_of_range = (complaint(key, getattr(recipe, key), RECIPE_RANGES) for key in RECIPE_RANGES)
+    output = no_folder_to_write(recipe.output)
     return [
-        *(f"{key}={value}: must be at least 1" for key, value in at_least_one.items() if not value >= 1),
-        *(f"{key}={value}: must be above 0" for key, value in above_zero.items() if not value > 0),
-        *(f"{key}={value}: must be in [0, 1)" for key, value in fractions.items() if not 0 <= value < 1),
-        *([] if 0 <= recipe.mix_prob <= 1 else [f"mix_prob={recipe.mix_prob}: must be in [0, 1]"]),
+        *filter(None, out_of_range),
+        *([f"output={short(recipe.output)}: {output}"] if output else []),
+        *_init_problems(recipe),
         *(["data.val is required: held-out labelled shards"] if recipe.data.val is None else []),
         *problems(_as_run(recipe)),
     ]
+
+
+def _init_problems(recipe: TeacherRecipe) -> list[str]:
+    """What does not go together at the start."""
+    if recipe.init == RANDOM:
+        return []
+    if recipe.init_std is not None:
+        return [f"init_std={recipe.init_std} draws initial weights, and init={recipe.init} reads them; set one of them"]
+    if recipe.init != HUB and not Path(recipe.init).is_file():
+        return [f"init={recipe.init}: no such file (nor {RANDOM}, nor {HUB})"]
+    return []
 
 
 def _as_run(recipe: TeacherRecipe) -> Config:

@@ -6,9 +6,12 @@ that it would have taken: on a CPU in fp32 the very same.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 import time
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,27 @@ from torch.nn import functional as F
 from leap_dist.data import Batch, check_groups, draw_mix, soft_labels
 from leap_dist.errors import UserError
 from leap_dist.pretraining.recipe import TeacherRecipe
-from leap_dist.runtime.files import write_whole
+from leap_dist.runtime.integrity import check_recorded, record_of, write_recorded
 from leap_dist.runtime.optim import build_optimizer, lr_factor, peak_lr
+from leap_dist.runtime.schema import misfit
+
+log = logging.getLogger(__name__)
 
 LOSS_STEPS = 50  # between looks at the loss, for which the host waits for the device
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a checkpoint holds."""
+
+    model: dict[str, Any]
+    average: dict[str, Any]
+    optimizer: dict[str, Any]
+    step: int
+    seconds: float
+    history: list[dict[str, Any]]
+    layout: str = ""
+    contents: str = ""
 
 
 class Session:
@@ -56,7 +76,7 @@ class Session:
         self._layout, self._contents = layout, contents
         self._checkpoint, self._saved_at = checkpoint, time.monotonic()
         self._device = next(model.parameters()).device
-        self._optimizer = build_optimizer(recipe.optim, model)
+        self._optimizer = build_optimizer(recipe.optim, model, recipe.layer_decay)
         self._losses, self._looked_at = torch.zeros((), device=self._device), 0
         if recipe.data.mixup:
             check_groups(recipe.data.mixup_group, recipe.data.global_batch)
@@ -111,14 +131,15 @@ class Session:
             "layout": self._layout,
             "contents": self._contents,
         }
-        write_whole(self._checkpoint, lambda partial: torch.save(state, partial))
+        about = {"step": self.step, "recipe": dataclasses.asdict(self.recipe)}
+        write_recorded(self._checkpoint, lambda partial: torch.save(state, partial), about)
         self._saved_at = time.monotonic()
 
     def restore(self) -> None:
-        """Become what was saved, if anything was; UserError if that was trained on other shards."""
+        """Become what was saved, if anything was; UserError if that was trained on other shards, or is damaged."""
         if not self._checkpoint.is_file():
             return
-        state = torch.load(self._checkpoint, map_location=self._device, weights_only=True)
+        state = self._saved_state()
         layout = state.get("layout", self._layout)
         if layout != self._layout:
             raise UserError(
@@ -134,6 +155,28 @@ class Session:
         self._optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         self._looked_at = self.step
+
+    def _saved_state(self) -> dict[str, Any]:
+        """The content of the checkpoint, of which nothing is believed before all of it is known to be what was saved.
+
+        Raises:
+            UserError: it is not, or is no checkpoint at all.
+        """
+        if record_of(self._checkpoint).is_file():
+            check_recorded(self._checkpoint)
+        else:
+            log.warning("%s has no record, as an older version wrote it: it is taken unchecked", self._checkpoint)
+        try:
+            state = torch.load(self._checkpoint, map_location=self._device, weights_only=True)
+        except Exception as error:  # torch, pickle and zip each raise their own
+            words = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self._checkpoint}: cannot be read ({type(error).__name__}: {words}); put a whole copy back, or "
+                "remove it to train from the start"
+            ) from error
+        if fault := misfit(state, _Saved):
+            raise UserError(f"{self._checkpoint}: is no checkpoint of a teacher's training ({fault})")
+        return state
 
     def _mixed(self, images: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images and soft labels (B, classes), in `mix_prob` of the steps mixed."""
@@ -153,7 +196,7 @@ class Session:
             recipe.optim, step=self.step, total_steps=self.total_steps, epochs=recipe.epochs, advanced_at=None
         )
         for group in self._optimizer.param_groups:
-            group["lr"] = factor * peak_lr(recipe.optim, recipe.data.global_batch)
+            group["lr"] = group.get("lr_scale", 1.0) * factor * peak_lr(recipe.optim, recipe.data.global_batch)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")

@@ -2,6 +2,7 @@
 
 OUT/recipe.yaml              the recipe this folder belongs to
 OUT/checkpoint.pt            where the training stands; replaced by renaming
+OUT/checkpoint.json          its step, recipe, size and hash
 OUT/bad_samples.jsonl        training images that cannot be read; absent if there are none
 OUT/teacher.safetensors      the average of the weights: backbone, and head.* for the class token
 OUT/teacher.json             how to rebuild it, its accuracy at every evaluation, the recipe
@@ -10,8 +11,9 @@ OUT/teacher.json             how to rebuild it, its accuracy at every evaluation
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -23,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from tqdm import tqdm
 
-from leap_dist.config import abridged, to_yaml
+from leap_dist.config import RANDOM, TeacherConfig, abridged, to_yaml
 from leap_dist.data import (
     BadSamples,
     Batch,
@@ -43,9 +45,14 @@ from leap_dist.pretraining.initial import initialise
 from leap_dist.pretraining.recipe import TeacherRecipe, changes, load_recipe
 from leap_dist.pretraining.session import Session
 from leap_dist.runtime.distributed import World, uses_gpus
-from leap_dist.runtime.files import write_json, write_text, write_whole
+from leap_dist.runtime.files import write_text
+from leap_dist.runtime.integrity import write_recorded
 from leap_dist.runtime.reporting import STDERR
 from leap_dist.runtime.signals import Interrupt
+from leap_dist.teacher.record import CLASSES
+from leap_dist.teacher.weights import build_skeleton, open_weights
+
+log = logging.getLogger(__name__)
 
 RECIPE, CHECKPOINT, WEIGHTS = "recipe.yaml", "checkpoint.pt", "teacher.safetensors"
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -74,11 +81,14 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
     same call goes on. One process, one device. Raises UserError for a model, labels or a folder that do not fit, and
     where the loss is not finite or too many images cannot be read (the last checkpoint stays).
     """
+    from leap_dist.data.store import class_names  # 3 s to import
+
     output = Path(recipe.output)
     world = World(0, 1, 0, 1, torch.device("cuda" if uses_gpus() else "cpu"))
     model = build_model(recipe).to(world.device)
     check_sources(recipe.data, world, recipe.classes, option="classes")
     data = resolve(recipe.data, output, world)
+    names = class_names(data.train, data)
     loader = build_train_loader(data, seed=recipe.seed, micro_batch=data.global_batch, world=world)
     held_out = build_eval_loader(
         data.val, data, batch=min(BATCH, data.global_batch), world=world, numbered_as=data.train
@@ -97,7 +107,8 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
                     return None
                 if _is_evaluation_due(session):
                     session.look_at_loss()  # before spoilt weights become a teacher
-                    publish(session, accuracy(session.average.module, held_out, world.device), output)
+                    judged = accuracy(session.average.module, held_out, world.device, tell=not session.history)
+                    publish(session, judged, output, names)
                     session.save()
     finally:
         loader.close()
@@ -114,7 +125,26 @@ def build_model(recipe: TeacherRecipe) -> VisionTransformer:
         torch.manual_seed(recipe.seed)
         model = timm.create_model(recipe.model, **_kwargs(recipe))
         initialise(model, recipe)
+    if recipe.init != RANDOM:
+        _load_backbone(model, recipe)
+    model.patch_embed.requires_grad_(not recipe.freeze_patch_embed)
     return model
+
+
+def _load_backbone(model: VisionTransformer, recipe: TeacherRecipe) -> None:
+    """Everything but the classifier, which is new, from timm's hub or a file, fitted to the image size as a teacher's.
+
+    Raises:
+        UserError: weights that cannot be reached, read or fitted, in full.
+    """
+    config = TeacherConfig(model=recipe.model, kwargs=recipe.kwargs, weights=recipe.init)
+    skeleton = build_skeleton(config, recipe.data.image_size)
+    try:
+        read = open_weights(config, skeleton).read(skeleton.state_dict())
+    except UserError as error:
+        raise UserError(f"init={recipe.init}: {error}") from None
+    left = model.load_state_dict(read, strict=False)
+    assert set(left.missing_keys) == {"head.weight", "head.bias"} and not left.unexpected_keys, left
 
 
 def _kwargs(recipe: TeacherRecipe) -> dict[str, Any]:
@@ -172,22 +202,28 @@ def _last_accuracy(session: Session) -> str:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, loader: EvalLoader, device: torch.device) -> float:
+def accuracy(model: nn.Module, loader: EvalLoader, device: torch.device, *, tell: bool = False) -> float:
     """Share of the set that `model`, images (B, 3, S, S) -> logits (B, classes), classifies correctly, 0 to 1.
 
-    Images without a label do not count. UserError if none has one.
+    Images without a label do not count; tell: say how many there are. UserError if none has one.
     """
-    right = total = 0
+    right = total = seen = 0
     for batch in loader:
         predicted = model(batch.images.to(device)).argmax(dim=1).cpu()
+        seen += len(batch.labels)
         right, total = right + int((predicted == batch.labels).sum()), total + int((batch.labels >= 0).sum())
     if not total:
         raise UserError(f"{loader.source}: no image has a label, which an accuracy needs")
+    if tell and seen > total:
+        log.warning("%s: %d images have no label of a class and are left out", loader.source, seen - total)
     return right / total
 
 
-def publish(session: Session, val_accuracy: float, output: Path) -> None:
-    """Add a row to the history; write the average of the weights and, last, its record."""
+def publish(session: Session, val_accuracy: float, output: Path, names: Optional[Mapping[str, int]] = None) -> None:
+    """Add a row to the history; write the average of the weights and its record.
+
+    names: of the classes, and their outputs.
+    """
     batch = session.recipe.data.global_batch
     session.history.append(
         {
@@ -199,16 +235,16 @@ def publish(session: Session, val_accuracy: float, output: Path) -> None:
         }
     )
     state = {key: value.cpu().contiguous() for key, value in session.average.module.state_dict().items()}
-    write_whole(output / WEIGHTS, lambda partial: save_file(state, partial))
-    write_json((output / WEIGHTS).with_suffix(".json"), _record(session))
+    write_recorded(output / WEIGHTS, lambda partial: save_file(state, partial), _record(session, names))
 
 
-def _record(session: Session) -> dict[str, Any]:
-    """What rebuilds the teacher, as of an exported student, and how it came about."""
+def _record(session: Session, names: Optional[Mapping[str, int]]) -> dict[str, Any]:
+    """What rebuilds the teacher, as of an exported student, its classes if they have names, and how it came about."""
     recipe = session.recipe
     return {
         "model": recipe.model,
         "kwargs": _kwargs(recipe),
+        **({} if names is None else {CLASSES: dict(names)}),
         "image_size": recipe.data.image_size,
         "mean": list(recipe.data.mean),
         "std": list(recipe.data.std),

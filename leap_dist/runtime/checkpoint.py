@@ -2,7 +2,8 @@
 
     output/config.yaml                  the run this folder belongs to
     output/.lock                        held by the run that is at it, see `leap_dist.runtime.run_lock`
-    output/checkpoints/step00000120/    DeepSpeed's files, config.yaml, run.json (step, world size, ZeRO stage)
+    output/checkpoints/step00000120/    DeepSpeed's files, config.yaml, and, sealed, run.json: what run and step it is
+                                        of, and size and hash of every other file
     output/checkpoints/latest           name of the newest good checkpoint; written last, by renaming
 
 `latest` moves on only when the step after a checkpoint has shown a finite loss (or the run ends there; or, before an
@@ -15,11 +16,13 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Optional
+
+import torch
 
 from leap_dist.config import Config, abridged, differences, flat, load, to_yaml
 from leap_dist.errors import UserError
@@ -28,15 +31,23 @@ from leap_dist.runtime.checkpoint_folder import (
     CONFIG,
     LATEST,
     RUN,
+    Choice,
+    check_has_none,
     checkpoints,
+    choose,
+    damage,
     fault_of,
-    newest,
     others,
     read_run,
+    seal,
 )
-from leap_dist.runtime.distributed import World, barrier, gather_objects, is_lost_peer
-from leap_dist.runtime.files import disk_full, flush, write_json, write_text
+from leap_dist.runtime.checkpoint_writer import met_by_all
+from leap_dist.runtime.distributed import World, gather_objects, is_lost_peer, on_first, on_main
+from leap_dist.runtime.engine import gradscaler
+from leap_dist.runtime.files import flush, refusal, write_text, writing
 from leap_dist.runtime.marks import Marks
+from leap_dist.runtime.plain_checkpoint import require_plain
+from leap_dist.runtime.reporting import is_lost_worker
 from leap_dist.runtime.run_lock import Claim, require_shared
 from leap_dist.runtime.running_stats import all_running_stats, restore_running_stats
 from leap_dist.runtime.universal import remove_leftovers, universal_copy
@@ -59,24 +70,41 @@ ANOTHER_RUN = (
 def find_resume(config: Config, world: World) -> Optional[Path]:
     """The checkpoint this run starts from, or None for a fresh start: rank 0 looks, and all ranks do as it says.
 
+    Every byte of it that is going to be used has been found to be what was written. A damaged one is passed over for
+    the one before, which rank 0 says; one that was asked for by its own path is refused.
+
     Raises:
-        UserError: `output` holds a run and may not be touched, or another config, `resume` holds no checkpoint, or a
-            rank does not see the one that rank 0 found.
+        UserError: `output` holds a run and may not be touched, or another config, `resume` holds no checkpoint or a
+            damaged one, none is whole, or a rank does not see the one that rank 0 found.
     """
     _require_one_config(config, world)
-    found: Optional[Path] = None
-    fault = ""
+    damaged: dict[Path, str] = {}
+    while True:
+        choice = _told_by_main(lambda: _resume_from(config, damaged), world)
+        if choice is None:
+            return None
+        require_shared(choice.path / RUN, Path(config.output), world)
+        fault = damage(choice.path, world)
+        if fault is None:
+            break
+        damaged[choice.path] = fault
+    if choice.remark and world.is_main:
+        log.warning(choice.remark)
+    return choice.path
+
+
+def _told_by_main(look: Callable[[], Optional[Choice]], world: World) -> Optional[Choice]:
+    """What rank 0 finds, on all ranks, or the UserError that it meets. Collective."""
+    found: tuple[str, Optional[Choice]] = ("", None)
     if world.is_main:
         try:
-            found = _resume_from(config)
+            found = "", look()
         except UserError as error:
-            fault = str(error)
-    fault, found = gather_objects((fault, found), world)[0]
+            found = str(error), None
+    fault, choice = gather_objects(found, world)[0]
     if fault:
         raise UserError(fault)
-    if found is not None:
-        require_shared(found / RUN, Path(config.output), world)
-    return found
+    return choice
 
 
 def _require_one_config(config: Config, world: World) -> None:
@@ -88,7 +116,8 @@ def _require_one_config(config: Config, world: World) -> None:
                 raise UserError(f"{key}: rank {rank} was started with {value}, rank 0 with {flats[0][key]}")
 
 
-def _resume_from(config: Config) -> Optional[Path]:
+def _resume_from(config: Config, damaged: Mapping[Path, str]) -> Optional[Choice]:
+    """damaged: see `choose`."""
     output = Path(config.output)
     held = _held_config(output)
     if held is not None:
@@ -101,13 +130,15 @@ def _resume_from(config: Config) -> Optional[Path]:
         if config.resume == "none":
             raise UserError(f"output={output}: holds a run; continue it with resume=auto, or choose another output")
         if config.resume != "auto" and _is_inside(Path(config.resume), output):
-            return _meant(Path(config.resume))
-        own = newest(output / "checkpoints")
+            return _meant(Path(config.resume), damaged)
+        own = choose(output / "checkpoints", damaged)
+        if own is None and config.resume == "auto":
+            log.warning("output=%s: holds a run without a checkpoint; begins at step 0", output)
         if config.resume == "auto" or own is not None:
             return own  # a queue that starts the same command again must not begin at the other run's checkpoint again
     if config.resume in ("none", "auto"):
         return None
-    return _meant(Path(config.resume))
+    return _meant(Path(config.resume), damaged)
 
 
 def _held_config(output: Path) -> Optional[Path]:
@@ -122,6 +153,7 @@ def _held_config(output: Path) -> Optional[Path]:
             return path
     if of_checkpoints or (output / CONFIG).is_file():
         raise UserError(f"output={output}: holds a run whose {CONFIG} is missing or empty; put it back")
+    check_has_none(output / "checkpoints")
     return None
 
 
@@ -129,14 +161,14 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def _meant(path: Path) -> Path:
+def _meant(path: Path, damaged: Mapping[Path, str]) -> Choice:
     """A checkpoint from what a user may point at: itself, its `checkpoints` folder, or a run's folder."""
     is_step = path.name.startswith("step") and path.is_dir() and not (path / "checkpoints").is_dir()
     if is_step or (path / RUN).is_file():
-        if fault := fault_of(path):
+        if fault := damaged.get(path) or fault_of(path):
             raise UserError(f"resume={path}: {fault}; {others(path)}")
-        return path
-    found = newest(path) or newest(path / "checkpoints")
+        return Choice(path)
+    found = choose(path, damaged) or choose(path / "checkpoints", damaged)
     if found is None:
         raise UserError(f"resume={path}: holds no checkpoint")
     return found
@@ -147,7 +179,8 @@ def _put(partial: Path, path: Path) -> None:
     replaced = path.with_name(f".{path.name}.replaced")
     if path.exists():
         path.rename(replaced)
-    partial.rename(path)
+    with writing(path.parent):
+        partial.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -170,9 +203,22 @@ def _own_settings(engine: Any) -> Iterator[None]:
             state["step"] = state["step"].to(parameter.device if fused else "cpu", copy=True)
 
 
+@contextmanager
+def without_crc() -> Iterator[None]:
+    """Save tensors in this block: without the zip's CRCs, which cost torch three times what `seal`'s hash does, over
+    the same bytes, and which it never looks at when it loads.
+    """
+    wanted = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(wanted)
+
+
 def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
     """State of the fp16 loss scaler, which DeepSpeed leaves out of its checkpoints under autocast (0.19)."""
-    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    scaler = gradscaler(engine)
     return None if scaler is None else scaler.state_dict()
 
 
@@ -233,44 +279,57 @@ class Checkpoints:
         if self.world.is_main:
             for left in self.folder.glob(".step*"):  # by a save that was killed
                 shutil.rmtree(left, ignore_errors=True)
-        barrier(self.world)
+        if fault := gather_objects(self._claim.fault(), self.world)[0]:
+            raise UserError(fault)
         stats = all_running_stats(engine.module, self.world)
         client = {"leap": state, "scaler": _scaler_state(engine), "running_stats": stats}
         marks = self._all_marks()
+        fault = ""
         try:
-            engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
+            with without_crc(), met_by_all(engine):
+                engine.save_checkpoint(str(self.folder), tag=partial.name, client_state=client, save_latest=False)
             if (average := _average(engine)) is not None:
                 average.save(partial, self.world)
             if self.world.is_main:
                 write_text(partial / CONFIG, to_yaml(self.config))
-                position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
-                write_json(partial / RUN, self._identity() | position | {"teacher_marks": marks})
+            position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
+            seal(partial, self._identity() | position | {"teacher_marks": marks}, self.world)
             flush(self.folder)
-            barrier(self.world)
-            if self.world.is_main:
-                _put(partial, path)
-        except (OSError, RuntimeError) as error:  # torch.save says a full disk in its own words
-            if is_lost_peer(error):
+        except (OSError, RuntimeError, UserError) as error:
+            if is_lost_peer(error) or is_lost_worker(error):
                 raise
-            reason = disk_full(error, self.folder) or " ".join(str(error).split())[:300]
-            raise UserError(f"checkpoint {path}: cannot be written ({reason}); the previous one is intact") from error
+            fault = refusal(error, self.folder) or " ".join(str(error).split())[:300]
+        self._agree(fault, path, partial)
+        on_main(lambda: _put(partial, path), self.world)
         self._unconfirmed = path
         return path
+
+    def _agree(self, fault: str, path: Path, partial: Path) -> None:
+        """Raise UserError on every rank if one has a fault. Collective: nobody goes on before all have written."""
+        faults = gather_objects(fault, self.world)
+        if any(faults):
+            if self.world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)  # what little room there is
+            told = next(filter(None, faults))
+            raise UserError(f"checkpoint {path}: cannot be written ({told}); the previous one is intact")
 
     def confirm(self) -> None:
         """Make the checkpoint saved last the one that a resumed run starts from; drop what is older than wanted."""
         path, self._unconfirmed = self._unconfirmed, None
-        if path is not None and self.world.is_main:
-            write_text(self.folder / LATEST, path.name)
-            self._prune(path)
+        if path is not None:
+            on_main(lambda: (write_text(self.folder / LATEST, path.name), self._prune(path)), self.world)
 
     def needs_conversion(self, path: Path) -> bool:
         """Whether `path` is in parts for another number of ranks: ZeRO stages 1-3 save one per rank, stage 0 does not.
 
         Raises:
-            UserError: saved with another ZeRO stage, precision, batch, seed, set, optimizer, student, mode or teacher.
+            UserError: saved with another ZeRO stage, precision, batch, seed, set, optimizer, student, mode or teacher,
+                or it does not say with what.
         """
-        saved = read_run(path)
+        try:
+            saved = read_run(path)
+        except UserError as error:
+            raise UserError(f"checkpoint {path}: {error}; {others(path)}") from None
         for key, mine in self._identity().items():
             if saved.get(key, mine) != mine:
                 raise UserError(
@@ -289,6 +348,7 @@ class Checkpoints:
         """
         if self.world.is_main:
             remove_leftovers(self.folder)
+        on_first(lambda: require_plain(path), self.world)
         if not self.needs_conversion(path):
             return self._read(engine, path, path)
         saved_ranks = read_run(path)["world_size"]
@@ -305,7 +365,7 @@ class Checkpoints:
             if (average := _average(engine)) is not None:
                 average.load(path, self.world)
         except Exception as error:  # torch, pickle, zip and DeepSpeed each raise their own
-            if is_lost_peer(error):
+            if is_lost_peer(error) or is_lost_worker(error):
                 raise
             reason = " ".join(str(error).split())[:300]
             if isinstance(error, (ImportError, AttributeError)) and "leap_dist" in reason:  # of what torch unpickles
@@ -318,7 +378,7 @@ class Checkpoints:
         if loaded is None:
             raise UserError(f"checkpoint {path}: cannot be read (DeepSpeed found no model state in it); {others(path)}")
         if client["scaler"] is not None:
-            engine.torch_autocast_z0_gradscaler.load_state_dict(client["scaler"])
+            gradscaler(engine).load_state_dict(client["scaler"])
         restore_running_stats(engine.module, client.get("running_stats", []), self.world)
         return client["leap"]
 

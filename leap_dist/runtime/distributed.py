@@ -25,6 +25,7 @@ from leap_dist.errors import UserError
 
 _T = TypeVar("_T")
 _LABEL_BYTES, _ROW = 96, 8
+PATIENCE = timedelta(minutes=30)  # of every group: a first compilation or a slow disk on one rank is no fault
 GPUS = "/dev/nvidia[0-9]*"  # a container may show any of them
 
 
@@ -72,7 +73,7 @@ def normalise_environment() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-def initialise(timeout: timedelta = timedelta(minutes=30)) -> World:
+def initialise() -> World:
     """Join the process group (NCCL on CUDA, gloo on CPU) through DeepSpeed and return this rank's `World`."""
     normalise_environment()
     import deepspeed  # seconds to import: only once the config is known to be good
@@ -87,16 +88,16 @@ def initialise(timeout: timedelta = timedelta(minutes=30)) -> World:
         # Its C++ all-reduce needs a compiler at run time and leaves 69 MB per rank in /dev/shm (DeepSpeed 0.19).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, timeout=PATIENCE, verbose=False)
     except dist.DistNetworkError as error:
         raise UserError(_unmet(error)) from error
     size = dist.get_world_size()
-    control = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+    control = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
     world = World(dist.get_rank(), size, local_rank, local_size, device, control)
-    if device.type == "cpu":
-        cores = _own_cores(world)  # on every rank: it is collective, and OMP_NUM_THREADS may be set on some only
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(cores)  # more threads than cores cost 2-3x in a ViT forward
+    cores = _own_cores(world)  # on every rank: it is collective, and OMP_NUM_THREADS may be set on some only
+    if "OMP_NUM_THREADS" not in os.environ:
+        # More threads than cores cost 2-3x in a ViT forward; beside a GPU they cast the blocks that an advance reads.
+        torch.set_num_threads(cores)
     return world
 
 
@@ -217,14 +218,23 @@ def build_pipeline(world: World, size: int, active: Optional[int] = None) -> Pip
     """
     barrier(world)  # with NCCL the wait for a late rank would hold Python's lock, and the heartbeat with it
     length = active or size
-    groups = [dist.new_group(list(range(first, first + length))) for first in range(0, world.size, size)]
+    members = (list(range(first, first + length)) for first in range(0, world.size, size))
+    groups = [dist.new_group(ranks, timeout=PATIENCE) for ranks in members]
     return Pipeline(world.rank % size, length, groups[world.rank // size])
 
 
 def own_group(world: World) -> Any:
     """A group of all ranks with a communicator that waits for no other's work; None if alone. Collective."""
     barrier(world)  # see `build_pipeline`
-    return dist.new_group() if world.size > 1 else None
+    return dist.new_group(timeout=PATIENCE) if world.size > 1 else None
+
+
+def be_patient(group: Any) -> None:
+    """Give a group that a library has made as long as our own: NCCL's usual 10 minutes are those of a slow advance."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        # Public from torch 2.12 on.
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(PATIENCE, group)
 
 
 def gather_on_first(tensor: Tensor, pipeline: Pipeline) -> list[Tensor]:
@@ -405,9 +415,22 @@ def on_first(work: Callable[[], _T], world: World) -> _T:
     Raises:
         UserError: on every rank, the one of the first node on which `work` raised it.
     """
+    return _told_to_all(work, world.local_rank == 0, world)
+
+
+def on_main(work: Callable[[], _T], world: World) -> _T:
+    """Run `work` on rank 0 and give its result to all. Collective. For what one rank writes.
+
+    Raises:
+        UserError: on every rank, if `work` raised it.
+    """
+    return _told_to_all(work, world.is_main, world)
+
+
+def _told_to_all(work: Callable[[], _T], chosen: bool, world: World) -> _T:
     result: Optional[_T] = None
     fault: Optional[str] = None
-    if world.local_rank == 0:
+    if chosen:
         try:
             result = work()
         except UserError as error:
@@ -417,3 +440,9 @@ def on_first(work: Callable[[], _T], world: World) -> _T:
         if found is not None:
             raise UserError(found)
     return outcomes[0][0]
+
+
+def join_barrier() -> None:
+    """Come to a barrier of all ranks at which the others wait already, on the device's own group."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, also after a loss of power; and locks."""
+"""Files that are either whole or not there, also after a loss of power; what a disk refuses, in words; and locks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,30 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Optional
+
+from leap_dist.errors import UserError
 
 PROBE_BYTES = 1 << 20
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+MOST_JSON_BYTES = 64 << 20  # the index of 8 TB of shards
+# What a disk answers where it takes no more, or nothing at all.
+REFUSALS = {
+    errno.ENOSPC: "No space left: the disk of {folder} is full, {free} are free; make room and start again",
+    errno.EDQUOT: "No space left: a quota on the disk of {folder} is used up, {free} of the disk are free; make room "
+    "and start again",
+    errno.EFBIG: "{folder}: a file would grow beyond what this process may write (ulimit -f); {free} are free",
+    errno.EROFS: "{folder}: its disk is read-only; {free} are free",
+    errno.EACCES: "{folder}: this user may not write there; {free} are free",
+    errno.EPERM: "{folder}: this user may not write there; {free} are free",
+}
+# Libraries also tell these by the system's words alone.
+IN_WORDS = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EROFS: "read-only file system"}
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that has none
 
 
@@ -23,19 +39,23 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old file or the new one.
 
     The umask decides who may read it, whatever `write` would have: safetensors' own files are their owner's alone.
+
+    Raises:
+        UserError: the disk refuses it, see `refusal`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        write(partial)
-        partial.chmod(mode)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.touch()
+            mode = partial.stat().st_mode
+            write(partial)
+            partial.chmod(mode)
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def flush(folder: Path) -> None:
@@ -53,28 +73,104 @@ def flush(folder: Path) -> None:
         os.close(descriptor)
 
 
-def disk_full(error: BaseException, folder: Path) -> str:
-    """Words for a write that failed in `folder` because there is no room; empty if there is.
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Write to `folder` in this block.
 
-    Libraries say it in words of their own: torch's writer notices only that its file is not as long as it should be. So
-    where the error does not tell, a few bytes are written.
+    Raises:
+        UserError: the disk refuses it, see `refusal`.
     """
-    told = getattr(error, "errno", None) in NO_ROOM or "No space left" in str(error)
-    if not told and not _refuses_bytes(folder):
-        return ""
-    free = shutil.disk_usage(folder).free / 2**20
-    return f"No space left: the disk of {folder} is full, {free:.1f} MiB are free, or a quota is; make room and resume"
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # torch and safetensors have their own for a full disk
+        if words := refusal(error, folder):
+            raise UserError(words) from error
+        raise
 
 
-def _refuses_bytes(folder: Path) -> bool:
+def refusal(error: BaseException, folder: Path, probe: bool = True) -> str:
+    """Why a write to `folder` failed, in a line with the folder and what is free; empty if the disk did not refuse it.
+
+    An error that names its file counts for that file's folder: libraries also write elsewhere, to /tmp.
+    probe: libraries say it in words of their own. torch's writer notices only that its file is not as long as it should
+        be. So where the error does not tell, a few bytes are written.
+    """
+    code, place = _told(error)
+    folder = folder if place is None else place
+    if code is None and probe and not isinstance(error, UserError):
+        code = _answer(folder)
+    return "" if code is None else REFUSALS[code].format(folder=folder, free=free_space(folder))
+
+
+def takes_no_more(error: BaseException) -> bool:
+    """Whether an error tells that a disk is full or read-only, so that another attempt is of no use."""
+    return _told(error)[0] in (*IN_WORDS, errno.EFBIG)
+
+
+def free_space(folder: Path) -> str:
+    """Of the disk that `folder` is or would be on, in words."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return f"{shutil.disk_usage(there).free / 2**20:.1f} MiB"
+
+
+def _told(error: Optional[BaseException]) -> tuple[Optional[int], Optional[Path]]:
+    """The disk's answer that an error, or one that led to it, tells; and the folder of the file that it names."""
+    while error is not None:
+        named = getattr(error, "errno", None)
+        code = named if named in REFUSALS else _in_words(str(error).lower())
+        if code is not None:
+            file = getattr(error, "filename2", None) or getattr(error, "filename", None)
+            is_path = isinstance(file, (str, os.PathLike)) and os.fspath(file)
+            return code, Path(file).absolute().parent if is_path else None
+        error = error.__cause__ or error.__context__
+    return None, None
+
+
+def _in_words(text: str) -> Optional[int]:
+    return next((code for code, words in IN_WORDS.items() if words in text), None)
+
+
+def _answer(folder: Path) -> Optional[int]:
+    """What the disk of `folder` says to a few bytes; None if it takes them."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(PROBE_BYTES))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return error.errno in NO_ROOM
-    return False
+        return error.errno if error.errno in REFUSALS else None
+    return None
+
+
+def read_regular(path: Path, most: Optional[int] = None) -> bytes:
+    """All bytes of a regular file: a pipe would wait for ever, and /dev/zero has no end.
+
+    Raises:
+        OSError: it cannot be read, it is none, or it has more than `most` bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without waiting for a pipe's writer
+    with open(descriptor, "rb", buffering=0) as file:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
+        if most is not None and about.st_size > most:
+            raise OSError(errno.EFBIG, f"has {about.st_size} bytes, at most {most} are read", str(path))
+        return file.read() if most is None else file.read(most)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a run, a set or an export holds.
+
+    Raises:
+        OSError: as `read_regular`; it may have 64 MiB.
+        ValueError: it is no JSON, or is nested so deep that nobody has written it.
+    """
+    try:
+        return json.loads(read_regular(path, MOST_JSON_BYTES))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -101,7 +197,7 @@ def lock(path: Path, patience: float, mode: str = "w") -> IO[Any]:
         file = path.open(mode)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(file, path):
+            if is_at(file, path):
                 return file
             file.close()  # its holder has removed it: a lock on what has no name holds nobody off
         except BlockingIOError:
@@ -116,8 +212,9 @@ def lock(path: Path, patience: float, mode: str = "w") -> IO[Any]:
             raise
 
 
-def _is_at(file: IO[Any], path: Path) -> bool:
+def is_at(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is the one that lies at `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
+    except OSError:
         return False

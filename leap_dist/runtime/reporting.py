@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import resource
 import select
 import sys
 import time
@@ -13,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, one_line
 
 WORD_OF_RANK_0_S = 5.0
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 class Outlet:
@@ -62,17 +65,22 @@ def forget_lost_output() -> None:
 def report_to_stderr(level: int) -> None:
     """Show what leap_dist's modules log, and nobody else's."""
     handler = logging.StreamHandler(STDERR)
-    handler.setFormatter(logging.Formatter("leap_dist: %(message)s"))
+    handler.setFormatter(_Lines("leap_dist: %(message)s"))
     logger = logging.getLogger("leap_dist")
     logger.addHandler(handler)
     logger.setLevel(level)
+
+
+class _Lines(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
 
 
 def complain(message: str, error: BaseException | None = None) -> None:
     """One line on stderr that says which rank speaks, with what was noted on the error."""
     notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
     # One write: what ranks print in pieces can end up in one line.
-    STDERR.write(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {message}{notes}\n")
+    STDERR.write(f"leap_dist [rank {os.environ.get('RANK', '0')}]: error: {one_line(message + notes)}\n")
     STDERR.flush()
 
 
@@ -101,8 +109,11 @@ def failed(error: Exception) -> int:
     if isinstance(error, UserError):
         complain(str(error), error)
         return 2
-    if full := _full_disk(error):
-        complain(full, error)
+    from leap_dist.runtime.files import refusal
+
+    refused = refusal(error, Path.cwd(), probe=False)  # by an error that names no file: here, if anywhere
+    if words := refused or no_descriptors(error) or _lost_worker(error):
+        complain(words, error)
         return 2
     # torch: seconds that a mistyped key must not take
     from leap_dist.runtime.distributed import hint_of_communication, is_lost_peer
@@ -118,11 +129,20 @@ def failed(error: Exception) -> int:
     return 1
 
 
-def _full_disk(error: Exception) -> str:
-    """Words for an error that says that a disk is full, wherever it was written to; empty for any other."""
-    from leap_dist.runtime.files import NO_ROOM, disk_full
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether a loader worker was killed. torch raises that in whatever the main thread is doing then."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
-    if getattr(error, "errno", None) not in NO_ROOM and "No space left" not in str(error):
+
+def _lost_worker(error: Exception) -> str:
+    if not is_lost_worker(error):
         return ""
-    written = Path(str(getattr(error, "filename", None) or "."))
-    return disk_full(error, next(folder for folder in (written, *written.absolute().parents) if folder.is_dir()))
+    return f"data.workers: a loader worker was killed, perhaps for want of memory: try fewer of them ({error})"
+
+
+def no_descriptors(error: BaseException) -> str:
+    """Words for an error that says that no more files can be opened; empty for any other."""
+    if getattr(error, "errno", None) not in NO_DESCRIPTORS and "Too many open files" not in str(error):
+        return ""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f"too many open files: this process may have {most}; raise that with ulimit -n, or set fewer data.workers"

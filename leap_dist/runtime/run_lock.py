@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO, Any, Optional
 
 from leap_dist.errors import UserError
-from leap_dist.runtime.distributed import World, gather_objects
-from leap_dist.runtime.files import lock, write_text
+from leap_dist.runtime.distributed import World, gather_objects, on_main
+from leap_dist.runtime.files import is_at, lock, refusal, write_text
 
 LOCK = ".lock"
 LOCK_SECONDS = 60  # a run that was told to stop may still be saving
@@ -53,11 +53,17 @@ class Claim:
         self._on_main(lambda: (self._lock(), write_text(self._output / name, text)))
         require_shared(self._output / name, self._output, self._world)
 
+    def fault(self) -> str:
+        """What has become of the folder that is held, on rank 0; empty where it is as it was."""
+        if self._held is None or is_at(self._held, self._output / LOCK):
+            return ""
+        return f"output={self._output}: was removed or replaced while this run was at it; nothing more is written there"
+
     def release(self) -> None:
         """Let others have the folder; safe at any time. What `hold` has made and nobody has used is removed."""
         if self._held is None:
             return
-        if self._made and {path.name for path in self._output.iterdir()} == {LOCK}:
+        if self._made and not self.fault() and {path.name for path in self._output.iterdir()} == {LOCK}:
             (self._output / LOCK).unlink()
             for folder in reversed(self._made):
                 with suppress(OSError):  # somebody else has put something beside it meanwhile
@@ -73,17 +79,19 @@ class Claim:
                 self._held = lock(self._output / LOCK, LOCK_SECONDS)
 
     def _on_main(self, work: Callable[[], None]) -> None:
-        fault = ""
-        if self._world.is_main:
-            try:
-                work()
-            except BlockingIOError:
-                fault = "another run is at it, or its ranks still are"
-            except OSError as error:
-                fault = f"cannot be written ({error})"
-        fault = gather_objects(fault, self._world)[0]
-        if fault:
-            raise UserError(f"output={self._output}: {fault}")
+        on_main(lambda: self._worded(work), self._world)
+
+    def _worded(self, work: Callable[[], None]) -> None:
+        """UserError for all that may go wrong with the folder."""
+        try:
+            work()
+        except BlockingIOError:
+            fault = "another run is at it, or its ranks still are"
+        except (OSError, UserError) as error:
+            fault = f"cannot be written ({refusal(error, self._output, probe=False) or error})"
+        else:
+            return
+        raise UserError(f"output={self._output}: {fault}")
 
 
 def require_shared(path: Path, output: Path, world: World) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from omegaconf import OmegaConf
-
-from leap_dist.config import DEMO_TEACHER, Config, abridged, differences, load, problems, to_yaml
+from leap_dist.config import DEMO_TEACHER, Config, abridged, differences, load, problems, read_yaml, to_yaml
 from leap_dist.errors import UserError
+from leap_dist.monitoring.comparison import SUMMARY, read_summary
 
 KEYS = {"base", "output", "launcher", "seeds", "common", "rows", "show"}
 ROW_KEYS = {"overrides", "seeds", "like", "epochs_as"}
@@ -105,9 +103,11 @@ class Run:
         return run_name(self.row.epochs_as[0], self.seed), run_name(self.row.like, self.seed)
 
     def summary(self) -> Optional[dict[str, Any]]:
-        """What the run left at its end; None before. One that dies while it evaluates leaves a part of it."""
-        path = self.folder / "summary.json"
-        summary = json.loads(path.read_text()) if path.is_file() else {}
+        """What the run left at its end; None before. One that dies while it evaluates leaves a part of it.
+
+        UserError where it is not what the run wrote.
+        """
+        summary = read_summary(self.folder / SUMMARY)
         return summary if "time_saved" in summary else None  # among the last that `leap_dist.wrapup` adds
 
 
@@ -182,12 +182,7 @@ def _listed(spec: dict[str, Any], key: str, kind: type, where: str) -> tuple[Any
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        spec = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # yaml has no common base for what a broken file raises
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    spec = read_yaml(path, str(path))
     if not isinstance(spec, dict):
         raise UserError(f"{path}: expected a mapping with base and rows")
     return spec

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 from leap_dist.errors import UserError
-from leap_dist.monitoring.comparison import draw, read
+from leap_dist.monitoring.comparison import KINDS, MEASURES, draw, read
 from leap_dist.runtime.files import write_text, write_whole
 from leap_dist.sweeps.plan import Plan, Run, result
 
@@ -30,9 +30,17 @@ def _plain(key: str, label: str, digits: Callable[[float], str] = _percent) -> C
     return Column(label, lambda summary: summary.get(key), digits)
 
 
+def _judged(who: str, whose: str) -> dict[str, Column]:
+    """kNN and probe of every kind of features."""
+    return {
+        f"{who}_{kind}_{measure}": _plain(f"{who}_{kind}_{measure}", f"{whose}{name} of {words}, %")
+        for kind, words in KINDS.items()
+        for measure, (_, name) in MEASURES.items()
+    }
+
+
 COLUMNS = {
-    "student_knn": _plain("student_knn", "kNN, %"),
-    "student_probe": _plain("student_probe", "linear probe, %"),
+    **_judged("student", ""),
     "student_top1": _plain("student_top1", "top-1, %"),
     "student_teacher_cka": _plain("student_teacher_cka", "CKA to the teacher", "{:.3f}".format),
     "epochs": _plain("epochs", "epochs", "{:.2f}".format),
@@ -43,8 +51,7 @@ COLUMNS = {
     "flops_saved": _plain("flops_saved", "all FLOPs saved, %"),
     "time_saved": _plain("time_saved", "time saved, %"),
     "final_block": _plain("final_block", "block at the end", "{:.1f}".format),
-    "teacher_knn": _plain("teacher_knn", "teacher's kNN, %"),
-    "teacher_probe": _plain("teacher_probe", "teacher's probe, %"),
+    **_judged("teacher", "teacher's "),
 }
 
 

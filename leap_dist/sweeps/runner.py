@@ -19,12 +19,14 @@ from typing import NamedTuple, Optional
 from tqdm import tqdm
 
 from leap_dist.config import to_yaml
+from leap_dist.config.ranges import Range
 from leap_dist.errors import UserError
-from leap_dist.runtime.files import lock, write_text
+from leap_dist.runtime.files import lock, write_text, writing
 from leap_dist.sweeps.plan import Plan, Run, conflict, result, with_budget
 from leap_dist.sweeps.results import write_results
 
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
+MOST_JOBS = Range(1, 1024)
 POLL_S = 0.2
 SAVE_S = 120.0  # that a run gets to save when the sweep is stopped
 PATIENCE_S = 5.0  # between looks at a run that another sweep is making
@@ -116,7 +118,15 @@ class Sweep:
 
 
 def launch(run: Run, launcher: str, slot: int) -> Optional[subprocess.Popen[bytes]]:
-    """Start the run, with its log as its output; None while processes of another sweep still hold that."""
+    """Start the run, with its log as its output; None while processes of another sweep still hold that.
+
+    UserError if the disk refuses the log.
+    """
+    with writing(run.log.parent):
+        return _launched(run, launcher, slot)
+
+
+def _launched(run: Run, launcher: str, slot: int) -> Optional[subprocess.Popen[bytes]]:
     run.log.parent.mkdir(parents=True, exist_ok=True)
     try:
         # The run's processes inherit the lock, and hold it also when the sweep is killed.
@@ -147,8 +157,8 @@ def environment() -> dict[str, str]:
 
 def check_launcher(launcher: str, jobs: int) -> None:
     """Raise UserError for a program that is not there, one whose jobs would meet on one port, or no jobs."""
-    if jobs < 1:
-        raise UserError(f"--jobs={jobs}: must be at least 1")
+    if not MOST_JOBS.holds(jobs):
+        raise UserError(f"--jobs={jobs}: must be {MOST_JOBS.words}")
     program = shlex.split(launcher)[0]
     if shutil.which(program, path=environment()["PATH"]) is None:
         raise UserError(f"launcher={launcher}: {program} is not a program here")

@@ -38,9 +38,7 @@ def teacher_fault(
 
 
 def _unsound(teacher: Teacher, block: int) -> list[str]:
-    """Parameters of a block that this rank holds, or at the first of the stem, that are not finite."""
-    named = list(teacher.blocks[block - 1].named_parameters())
-    if block == 1:
-        named += teacher.stem.named_parameters()
+    """Parameters, of a block or of the stem with norm and classifier, that this rank holds and that are not finite."""
+    named = [*teacher.blocks[block - 1].named_parameters(), *teacher.stem.named_parameters()]
     here = ((name, parameter) for name, parameter in named if not parameter.is_meta)
     return [name for name, parameter in here if not bool(torch.isfinite(parameter).all())]

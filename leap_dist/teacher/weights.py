@@ -19,7 +19,10 @@ from leap_dist.config import DEMO_TEACHER, HUB, RANDOM, TeacherConfig
 from leap_dist.errors import UserError
 from leap_dist.models import build_model
 from leap_dist.models.weight_files import read_weights
+from leap_dist.runtime.files import refusal
+from leap_dist.runtime.integrity import FILE, Damaged, check_recorded, read_sealed, record_of
 from leap_dist.teacher.layouts import check_classifier, convert
+from leap_dist.teacher.record import check_record
 
 SAMPLE = 1024  # numbers of each tensor that a sample looks at: a page or two of a mapped file
 
@@ -54,8 +57,24 @@ def open_weights(config: TeacherConfig, model: nn.Module) -> Weights:
         raise UserError(f"teacher.weights={DEMO_TEACHER} is only known to the training script; give a file's path")
     if config.weights == RANDOM:
         return RandomWeights(model)
-    path = _hub_file(config, model) if config.weights == HUB else Path(config.weights)
-    return FileWeights(path, model, config.model)
+    if config.weights == HUB:
+        return FileWeights(_hub_file(config, model), model, config.model)
+    path = Path(config.weights)
+    check_own(path)
+    weights = FileWeights(path, model, config.model)
+    check_record(path, model, config.model)
+    return weights
+
+
+def check_own(path: Path) -> None:
+    """Raise UserError where this project wrote the file, as the record beside it says, and it is not that any more."""
+    if path.is_file() and record_of(path).is_file():
+        try:
+            record, _ = read_sealed(record_of(path))
+            if FILE in record:
+                check_recorded(path)
+        except (OSError, Damaged) as error:
+            raise UserError(f"teacher.weights={error}") from None
 
 
 def build_skeleton(config: TeacherConfig, image_size: int, classes: int = 0) -> nn.Module:
@@ -143,7 +162,7 @@ class FileWeights:
         self.computed = frozenset(self._computed)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        stored = read_weights(self._path)
+        stored = read_weights(self._path, silent=True)
         return {
             name: stored[self._stored_as[name]] if name in self._stored_as else self._computed[name] for name in names
         }
@@ -152,10 +171,10 @@ class FileWeights:
         """Of the tensors, and of the stored ones that the computed among them were made of."""
         plain = {name: tensor for name, tensor in tensors.items() if name not in self.computed}
         computed = self.computed & tensors.keys()
-        return _quick_mark(plain | (self._origins(computed, read_weights(self._path)) if computed else {}))
+        return _quick_mark(plain | (self._origins(computed, read_weights(self._path, silent=True)) if computed else {}))
 
     def samples(self, parts: Mapping[str, list[str]], dtype: torch.dtype) -> dict[str, str]:
-        stored, samples = read_weights(self._path), {}
+        stored, samples = read_weights(self._path, silent=True), {}
         for part, names in parts.items():
             plain = {name: stored[self._stored_as[name]] for name in names if name not in self.computed}
             found = {f"{name} {tuple(t.shape)}": cast(_middle(t), dtype) for name, t in plain.items()}
@@ -191,7 +210,8 @@ def _hub_file(config: TeacherConfig, model: nn.Module) -> Path:
             return Path(huggingface_hub.hf_hub_download(*file, local_files_only=True))
         return Path(huggingface_hub.hf_hub_download(*file))
     except Exception as error:  # the hub's client lets through the errors of half a dozen packages
+        reason = refusal(error, Path(huggingface_hub.constants.HF_HUB_CACHE), probe=False) or f"{error!r:.120}"
         raise UserError(
-            f"teacher.weights=hub: cannot get weights of {config.model} ({error!r:.120}); "
+            f"teacher.weights=hub: cannot get weights of {config.model} ({reason}); "
             "download them elsewhere and set teacher.weights=/path/to/model.safetensors"
         ) from error

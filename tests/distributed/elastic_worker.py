@@ -16,7 +16,8 @@ from leap_dist.config import Config, load
 from leap_dist.matching.objective import Objective
 from leap_dist.models.features import Features
 from leap_dist.models.student import build_student
-from leap_dist.runtime.checkpoint import Checkpoints, newest
+from leap_dist.runtime.checkpoint import Checkpoints
+from leap_dist.runtime.checkpoint_folder import newest
 from leap_dist.runtime.distributed import World, initialise, shutdown
 from leap_dist.runtime.engine import build_engine
 from leap_dist.runtime.optim import build_optimizer

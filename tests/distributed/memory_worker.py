@@ -7,7 +7,6 @@ memory_worker.py share PLACEMENT     a teacher of 300 M parameters at its last b
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -57,7 +56,7 @@ def share(placement: str, world: World) -> None:
 
 
 def main(what: str, placement: str) -> None:
-    world = initialise(timedelta(seconds=60))
+    world = initialise()
     {"flat": flat, "share": share}[what](placement, world)
     shutdown()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -114,7 +113,7 @@ def assert_resident(teacher: Teacher, world: World, config: TeacherConfig) -> No
 
 
 def main(which: str) -> None:
-    world = initialise(timedelta(seconds=60))
+    world = initialise()
     compared = bitwise = 0
     for config in configs(world, FAMILIES if which == "all" else FAMILIES[1:2]):
         compare(config, world)

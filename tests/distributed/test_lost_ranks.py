@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runs import command, environment, finish, fork, write_config
+from runs import command, environment, finish, fork, on_ranks, write_config
 
 PROMPTLY_S = 60
 SLOW = pytest.mark.slow
@@ -102,3 +102,8 @@ def test_an_error_inside_a_teacher_call_ends_all_ranks(placement: str) -> None:
     assert len(own) == 1 and re.search("MemoryError|Stage 1. failed", own[0]), lines  # a pipeline words it its own way
     others = [line for line in lines if "[rank 1]" not in line]
     assert all("another rank is gone, rank 1 gives no sign of life since step" in line for line in others), lines
+
+
+def test_every_group_waits_half_an_hour() -> None:
+    """NCCL's own default is ten minutes, also for the group that DeepSpeed makes for the gradients."""
+    assert "5 groups wait" in on_ranks(2, "patience_worker.py")

@@ -28,9 +28,9 @@ def test_every_option_has_one_row_with_its_help() -> None:
     told = {key: (default, allowed, doc) for key, default, allowed, doc in rows}
     assert told["data.crop_scale"][0] == "[0.14, 1.0]"
     assert told["teacher.model"][0] == "(required)"
-    assert told["teacher.stages"][:2] == ("null", "a whole number, at least 1, or null")
+    assert told["teacher.stages"][:2] == ("null", "a whole number, at least 1, at most 65,536, or null")
     assert told["curriculum.metric"][1] == "one of 'cka', 'cosine'"
-    assert told["curriculum.ema_alpha"][1] == "a number, in (0, 1]"
+    assert told["curriculum.ema_alpha"][1] == "a number, above 0, at most 1"
     assert told["teacher.weights"][2] == r"hub \| random \| demo \| path of a .safetensors/.pth state dict"
 
 

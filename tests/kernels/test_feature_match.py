@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -270,7 +272,7 @@ def test_what_auto_takes_on_a_gpu(
     chosen: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(op, "_has_compiler", lambda: compiler)
+    monkeypatch.setattr(op, "_driver_fault", lambda: None if compiler else "cannot build its driver")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         student, teacher = (torch.empty(4096, d, dtype=dtype, device="cuda") for d in (width, 1536))
@@ -293,13 +295,41 @@ def test_moments_alone_are_taken_where_tensor_cores_are(
     from leap_kernels.feature_match import triton_kernel
 
     monkeypatch.setattr(op, "_compute_dtype", lambda *_: products)  # there is no autocast for CUDA without CUDA
-    monkeypatch.setattr(op, "_has_compiler", lambda: True)
+    monkeypatch.setattr(op, "_driver_fault", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(triton_kernel, "moments", lambda student, teacher, compute: compute)
     monkeypatch.setattr(gram, "moments", lambda student, teacher: None)
     with FakeTensorMode():
         student, teacher = (torch.empty(64, 1536, device="cuda") for _ in range(2))
         assert op.alignment_moments(student, teacher) == (products if fused else None)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        subprocess.CalledProcessError(1, ["gcc", "main.c"]),  # gcc is there, Python.h is not
+        RuntimeError("Failed to find C compiler."),
+        AssertionError("libcuda.so cannot found!"),
+    ],
+)
+def test_a_driver_that_cannot_be_built_is_an_obstacle(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("triton.runtime").driver
+
+    class Active:
+        def get_current_target(self) -> None:
+            raise fault
+
+    monkeypatch.setattr(type(driver), "active", Active())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    op._driver_fault.cache_clear()
+    try:
+        with FakeTensorMode():
+            student, teacher = (torch.empty(4096, d, dtype=torch.bfloat16, device="cuda") for d in (384, 1536))
+        assert op.choose("auto", student, teacher, torch.bfloat16, moments=True) == "gram"
+        with pytest.raises(ValueError, match=r"impl='triton' cannot build its driver; it needs gcc.*headers"):
+            op.choose("triton", student, teacher, torch.bfloat16, moments=True)
+    finally:
+        op._driver_fault.cache_clear()
 
 
 def test_moments_of_unequal_rows_are_refused() -> None:

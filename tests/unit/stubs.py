@@ -91,7 +91,7 @@ class StubEngine:
     def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.module, self.optimizer = module, optimizer
         self.eval, self.train = module.eval, module.train
-        self.torch_autocast_z0_gradscaler = None
+        self.torch_autocast_z0_gradscaler = self.checkpoint_engine = None
 
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)

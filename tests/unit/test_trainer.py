@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 from leap_dist.errors import UserError
-from leap_dist.runtime.checkpoint import newest
+from leap_dist.runtime.checkpoint_folder import newest
 from leap_dist.runtime.signals import STOPPING
 from leap_dist.trainer import Trainer
 from stubs import DEPTH, StubLoader, StubTeacher, dies_at, scalars, stub_config, stub_trainer

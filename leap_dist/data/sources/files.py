@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leap_dist.data.sources.images import Images
+from leap_dist.runtime.files import read_regular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,4 +18,4 @@ class Files(Images):
 
     def reader(self, numbers: Sequence[int]) -> Callable[[int], bytes]:
         """See Images."""
-        return lambda number: (self.root / self.names[number]).read_bytes()
+        return lambda number: read_regular(self.root / self.names[number])

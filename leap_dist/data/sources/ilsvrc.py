@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +17,12 @@ import numpy as np
 from leap_dist.data.parallel import parallel
 from leap_dist.data.sources.images import Images
 from leap_dist.errors import UserError
+from leap_dist.runtime.files import read_regular
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12"
 META, TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
+MOST_DEVKIT_BYTES = 16 << 20  # of one of its two files; they have 90 and 190 kB
 SYNSETS = "imagenet_2012_validation_synset_labels.txt"
 
 
@@ -35,8 +39,11 @@ class TarMembers(Images):
 
     def _read(self, number: int) -> bytes:
         with self.tar.open("rb", buffering=0) as file:
-            file.seek(int(self.offsets[number]))
-            return file.read(int(self.sizes[number]))
+            offset, size = int(self.offsets[number]), int(self.sizes[number])
+            if offset + size > os.fstat(file.fileno()).st_size:
+                raise OSError(f"{size} bytes at {offset} lie behind the tar's end")
+            file.seek(offset)
+            return file.read(size)
 
 
 def has_tars(folder: Path) -> bool:
@@ -84,7 +91,7 @@ def _members(path: Path) -> list[tarfile.TarInfo]:
     try:
         with tarfile.open(path, "r:") as tar:
             return [member for member in tar if member.isfile()]
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; the tar is damaged or cut, fetch it anew") from None
 
 
@@ -93,7 +100,7 @@ def _inner_members(path: Path, outer: tarfile.TarInfo) -> list[tarfile.TarInfo]:
     try:
         with tarfile.open(path, "r:") as tar, tarfile.open(fileobj=tar.extractfile(outer), mode="r:") as inner:
             members = [member for member in inner if member.isfile()]
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"{path}, {outer.name}: {error}; the tar is damaged or cut, fetch it anew") from None
     for member in members:
         member.offset_data += outer.offset_data
@@ -116,7 +123,7 @@ def _tar_images(path: Path, members: list[tarfile.TarInfo], wnids: list[str]) ->
 def _val_wnids(folder: Path) -> list[str]:
     """The wnid of every validation image: from a list of wnids, or from the devkit, packed or unpacked."""
     if (folder / SYNSETS).is_file():
-        return (folder / SYNSETS).read_text().split()
+        return read_regular(folder / SYNSETS, MOST_DEVKIT_BYTES).decode(errors="replace").split()
     meta, truth = _devkit_file(folder, META), _devkit_file(folder, TRUTH)
     if meta is None or truth is None:
         raise UserError(
@@ -130,13 +137,16 @@ def _devkit_file(folder: Path, name: str) -> Optional[bytes]:
     """The content of a file of the devkit, None if there is no devkit."""
     unpacked, packed = folder / DEVKIT / "data" / name, folder / f"{DEVKIT}.tar.gz"
     if unpacked.is_file():
-        return unpacked.read_bytes()
+        return read_regular(unpacked, MOST_DEVKIT_BYTES)
     if not packed.is_file():
         return None
     try:
         with tarfile.open(packed) as tar:
-            return tar.extractfile(f"{DEVKIT}/data/{name}").read()
-    except (tarfile.TarError, OSError, EOFError, KeyError) as error:
+            member = tar.getmember(f"{DEVKIT}/data/{name}")
+            if not member.isfile() or member.size > MOST_DEVKIT_BYTES:
+                raise OSError(f"{member.name} is none of ILSVRC2012's")
+            return tar.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError, KeyError, zlib.error) as error:
         raise UserError(f"{packed}: {' '.join(str(error).split())}; fetch it anew") from None
 
 
@@ -144,6 +154,9 @@ def _devkit_wnids(meta: bytes, truth: bytes) -> list[str]:
     """The wnids of the ground truth's lines, which are ILSVRC2012_IDs; `meta`, a MATLAB file, has the wnid of each."""
     from scipy.io import loadmat  # scikit-learn stands on scipy
 
-    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-    wnids = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
-    return [wnids[int(number)] for number in truth.split()]
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        wnids = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
+        return [str(wnids[int(number)]) for number in truth.split()]
+    except Exception as error:  # scipy has no common base for what a strange file raises
+        raise UserError(f"{META} and {TRUTH} are not those of {DEVKIT}: {error!r:.200}") from None

@@ -14,10 +14,11 @@ from leap_dist.errors import UserError
 Layout = Optional[Literal["splits", "classes"]]  # what the user says; None: as the names say
 KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")  # where Kaggle's copy of ILSVRC has train, val and test
 # A split by another name than those of SPLITS: train2012, val_set, test-images, dev.
-LIKE_SPLIT = re.compile(
-    r"(train(ing)?|val(id(ation)?)?|test(ing)?|eval(uation)?|dev)[-_. ]?(set|split|data|images|imgs|\d+)?",
-    re.IGNORECASE,
-)
+_TRAIN, _JUDGED = r"train(ing)?", r"(val(id(ation)?)?|test(ing)?|eval(uation)?|dev)"
+_MORE = r"[-_. ]?(set|split|data|images|imgs|\d+)?"
+LIKE_TRAIN, LIKE_JUDGED = (re.compile(word + _MORE, re.IGNORECASE) for word in (_TRAIN, _JUDGED))
+# The same at the end of a longer name, imagenet_val: where all folders are named so, few mean classes.
+LIKE_SPLIT = re.compile(rf"(.*[-_. ])?({_TRAIN}|{_JUDGED}){_MORE}", re.IGNORECASE)
 DEPTH = 4  # of folders with a single folder in them, as unpacking an archive leaves
 
 
@@ -58,9 +59,9 @@ def split_folders(folder: Path, layout: Layout = None) -> dict[str, str]:
                 f"{folder}: {_listed(names)} hold folders named as splits; put the classes into the splits, or say "
                 "--layout classes, which takes all splits of a class together"
             )
-        if layout is None and len(names) > 1 and all(LIKE_SPLIT.fullmatch(name) for name in names):
+        if layout is None and (like := _like_splits(names)):
             raise UserError(
-                f"{folder}: {_listed(names)} look like splits; rename them to train, val or test, or say "
+                f"{folder}: {_listed(like)} look like splits; rename them to train, val or test, or say "
                 "--layout classes if these are names of classes"
             )
         return {}
@@ -81,6 +82,14 @@ def split_folders(folder: Path, layout: Layout = None) -> dict[str, str]:
     return {split: same[0] for split, same in found.items()}
 
 
+def _like_splits(names: list[str]) -> list[str]:
+    """Those of `names` that seem to be splits: all of several, or one to train on and one to judge by among others."""
+    if len(names) > 1 and all(LIKE_SPLIT.fullmatch(name) for name in names):
+        return names
+    train, judged = ([name for name in names if kind.fullmatch(name)] for kind in (LIKE_TRAIN, LIKE_JUDGED))
+    return [*train, *judged] if train and judged else []
+
+
 def other_folders(folder: Path, named: list[str]) -> list[str]:
     """Folders with images in them beside those that are `named`."""
     return [name for name in visible_folders(folder) if name not in named and holds_images(folder / name)]
@@ -96,4 +105,4 @@ def _has_splits(folder: Path) -> bool:
 
 
 def _has_images(folder: Path) -> bool:
-    return bool(sort_out(path.name for path in folder.iterdir() if not path.is_dir())[0])
+    return bool(sort_out(folder, (path.name for path in folder.iterdir() if not path.is_dir()))[0])

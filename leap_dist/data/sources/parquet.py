@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 from leap_dist.data.classes import MOST_CLASSES, UNLABELLED
+from leap_dist.data.names import printable
 from leap_dist.data.sources.images import WHOLE, Images, split_of
 from leap_dist.data.sources.walk import is_hidden, size_of
 from leap_dist.errors import UserError
+from leap_dist.runtime.files import read_regular
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -57,7 +60,7 @@ class Rows(Images):
 
         def read(number: int) -> bytes:
             content = kept[number]
-            return content.read_bytes() if isinstance(content, Path) else content
+            return read_regular(content) if isinstance(content, Path) else content
 
         return read
 
@@ -72,13 +75,18 @@ def _content(value: Any, beside: Path, root: Path) -> bytes | Path:
 
 
 def _file(name: str, beside: Path, root: Path) -> Path:
-    return beside / name if (beside / name).is_file() else root / name
+    """UserError if it lies elsewhere: a table from the net may not name a file of one's own."""
+    found = next((folder / name for folder in (beside, root) if (folder / name).is_file()), root / name)
+    if not Path(os.path.abspath(found)).is_relative_to(os.path.abspath(root)) or "\0" in name:
+        raise UserError(f"{beside}: a table names the image {printable(name[:200])}, which is not in {root}")
+    return found
 
 
 def parquet_files(folder: Path) -> list[Path]:
     """Parquet files in `folder` and up to three folders below, as the Hub lays them out."""
     found = [path for depth in range(4) for path in folder.glob("*/" * depth + "*.parquet")]
-    return sorted(path for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
+    visible = (path for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
+    return sorted(path for path in visible if path.is_file())
 
 
 def open_parquet(folder: Path, files: Sequence[Path]) -> dict[str, Images]:

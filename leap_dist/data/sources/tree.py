@@ -83,15 +83,31 @@ def _open_class_folders(root: Path, folder: Path, workers: int) -> Images:
     _tell_of_loose(folder, loose, "class folders")
     taken = [os.path.realpath(folder / name) for name in classes]
     names, labels, sizes = [], [], []
+    inner: list[set[str]] = []  # of every class, the folders in it that its images lie in; "" for itself
     for label, found in enumerate(parallel(partial(_class_files, folder, taken), classes, workers)):
         names += [os.path.relpath(path, root) for path, _ in found.files]
         sizes += [size for _, size in found.files]
         labels += [label] * len(found.files)
+        inside = (os.path.relpath(path, folder / classes[label]) for path, _ in found.files)
+        inner.append({path.partition(os.sep)[0] if os.sep in path else "" for path in inside})
         left_out += found.left_out
+    _tell_of_nested(folder, inner)
     return Files(
         root=root, classes=[printable(name) for name in classes], names=names, labels=np.array(labels),
         sizes=np.array(sizes), left_out=left_out,
     )  # fmt: skip
+
+
+def _tell_of_nested(folder: Path, inner: list[set[str]]) -> None:
+    """Say so where the classes may be one level further down: no image lies in a class folder itself."""
+    names = sorted(set().union(*inner))
+    if "" not in names and max(map(len, inner)) > 1:
+        log.warning(
+            "%s: all images lie in folders inside the class folders, such as %s, which are taken for no classes; "
+            "if they are, put them together in one folder and name that",
+            folder,
+            ", ".join(map(printable, names[:3])),
+        )
 
 
 def _classes(folder: Path) -> tuple[list[str], Counter[str]]:
@@ -103,7 +119,7 @@ def _classes(folder: Path) -> tuple[list[str], Counter[str]]:
     names, left_out = [], Counter()
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if not path.is_dir():
-            left_out += sort_out([path.name])[1]
+            left_out += sort_out(folder, [path.name])[1]
         elif is_hidden(path.name):
             left_out[HIDDEN] += sum(len(files) for _, _, files in os.walk(path))
         elif path.is_symlink() and leads_back(os.path.realpath(path), real):
@@ -115,7 +131,9 @@ def _classes(folder: Path) -> tuple[list[str], Counter[str]]:
 
 def _loose_images(folder: Path) -> list[Path]:
     """Images that lie in `folder` itself."""
-    return [folder / name for name in sort_out(path.name for path in folder.iterdir() if not path.is_dir())[0]]
+    return [
+        folder / name for name in sort_out(folder, (path.name for path in folder.iterdir() if not path.is_dir()))[0]
+    ]
 
 
 def _tell_of_loose(folder: Path, loose: list[Path], neighbours: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ EXTENSIONS = frozenset((*IMG_EXTENSIONS, *MORE))
 # Thumbnails and dustbins of NAS systems, archivers and Windows; and whatever begins with a dot.
 SYSTEM_FOLDERS = frozenset(("@eaDir", "#recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"))
 HIDDEN, LINKS, NO_EXTENSION = "hidden", "links to folders that are read anyway", "without an extension"
+SPECIAL = "devices, pipes or sockets"  # by a link or not; reading one may never end
 
 
 @dataclass
@@ -30,18 +32,28 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
-def sort_out(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """Of names of files, those of images, sorted; and why the others are left out -> how many."""
+def sort_out(folder: str | Path, names: Iterable[str]) -> tuple[list[str], Counter[str]]:
+    """Of names of files in `folder`, those of images, sorted; and why the others are left out -> how many."""
     images, left_out = [], Counter()
     for name in names:
         extension = os.path.splitext(name)[1].lower()
         if is_hidden(name):
             left_out[HIDDEN] += 1
-        elif extension in EXTENSIONS:
-            images.append(name)
-        else:
+        elif extension not in EXTENSIONS:
             left_out[extension or NO_EXTENSION] += 1
+        elif _is_special(os.path.join(folder, name)):
+            left_out[SPECIAL] += 1
+        else:
+            images.append(name)
     return sorted(images), left_out
+
+
+def _is_special(path: str) -> bool:
+    """Whether something is there, behind links too, that is no file; a link to nothing is told when it is read."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def size_of(path: str | Path) -> int:
@@ -52,12 +64,17 @@ def size_of(path: str | Path) -> int:
 def visible_folders(folder: Path) -> list[str]:
     """Names of the folders in `folder`, sorted, without those that are hidden."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+        return sorted(entry.name for entry in entries if _is_folder(entry) and not is_hidden(entry.name))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or leads to one; a link that leads to itself does not."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def holds_images(folder: Path) -> bool:
     """Whether an image lies in `folder` or anywhere below; links to folders are not followed."""
-    return any(sort_out(names)[0] for _, _, names in os.walk(folder))
+    return any(sort_out(path, names)[0] for path, _, names in os.walk(folder))
 
 
 def walk(folder: Path, taken: Collection[str] = ()) -> Found:
@@ -69,7 +86,7 @@ def walk(folder: Path, taken: Collection[str] = ()) -> Found:
     found = Found()
     kept = {os.path.realpath(folder), *taken}
     for path, names in sorted(_folders(str(folder), kept, set(), found.left_out)):
-        images, left_out = sort_out(names)
+        images, left_out = sort_out(path, names)
         found.left_out += left_out
         for name in images:
             whole = os.path.join(path, name)
@@ -88,7 +105,7 @@ def _folders(
     seen.add((about.st_dev, about.st_ino))
     files = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):  # what is read first must not be chance
-        if not entry.is_dir():
+        if not _is_folder(entry):
             files.append(entry.name)
         elif is_hidden(entry.name):
             left_out[HIDDEN] += sum(len(names) for _, _, names in os.walk(entry.path))

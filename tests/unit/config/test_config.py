@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -13,8 +14,9 @@ import yaml
 from streaming.base.util import bytes_to_int
 
 from leap_dist.config import Config, describe, differences, flat, load, load_demo, option_fields, to_yaml
-from leap_dist.config.checks import RANGES
+from leap_dist.config.ranges import RANGES, RECIPE_RANGES, Range, complaint
 from leap_dist.errors import UserError
+from leap_dist.pretraining.recipe import TeacherRecipe
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHED = sorted(
@@ -38,21 +40,23 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("epochs=0", ["epochs=0.0", "above 0"]),
         ("data.global_batch=-8", ["data.global_batch=-8", "at least 1"]),
         ("optim.lr=0", ["optim.lr=0", "above 0"]),
-        ("optim.betas=[0.9,1.5]", ["optim.betas=[0.9, 1.5]", "[0, 1)"]),
-        ("seed=5000000000", ["seed=5000000000", "2**32"]),
+        ("optim.betas=[0.9,1.5]", ["optim.betas=[0.9, 1.5]", "at least 0, below 1"]),
+        ("seed=5000000000", ["seed=5000000000", "at most 4,294,967,295"]),
         ("optim.lr=.nan", ["optim.lr=nan", "above 0"]),
         ("objective.cls_weight=-1", ["objective.cls_weight=-1", "at least 0"]),
-        ("curriculum.ema_alpha=0", ["curriculum.ema_alpha=0", "(0, 1]"]),
+        ("curriculum.ema_alpha=0", ["curriculum.ema_alpha=0", "above 0, at most 1"]),
         ("curriculum.threshold=.inf", ["curriculum.threshold=inf", "finite"]),
         ("curriculum.replay=/no/such/curriculum.jsonl", ["curriculum.replay=/no/such", "no such file"]),
         ("telemetry.profile_steps=[30,20]", ["telemetry.profile_steps=[30, 20]", "first <= last"]),
-        ("telemetry.profile_steps=[-1,20]", ["telemetry.profile_steps=[-1, 20]", "0 <= first"]),
+        ("telemetry.profile_steps=[-1,20]", ["telemetry.profile_steps=[-1, 20]", "at least 0"]),
         ("telemetry.profile_steps=[20]", ["telemetry.profile_steps=[20]", "two whole numbers or null"]),
         ("telemetry.profile_steps=20", ["telemetry.profile_steps=20", "two whole numbers or null"]),
         ("telemetry.peak_tflops=0", ["telemetry.peak_tflops=0", "above 0"]),
-        ("data.crop_pct=1.2", ["data.crop_pct=1.2", "(0, 1]"]),
+        ("data.crop_pct=1.2", ["data.crop_pct=1.2", "at least 0.01, at most 1"]),
         ("data.crop_scale=[0.9,0.1]", ["data.crop_scale=[0.9, 0.1]", "low <= high"]),
-        ("data.mean=[0.5,.nan,0.5]", ["data.mean, data.std", "finite"]),
+        ("data.mean=[0.5,.nan,0.5]", ["data.mean=[0.5, nan, 0.5]", "finite"]),
+        ("data.mean=[123.7,116.3,103.5]", ["data.mean=[123.7, 116.3, 103.5]", "pixels from 0 to 1"]),
+        ("data.std=[58.4,57.1,57.4]", ["data.std=[58.4, 57.1, 57.4]", "pixels from 0 to 1"]),
         ("data.mixup_group=1", ["data.mixup_group=1", "at least 2", "data.mixup=false"]),
         ("data.cache_limit=200gb", ["data.cache_limit=200gb", "only used with data.cache"]),
         ("output=runs/${x}", ["Interpolation key 'x' not found"]),
@@ -86,21 +90,52 @@ def test_one_mistake_one_line(override: str, words: list[str]) -> None:
         assert word in message
 
 
-@pytest.mark.seconds
-def test_every_range_is_of_an_option_and_holds() -> None:
-    """One number just outside each, in a tuple's last place where it is one; the whole value is in the complaint."""
-    outside = {"at least 1": 0, "at least 0": -1, "above 0": 0, "between 0 and 1": 1.5, "in (0, 1]": 0, "in [0, 1)": 1}
-    outside["below 2**32"] = 2**32
-    assert outside.keys() == RANGES.keys()
-    for words, keys in RANGES.items():
-        for key in keys:
-            default = option_fields()[key].default
-            value = [*default[:-1], outside[words]] if isinstance(default, tuple) else outside[words]
-            placement = ["teacher.placement=auto"] if key == "teacher.memory_budget" else []
-            with pytest.raises(UserError, match=rf"{re.escape(key)}=.*: must be {re.escape(words)}"):
-                load(None, [*NEEDED, *placement, f"{key}={value}"])
-    with pytest.raises(UserError, match=r"engine\.clip=inf: must be finite"):
-        load(None, [*NEEDED, "engine.clip=.inf"])
+def outside(wanted: Range) -> list[float]:
+    """Numbers just outside a range, and none at all."""
+    near = [wanted.low if wanted.low_open else wanted.low - 1, wanted.high if wanted.high_open else wanted.high + 1]
+    return [*near, math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize(("schema", "ranges"), [(Config, RANGES), (TeacherRecipe, RANGES | RECIPE_RANGES)])
+def test_every_number_has_a_range_of_its_own(schema: type, ranges: dict[str, Range]) -> None:
+    """An option that is added without one is found here; so is a default outside its range."""
+    numbers = {
+        key: field
+        for key, field in option_fields(schema).items()
+        if re.search(r"\b(int|float)\b", str(field.type)) and not str(field.type).startswith("dict")
+    }
+    assert len(numbers) > 30
+    assert not numbers.keys() - ranges.keys()
+    assert schema is not Config or numbers.keys() == ranges.keys()
+    for key, field in numbers.items():
+        assert complaint(key, field.default, ranges) is None
+        for value in outside(ranges[key]):
+            wrong = (*field.default[:-1], value) if isinstance(field.default, tuple) else value
+            assert f"{key}=" in complaint(key, wrong, ranges) and ranges[key].words in complaint(key, wrong, ranges)
+
+
+def test_numbers_out_of_range_end_in_a_line() -> None:
+    """What would have harmed the machine, from the command line on."""
+    for override in (
+        "data.workers=99999999999999999999", "data.global_batch=1000000000000000000000000000000000000000",
+        "epochs=1e308", "student.num_classes=100000000000", "data.crop_pct=1e-9", "data.image_size=1000000000",
+        "data.image_size=-1", "engine.clip=.inf", "curriculum.start=100000000", "evaluation.probe_epochs=9999999999",
+    ):  # fmt: skip
+        key = override.partition("=")[0]
+        with pytest.raises(UserError, match=rf"^{re.escape(key)}=.*: must be .*at (least|most) "):
+            load(None, [*NEEDED, override])
+
+
+@pytest.mark.parametrize("option", ["output", "data.cache", "teacher.weights", "curriculum.replay", "resume"])
+@pytest.mark.parametrize("path", ["", "a\0b", "a\nb", "n" * 300, "p/" * 3000, "/dev/null", "{file}/below", "{empty}"])
+def test_a_path_that_cannot_be_is_told_before_anything_starts(option: str, path: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "empty").touch()
+    text = path.format(file=tmp_path / "file", empty=tmp_path / "empty")
+    with pytest.raises(UserError, match=rf"^{re.escape(option)}=") as caught:
+        load(None, [*NEEDED, f"{option}={text}"])
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 500
 
 
 @pytest.mark.parametrize("size", ["200000", "200000b", "1.5TB", " 64 kb"])
@@ -261,7 +296,7 @@ def main_elsewhere(argv: list[str], **environment: str) -> subprocess.CompletedP
     """`main` in a process of its own, in which no rank waits long for rank 0's word and nothing is trained."""
     code = (
         "import sys; from leap_dist import train; from leap_dist.runtime import reporting; "
-        "reporting.WORD_OF_RANK_0_S = 0.01; train.train = lambda config: None; "
+        "reporting.WORD_OF_RANK_0_S = 0.01; train.train = lambda *_: None; "
         f"sys.exit(train.main({argv!r}))"
     )
     return subprocess.run(
@@ -303,3 +338,17 @@ def test_overrides_that_leave_the_demo_the_demo_are_taken() -> None:
         "student.kwargs.depth=2",
     ]
     assert load_demo(ROOT / "launch_configs/demo.yaml", same).data.val is None
+
+
+@pytest.mark.parametrize(
+    ("path", "student", "size"),
+    [
+        ("vitg14/leap_vitg14_convnextt_imagenet1k.yaml", "convnext_tiny", 256),
+        ("vitg14/leap_vitg14_mobilenetv4_imagenet1k.yaml", "mobilenetv4_conv_medium", 256),
+        ("vit7b/leap_vit7b_convnexts_imagenet1k.yaml", "convnext_small", None),
+    ],
+)
+def test_launch_configs_of_convolutional_students(path: str, student: str, size: int | None) -> None:
+    config = load(ROOT / "launch_configs" / path, ["data.train=digits"])
+    assert (config.student.model, config.student.image_size, config.student.kwargs) == (student, size, {})
+    assert (config.optim.name, config.engine.precision) == ("adamw", "bf16")

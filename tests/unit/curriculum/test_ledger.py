@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from leap_dist.curriculum.ledger import LEDGER, Ledger, Schedule, read_schedule
+from leap_dist.curriculum.ledger import LEDGER, Ledger, Schedule, known_lines, read_schedule
 from leap_dist.errors import UserError
 from stubs import DEPTH, StubTeacher, dies_at, stub_config, stub_trainer
 
@@ -189,7 +189,7 @@ GOOD = [
         (lambda good: [good[0], good[1] | {"next_block": 5}, good[2] | {"block": 5}], ["line 2", "1 to 4"]),
         (lambda good: [*good, good[1]], ["line 4", "step 0", "after step 1", "must rise"]),
         (lambda good: good[2:], ["line 1", "must rise from 0"]),
-        (lambda good: [*good[:2], {"step": 1.5, "block": 2, "next_block": 2}], ["line 3", "whole step"]),
+        (lambda good: [*good[:2], {"step": 1.5, "block": 2, "next_block": 2}], ["line 3", "step: a whole number"]),
         (lambda good: [*good[:2], ["no", "line"]], ["line 3"]),
     ],
 )
@@ -210,3 +210,26 @@ def test_what_is_no_ledger_is_refused_in_one_line(tmp_path: Path) -> None:
     path.write_text("epochs: 3\n")
     with pytest.raises(UserError, match=r"curriculum.replay=.*config.yaml: cannot be read as JSON lines"):
         read_schedule(path, depth=4, total_steps=2)
+
+
+def test_lines_that_a_checkpoint_knew_and_that_have_changed_are_refused(tmp_path: Path) -> None:
+    path, ledger = tmp_path / LEDGER, Ledger(tmp_path)
+    for step in range(3):
+        ledger.write(step=step, block=1, next_block=1)
+    lines, mark = ledger.lines, ledger.mark
+    ledger.write(step=3, block=1, next_block=2)
+    ledger.close()
+    whole = path.read_bytes()
+    kept = known_lines(path, lines, mark)
+    assert b"".join(kept) == b"".join(whole.splitlines(keepends=True)[:3])
+    again = Ledger(tmp_path, kept)
+    assert (again.lines, again.mark) == (lines, mark)
+    again.write(step=3, block=1, next_block=2)
+    assert again.mark == ledger.mark
+    again.close()
+    for damaged in (whole.replace(b'"step":1', b'"step":7'), whole[:40], b"", whole[len(whole) // 4 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"its first 3 lines are not those .*; put them back, or remove the file"):
+            known_lines(path, lines, mark)
+    path.unlink()
+    assert known_lines(path, lines, mark) == []

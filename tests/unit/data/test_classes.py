@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from leap_dist.errors import UserError
 from leap_dist.evaluation.features import FeatureSet
 from leap_dist.evaluation.held_out import HeldOut
 from leap_dist.evaluation.knn import knn_accuracy
-from leap_dist.evaluation.probe import probe_accuracy
+from leap_dist.evaluation.probe import Recipe, probe_accuracy
 from leap_dist.pretraining.training import accuracy
 from small_sets import ALONE, png
 
@@ -42,7 +43,7 @@ def config(train: Path, val: Path, **options: object) -> DataConfig:
         ({"b": 0, "c": 1, "d": 2}, {0: 1, 1: 2, 2: 3}, "has 3 of the 4 classes .* 3 have another label"),
         ({"a": 0, "b": 1}, {0: 0, 1: 1}, "has 2 of the 4 classes of data.train=t$"),
         ({"d": 7}, {7: 3}, "has 1 of the 4 classes"),
-        (None, None, "data.val=v: no class_to_idx.json"),
+        (None, {0: 0, 1: 1, 2: 2, 3: 3}, "data.val=v: no class_to_idx.json"),
     ],
 )
 def test_a_part_of_the_classes_is_matched_by_name(
@@ -109,6 +110,55 @@ def test_evaluation_numbers_labels_as_the_training_set_does(tmp_path: Path) -> N
         build_eval_loader(str(train), data, batch=9, world=ALONE, numbered_as=str(part))
 
 
+@pytest.mark.parametrize("labels", [[4, 5, 5], [10, 11, 12, 13], [-1, 4]])
+def test_nameless_sets_without_a_common_label_are_refused(labels: list[int], tmp_path: Path) -> None:
+    train, val = make(tmp_path / "train", [0, 1, 2, 3], None), make(tmp_path / "val", labels, None)
+    with pytest.raises(UserError, match=rf"no image of data\.train={train} has its labels? .*, nor any other"):
+        check_sources(config(train, val), ALONE)
+
+
+def test_labels_that_no_training_image_has_are_said_before_and_after(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, val = make(tmp_path / "train", [0, 1, 2, 3], None), make(tmp_path / "val", [1, 2, 3, 4, 4], None)
+    check_sources(config(train, val), ALONE)
+    assert caplog.messages[1:] == [f"data.val={val}: no image of data.train={train} has its label 4; such images count "
+                                   "as errors"]  # fmt: skip
+    caplog.clear()
+    sets = held_out(train, val)
+    for _ in range(2):
+        sets.features(lambda images: images.flatten(1))
+    assert caplog.messages == [
+        f"{val}: 2 of 5 images have labels that none of 4 images of {train} has, and count as errors"
+    ]
+
+
+@pytest.mark.parametrize("named", ["train", "val"])
+def test_names_of_one_set_say_which_labels_there_are(named: str, tmp_path: Path) -> None:
+    """255 stands for 'no label' in sets of 8 bits."""
+    train = make(tmp_path / "train", [0, 1, 2, 3], ABCD if named == "train" else None)
+    val = make(tmp_path / "val", [0, 255, 3], ABCD if named == "val" else None)
+    assert held_out(train, val).validation(lambda images: images.flatten(1)).labels.tolist() == [0, 3]
+
+
+def test_the_training_images_again_are_no_held_out_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = make(tmp_path / "train", [0, 1, 2, 3], ABCD)
+    for val in (train, shutil.copytree(train, tmp_path / "copy")):
+        caplog.clear()
+        check_sources(config(train, val), ALONE)
+        (line,) = caplog.messages
+        assert f"data.val={val}: holds the images of data.train={train}" in line
+
+
+def test_names_that_a_file_system_took_apart_are_the_same(tmp_path: Path) -> None:
+    train = make(tmp_path / "train", [0, 1], {"caf\u00e9": 0, "b": 1})
+    val = make(tmp_path / "val", [1, 0, 0], {"cafe\u0301": 0, "b": 1})
+    check_sources(config(train, val), ALONE)
+    (val / "class_to_idx.json").write_text(json.dumps({"cafe\u0301": 0, "caf\u00e9": 1}))
+    with pytest.raises(UserError, match="two classes have one name"):
+        check_sources(config(train, val), ALONE)
+
+
 def held_out(train: Path, val: Path) -> HeldOut:
     options = ("data.image_size=8", "data.workers=0", "evaluation.probe_epochs=2")
     run = load(None, ["teacher.model=t", "student.model=s", f"data.train={train}", f"data.val={val}", *options])
@@ -125,12 +175,12 @@ def test_images_without_a_usable_label_are_left_out_and_counted_once(
     for _ in range(2):
         known, judged = sets.features(lambda images: images.flatten(1))
         assert known.labels.tolist() == [0, 1, 2, 3] and judged.labels.tolist() == [3, 1]
-    assert knn_accuracy(known, judged, 1, torch.device("cpu")) == 1
+    assert knn_accuracy(known, judged, 1, torch.device("cpu")) == (1, 1)
     assert sum("left out" in line for line in caplog.messages) == 2
     assert f"{val}: 2 images have no label of a class and are left out" in caplog.messages
 
 
-def test_a_teachers_accuracy_is_of_the_labelled_images(tmp_path: Path) -> None:
+def test_a_teachers_accuracy_is_of_the_labelled_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train = make(tmp_path / "train", [0, 1, 2, 3], ABCD)
     val = make(tmp_path / "val", [0, -1, 1, 10**9, 0], {"c": 0, "d": 1})
     data = config(train, val)
@@ -139,7 +189,8 @@ def test_a_teachers_accuracy_is_of_the_labelled_images(tmp_path: Path) -> None:
     def always_c(images: torch.Tensor) -> torch.Tensor:
         return torch.eye(4)[2].expand(len(images), 4)
 
-    assert accuracy(always_c, loader, torch.device("cpu")) == pytest.approx(2 / 3)
+    assert accuracy(always_c, loader, torch.device("cpu"), tell=True) == pytest.approx(2 / 3)
+    assert caplog.messages == [f"{val}: 2 images have no label of a class and are left out"]
     unlabelled = make(tmp_path / "none", [-1, -1], None)
     with pytest.raises(UserError, match="no image has a label, which an accuracy needs"):
         accuracy(always_c, build_eval_loader(str(unlabelled), data, batch=2, world=ALONE), torch.device("cpu"))
@@ -160,6 +211,12 @@ def test_a_classifier_is_not_trained_on_what_is_no_class_of_its(label: int, tmp_
     check_sources(data, ALONE)
     with pytest.raises(UserError, match=f"student.num_classes=4: data.train has a sample of label {label}"):
         check_sources(data, ALONE, 4)
+
+
+def test_a_classifier_is_not_trained_on_a_class_that_the_list_lacks(tmp_path: Path) -> None:
+    train = make(tmp_path / "train", [0, 1, 2], {"a": 0, "b": 1})
+    with pytest.raises(UserError, match=r"a sample of label 2, which its class_to_idx\.json does not list"):
+        check_sources(DataConfig(train=str(train)), ALONE, classes=4)
 
 
 def test_a_classifier_with_too_few_outputs_is_refused_by_the_names(tmp_path: Path) -> None:
@@ -183,9 +240,10 @@ def test_labels_as_large_as_they_like_take_no_memory() -> None:
     small = FeatureSet(features, labels, torch.arange(90))
     large = small._replace(labels=labels * 400_000_000)
     cpu = torch.device("cpu")
-    assert knn_accuracy(large, large, 5, cpu) == knn_accuracy(small, small, 5, cpu) == 1
-    options = {"epochs": 3, "lr": 0.1, "seed": 0, "device": cpu}
-    assert probe_accuracy(large, large, **options) == probe_accuracy(small, small, **options) == 1
+    assert knn_accuracy(large, large, 5, cpu) == knn_accuracy(small, small, 5, cpu) == (1, 1)
+    recipe, options = Recipe(3, (0.1,)), {"seed": 0, "device": cpu}
+    found = [probe_accuracy(one, one, recipe, **options) for one in (large, small)]
+    assert found[0] == found[1] and found[0].top1 == 1
 
 
 def test_what_can_be_the_number_of_a_class() -> None:

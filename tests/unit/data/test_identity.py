@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from leap_dist.config import DataConfig
-from leap_dist.data import build_train_loader, check_sources, write_shards
+from leap_dist.data import build_train_loader, check_sources, store, write_shards
 from leap_dist.data.store import open_store
 from leap_dist.errors import UserError
 from leap_dist.runtime.checkpoint import Checkpoints
@@ -68,15 +68,41 @@ def test_a_checkpoint_goes_on_with_its_own_images_only(tmp_path: Path) -> None:
     loader.close()
 
 
-def test_names_of_classes_come_into_the_cache_with_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that s3://bucket/ is an address of."""
+
     def download(remote: str, local: str, _timeout: float) -> None:
         Path(local).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tmp_path / "bucket" / remote.removeprefix("s3://bucket/"), local)
 
     monkeypatch.setattr("leap_dist.data.store.CloudDownloader.direct_download", download)
+    return tmp_path / "bucket"
+
+
+def test_an_overwritten_remote_source_is_not_read_from_a_stale_cache(
+    tmp_path: Path, bucket: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, data = write(bucket / "set"), DataConfig(train="s3://bucket/set", cache=str(tmp_path / "cache"))
+    for _ in range(2):
+        open_store(data.train, data, ALONE)
+        store._ask_for_changes.cache_clear()  # as in a new process
+    assert not caplog.messages
+    shutil.move(source, tmp_path / "away")
+    open_store(data.train, data, ALONE)
+    open_store(data.train, data, ALONE)
+    (line,) = caplog.messages
+    assert line.startswith("s3://bucket/set: cannot be asked whether it has changed since it was cached (FileNotFound")
+    store._ask_for_changes.cache_clear()
+    write(source, size=32)
+    with pytest.raises(UserError, match=r"s3://bucket/set has changed since its shards were copied to .*/set-\w+;"):
+        check_sources(data, ALONE)
+
+
+def test_names_of_classes_come_into_the_cache_with_the_index(tmp_path: Path, bucket: Path) -> None:
     for name, classes in (("a", {"x": 0, "y": 1}), ("b", {"x": 1, "y": 0})):
-        write(tmp_path / "bucket" / name / "part", size=8)
-        (tmp_path / "bucket" / name / "class_to_idx.json").write_text(json.dumps(classes))
+        write(bucket / name / "part", size=8)
+        (bucket / name / "class_to_idx.json").write_text(json.dumps(classes))
     data = DataConfig(train="s3://bucket/a/part", val="s3://bucket/b/part", cache=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"class 'x' has label 1, but 0 in data\.train=s3://bucket/a/part"):
         check_sources(data, ALONE)

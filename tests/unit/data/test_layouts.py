@@ -62,6 +62,9 @@ def test_splits_are_known_by_their_usual_names(train: str, val: str, test: str, 
         (("Train/a/0.jpg", "train/a/0.jpg"), "Train, train would both be the split 'train'"),
         (("train2012/a/0.jpg", "val2012/a/0.jpg"), "train2012, val2012 look like splits"),
         (("training_set/a/0.jpg", "eval/a/0.jpg", "Test-Images/0.jpg"), "look like splits; rename them"),
+        (("imagenet_train/a/0.jpg", "imagenet_val/a/0.jpg"), "imagenet_train, imagenet_val look like splits"),
+        (("ILSVRC2012_img_train/a/0.jpg", "ILSVRC2012_img_val/0.jpg"), "look like splits; rename them"),
+        (("extra/a/0.jpg", "trainset/a/0.jpg", "valset/a/0.jpg"), "trainset, valset look like splits"),
     ],
 )
 def test_names_that_may_be_splits_or_classes_are_asked_about(names: tuple[str], message: str, tmp_path: Path) -> None:
@@ -71,10 +74,36 @@ def test_names_that_may_be_splits_or_classes_are_asked_about(names: tuple[str], 
     assert list(opened(tmp_path, "classes")["."]) == sorted({name.split("/")[0] for name in names})
 
 
-@pytest.mark.parametrize("names", [("tester", "trainer"), ("test_tube", "train2"), ("dev",)])
+@pytest.mark.parametrize("names", [("tester", "trainer"), ("test_tube", "train2"), ("dev",), ("bullet_train", "bus")])
 def test_classes_whose_names_only_resemble_splits_are_classes(names: tuple[str], tmp_path: Path) -> None:
     tree(tmp_path, *(f"{name}/0.jpg" for name in names))
     assert list(opened(tmp_path)["."]) == list(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("real/cat/0.jpg", "real/dog/1.jpg", "sketch/cat/2.jpg"), True),  # domains
+        (("fold1/cat/0.jpg", "fold1/dog/1.jpg", "fold2/dog/2.jpg"), True),
+        (("all_of_them/cat/0.jpg", "all_of_them/dog/1.jpg"), True),
+        (("cat/images/0.jpg", "dog/images/1.jpg"), False),  # Tiny ImageNet
+        (("cat/0.jpg", "cat/old/1.jpg", "cat/new/2.jpg", "dog/old/3.jpg"), False),
+    ],
+)
+def test_classes_one_level_further_down_are_asked_for(
+    names: tuple[str], said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree(tmp_path, *names)
+    open_source(tmp_path, 0)
+    assert any("are taken for no classes" in line for line in caplog.messages) == said
+
+
+def test_a_link_to_itself_is_no_folder(tmp_path: Path) -> None:
+    tree(tmp_path, "a/0.jpg", "b/1.jpg")
+    for place in ("loop", "a/loop"):
+        (tmp_path / place).symlink_to("loop")
+    assert opened(tmp_path) == {".": {"a": ["0.jpg"], "b": ["1.jpg"]}}
+    assert open_source(tmp_path, 0)["."].left_out == {"without an extension": 2}
 
 
 def test_layout_splits_leaves_out_and_counts_what_is_no_split(tmp_path: Path) -> None:

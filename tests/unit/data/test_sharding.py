@@ -179,7 +179,7 @@ def test_a_full_disk_is_one_line_and_can_be_continued(tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(MDSWriter, "write", full)
-        with pytest.raises(UserError, match="No space left on device"):
+        with pytest.raises(UserError, match=r"No space left: the disk of .*/out is full, \d+\.\d MiB are free"):
             write(tmp_path / "out", greys(50), workers=1, shard_mib=0.004)
     assert write(tmp_path / "out", greys(50), shard_mib=0.004) == 50
 

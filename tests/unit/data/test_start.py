@@ -88,5 +88,5 @@ def test_a_look_at_labels_that_cannot_be_read_ends_in_time(monkeypatch: pytest.M
 
     store = Unreadable()
     monkeypatch.setattr(preflight, "LOOK_SECONDS", 0)
-    preflight._look_at_labels("data.train=set", store, 10, "student.num_classes")
+    preflight._look_at_labels("data.train=set", store, preflight.Task(10, "student.num_classes"), None, True)
     assert store.reads < store.size / 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,10 @@ import torch
 
 from leap_dist.config import Config, load
 from leap_dist.errors import UserError
-from leap_dist.runtime.checkpoint import Checkpoints, find_resume, newest
+from leap_dist.runtime.checkpoint import Checkpoints, find_resume
+from leap_dist.runtime.checkpoint_folder import newest
 from leap_dist.runtime.distributed import World
+from leap_dist.runtime.integrity import write_sealed
 from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.run_lock import Claim
 
@@ -30,8 +34,10 @@ class PlainEngine:
     """Saves a number the way DeepSpeed saves a model; may be told to fail."""
 
     def __init__(self, fails: Exception | None = None) -> None:
-        self.fails = fails
+        self.fails, self.checkpoint_engine = fails, None
+        self.module = torch.nn.Identity()
         self.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+        self.torch_autocast_z0_gradscaler = None
 
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
         assert save_latest is False
@@ -183,10 +189,42 @@ def test_a_folder_of_another_config_is_refused(resume: str, tmp_path: Path) -> N
         find_resume(config(tmp_path, "student.kwargs.depth=6", f"resume={resume}"), ONE)
 
 
-def test_auto_starts_fresh_where_nothing_was_saved(tmp_path: Path) -> None:
+def test_auto_starts_fresh_where_nothing_was_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert find_resume(config(tmp_path, "resume=auto"), ONE) is None
+    assert not caplog.messages
     claimed(tmp_path)
     assert find_resume(config(tmp_path, "resume=auto"), ONE) is None
+    assert caplog.messages == [f"output={tmp_path}: holds a run without a checkpoint; begins at step 0"]
+
+
+def renamed(folder: Path) -> None:
+    (folder / "step00000005").rename(folder / "backup-step00000005")
+    (folder / "latest").unlink()
+
+
+def unmounted(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to(folder.with_name("nowhere"))
+
+
+def a_file(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.write_text("")
+
+
+@pytest.mark.parametrize("config_kept", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(renamed, "under other names .backup-step00000005"), (unmounted, "cannot be read as"), (a_file, "cannot be read")],
+)
+def test_nothing_begins_anew_over_checkpoints_that_cannot_be_seen(damage, said, config_kept, tmp_path) -> None:
+    claimed(tmp_path, steps=(5,))
+    damage(tmp_path / "checkpoints")
+    if not config_kept:
+        (tmp_path / "config.yaml").unlink()
+    for resume in ("auto", *(["none"] if not config_kept else [])):
+        with pytest.raises(UserError, match=said):
+            find_resume(config(tmp_path, f"resume={resume}"), ONE)
 
 
 def test_resume_from_a_path_takes_run_folder_or_checkpoint(tmp_path: Path) -> None:
@@ -297,11 +335,11 @@ def test_a_failed_conversion_is_one_line_and_leaves_nothing(tmp_path: Path) -> N
     claimed(tmp_path, stage, steps=(7,))
     folder = tmp_path / "checkpoints"
     path = newest(folder)
-    (path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_text("half a checkpoint")
+    torch.save({}, path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")  # half a checkpoint
     saved = json.loads((path / "run.json").read_text())
     (folder / ".universal-0").mkdir()  # of a conversion that was killed
     # One process cannot be two ranks: the checkpoint says that it was two that saved it.
-    (path / "run.json").write_text(json.dumps(saved | {"world_size": 2}))
+    write_sealed(path / "run.json", saved | {"world_size": 2})
     checkpoints = Checkpoints(config(tmp_path, stage), ONE, "12", "t")
     with pytest.raises(
         UserError, match=r"step00000007: cannot be converted for 1 ranks in .*1 of 2 ranks' parts"
@@ -352,7 +390,7 @@ def emptied(path: Path) -> None:
         (lambda folder: emptied(folder / "latest"), 9, "latest is garbled"),
         (lambda folder: emptied(folder / "step00000009" / "run.json"), 5, "step00000009 has an empty run.json"),
         (lambda folder: (folder / "step00000009" / "run.json").write_text("{"), 5, "has a garbled run.json"),
-        (lambda folder: (folder / "step00000009" / "run.json").write_text("[1]"), 5, "run.json without step"),
+        (lambda folder: (folder / "step00000009" / "run.json").write_text("[1]"), 5, "has a garbled run.json"),
         (lambda folder: (folder / "step00000009" / "run.json").write_text("[" * 10**5), 5, "has a garbled run.json"),
         (lambda folder: (folder / "step00000009" / "run.json").unlink(), 5, "has no run.json"),
         (lambda folder: (folder / "step00000009" / "model.json").unlink(), 5, "has no model states"),
@@ -373,6 +411,71 @@ def test_a_damaged_folder_goes_on_from_its_newest_whole_checkpoint_and_says_so(d
     else:
         (line,) = caplog.messages
         assert re.search(said, line) and f"goes on from {found.name}" in line and "\n" not in line
+
+
+def flipped(path: Path) -> None:
+    """One bit of it, which neither names nor sizes show."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_bit_that_has_flipped_is_found_before_anything_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    claimed(tmp_path, "checkpoint.keep=3", steps=(5, 7, 9))
+    folder = tmp_path / "checkpoints"
+    for step in (7, 9):
+        flipped(folder / f"step0000000{step}" / "model.json")
+    assert find_resume(config(tmp_path, "checkpoint.keep=3", "resume=auto"), ONE) == folder / "step00000005"
+    (line,) = caplog.messages
+    assert "goes on from step00000005 (step00000009 has a model.json that is damaged" in line and "step00000007" in line
+    wanted = folder / "step00000009"
+    with pytest.raises(UserError, match=r"resume=.*step00000009: has a model.json that is damaged"):
+        find_resume(config(tmp_path / "new", f"resume={wanted}"), ONE)
+    flipped(folder / "step00000005" / "model.json")
+    with pytest.raises(UserError, match="holds no whole checkpoint") as caught:
+        find_resume(config(tmp_path, "checkpoint.keep=3", "resume=auto"), ONE)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_without_hashes_is_taken_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    claimed(tmp_path, steps=(5,))
+    path = newest(tmp_path / "checkpoints")
+    saved = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(
+        json.dumps({key: value for key, value in saved.items() if key not in ("files", "seal")})
+    )
+    assert find_resume(config(tmp_path, "resume=auto"), ONE) == path
+    (line,) = caplog.messages
+    assert "has no hashes: it is taken unchecked" in line
+
+
+def test_latest_that_names_an_older_one_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By hand, or by a bit that has flipped."""
+    claimed(tmp_path, "checkpoint.keep=3", steps=(5, 7))
+    (tmp_path / "checkpoints" / "latest").write_text("step00000005")
+    found = find_resume(config(tmp_path, "checkpoint.keep=3", "resume=auto"), ONE)
+    assert found.name == "step00000005" and "though step00000007 is newer" in caplog.text
+
+
+def test_an_output_folder_that_is_removed_ends_the_run_at_its_next_save(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    checkpoints = claimed(output, steps=(5,))
+    shutil.rmtree(output)
+    with pytest.raises(UserError, match=r"output=.*/run: was removed or replaced while this run was at it"):
+        checkpoints.save(PlainEngine(), 6, {})
+    assert not output.exists()
+    checkpoints.release()
+
+
+def test_a_loader_worker_that_is_killed_in_a_save_is_not_the_saves_fault(tmp_path: Path) -> None:
+    checkpoints = claimed(tmp_path, steps=(5,))
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        checkpoints.save(PlainEngine(fails=killed), 6, {})
 
 
 def test_an_older_one_goes_before_a_newer_one_that_no_loss_has_confirmed(tmp_path: Path) -> None:
@@ -441,7 +544,7 @@ def test_another_block_of_the_teacher_is_refused_when_it_is_known(tmp_path: Path
         marks.note("block 1", "x")
     before = json.loads((path / "run.json").read_text())
     del before["teacher_marks"]  # a checkpoint of before there were any
-    (path / "run.json").write_text(json.dumps(before))
+    write_sealed(path / "run.json", before)
     resumed(block_1="x")
 
 
@@ -450,7 +553,7 @@ def test_a_full_disk_is_called_so_whatever_the_writer_says(tmp_path: Path, monke
     spoken = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
     with pytest.raises(UserError, match="unexpected pos"):  # there is room: something else is wrong
         checkpoints.save(PlainEngine(fails=spoken), 6, {})
-    monkeypatch.setattr("leap_dist.runtime.files._refuses_bytes", lambda *_: True)
+    monkeypatch.setattr("leap_dist.runtime.files._answer", lambda _: errno.ENOSPC)
     with pytest.raises(
         UserError, match=r"No space left: the disk of .*/checkpoints is full, .* MiB are free"
     ) as caught:

@@ -12,7 +12,15 @@ import torch
 from leap_dist.config import Config, OptimConfig, load
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World
-from leap_dist.runtime.engine import _clip_before_steps, deepspeed_config, micro_batch, weights_are_finite
+from leap_dist.runtime.engine import (
+    _clip_before_steps,
+    check_scale,
+    deepspeed_config,
+    gradscaler,
+    micro_batch,
+    update_numbers,
+    weights_are_finite,
+)
 from leap_dist.runtime.optim import build_optimizer
 
 NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
@@ -102,3 +110,32 @@ def test_weights_in_parts_are_judged_without_their_padding(rank: int, part: list
     module.weight = weight
     world = World(rank, 1, 0, 1, torch.device("cpu"))
     assert weights_are_finite(SimpleNamespace(module=module), world) is finite
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_gradients_that_always_overflow_end_the_run(sharded: bool) -> None:
+    """torch's scaler halves its scale down to 0 and makes no update, without a word."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer, scaler = torch.optim.SGD([weight], lr=1.0), torch.amp.GradScaler("cpu")
+    sharding = SimpleNamespace(torch_autocast_gradscaler=scaler if sharded else None)
+    engine = SimpleNamespace(
+        optimizer=sharding, torch_autocast_z0_gradscaler=None if sharded else scaler, get_global_grad_norm=lambda: None
+    )
+    for step in range(100):
+        scale = update_numbers(engine, torch.zeros(()))[1].item()
+        assert scale == 65536 / 2**step
+        if scale < 1:
+            break
+        check_scale(scale, step)
+        scaler.scale(weight.sum() * math.inf).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert weight.item() == 1
+    with pytest.raises(UserError, match=r"step 17: the gradients overflow in fp16 at a loss scale of 0\.5.*bf16"):
+        check_scale(scale, step)
+
+
+def test_there_is_nothing_to_say_of_a_scale_where_there_is_no_scaler() -> None:
+    assert gradscaler(SimpleNamespace(optimizer=object(), torch_autocast_z0_gradscaler=None)) is None
+    check_scale(math.nan, 3)

@@ -24,7 +24,7 @@ def living(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def both_alive(mine: list[int], *_: object) -> list[list[int]]:
         time.sleep(0.01)
-        return [[mine[0], over.is_set()], [7, over.is_set()]]
+        return [[mine[0], over.is_set(), 0, False], [7, over.is_set(), 0, False]]
 
     monkeypatch.setattr(heartbeat, "build_roll", lambda _: None)
     monkeypatch.setattr(heartbeat, "call_roll", both_alive)
@@ -56,7 +56,7 @@ def test_a_failure_while_all_are_alive_is_not_waited_for_without_end(living: Non
 def test_what_the_library_says_of_failed_communication_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise DistBackendError(
             "NCCL error in: NCCLUtils.cpp:77, invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0\n"
             "Exception raised from create at NCCLUtils.cpp:77 (most recent call first):\nframe #0: c10::Error"

@@ -60,10 +60,8 @@ def test_constant_never_decays() -> None:
 
 
 def test_restart_goes_from_the_peak_over_the_remaining_steps() -> None:
-    run = factors("restart", 0)
-    assert run == pytest.approx([0.001 + 0.999 * (1 + math.cos(math.pi * s / 100)) / 2 for s in range(100)])
-    assert [run[s] for s in (0, 1, 50, 99)] == pytest.approx([1.0, 0.99975353, 0.5005, 0.00124647], abs=1e-8)
-    assert factors("restart", 60)[60:] == pytest.approx(factors("restart", 0, total=40, epochs=4))
+    run = factors("restart", 60)[60:]
+    assert run == pytest.approx([0.001 + 0.999 * (1 + math.cos(math.pi * s / 40)) / 2 for s in range(40)])
 
 
 def test_envelope_goes_from_the_base_cosine_at_the_advance() -> None:
@@ -71,7 +69,18 @@ def test_envelope_goes_from_the_base_cosine_at_the_advance() -> None:
     assert run[50] == pytest.approx(base[50])
     assert run[75] == pytest.approx((base[50] + 0.001) / 2)
     assert all(a > b for a, b in itertools.pairwise(run[50:]))
-    assert factors("envelope", 4)[4] == 1.0  # in the warm-up: its envelope is the peak
+
+
+@pytest.mark.parametrize("policy", ["restart", "envelope"])
+@pytest.mark.parametrize("advanced_at", [0, 4, 9])
+def test_an_advance_during_the_warmup_does_not_change_the_schedule(policy: str, advanced_at: int) -> None:
+    assert factors(policy, advanced_at) == factors("keep", None)
+
+
+@pytest.mark.parametrize("policy", ["restart", "envelope"])
+def test_an_advance_at_the_end_of_the_warmup_starts_from_the_peak(policy: str) -> None:
+    run = factors(policy, 10)
+    assert run[10:] == pytest.approx([0.001 + 0.999 * (1 + math.cos(math.pi * s / 90)) / 2 for s in range(90)])
 
 
 def test_warmup_policy_restarts_the_whole_schedule_and_never_at_zero() -> None:

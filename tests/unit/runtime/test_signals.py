@@ -22,7 +22,7 @@ import sys, time
 from pathlib import Path
 from tqdm import tqdm
 from leap_dist.runtime.reporting import STDERR, forget_lost_output
-from leap_dist.runtime.signals import Interrupt, ignore_from_now_on
+from leap_dist.runtime.signals import Interrupt
 with Interrupt() as interrupt, tqdm(file=STDERR, mininterval=0) as bar:
     STDERR.write("begun\\n")
     STDERR.flush()
@@ -35,7 +35,7 @@ with Interrupt() as interrupt, tqdm(file=STDERR, mininterval=0) as bar:
         print("a library's print", flush=True)
     time.sleep(0.3)
     Path(sys.argv[1]).write_text("saved" if interrupt.requested else "to the end")
-ignore_from_now_on()
+    interrupt.over()
 STDERR.write("stopped\\n")
 forget_lost_output()
 """

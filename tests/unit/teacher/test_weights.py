@@ -367,3 +367,22 @@ def test_the_teacher_is_blamed_for_what_it_gives(name, dtype, said, state, tmp_p
         assert found is None
     else:
         assert re.fullmatch(said + r"\)", found) and str(config.weights) in found
+
+
+def test_a_classifier_that_is_not_finite_is_named(state, tmp_path):
+    state = {key: value * 0.1 for key, value in state.items()}
+    state |= {"head.weight": torch.full((3, KWARGS["embed_dim"]), torch.nan), "head.bias": torch.zeros(3)}
+    save_file(state, tmp_path / "weights.safetensors")
+    cpu, kwargs = torch.device("cpu"), {**KWARGS, "global_pool": "token"}
+    config = TeacherConfig(model=MODEL, kwargs=kwargs, weights=str(tmp_path / "weights.safetensors"))
+    teacher = build_teacher(config, SIZE, cpu, classes=3)
+    found = teacher_fault(teacher, [torch.randn(2, 3, SIZE, SIZE)], 2, config, World(0, 1, 0, 1, cpu))
+    assert "block 2 " in found and "weights are not finite in fp32: head.weight" in found
+
+
+def test_which_of_several_sets_of_weights_is_taken_is_said_once(state, tmp_path, caplog):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"state_dict": state, "state_dict_ema": state}, path)
+    with caplog.at_level("INFO"):
+        load(path)
+    assert sum("takes 'state_dict_ema'" in line for line in caplog.messages) == 1
