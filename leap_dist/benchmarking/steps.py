@@ -41,7 +41,7 @@ DEFAULTS = ["optim.lr=1e-6", "telemetry.progress=false"]
 # What the tools decide: every target must be one that a score could still end.
 FIXED = [
     "teacher.placement=replicated", "teacher.memory_budget=null", "curriculum.mode=leap", "curriculum.block=null",
-    "curriculum.start=1", "curriculum.snap_to_last_at=null", "curriculum.replay=null", "curriculum.threshold=1e9",
+    "curriculum.start=1", "curriculum.snap_to_last_at=null", "curriculum.replay=null", "curriculum.threshold=1000",
     "engine.accumulation=1", "resume=none",
 ]  # fmt: skip
 

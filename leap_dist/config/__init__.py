@@ -28,7 +28,6 @@ from leap_dist.config.options import (
     matching_head,
     option,
 )
-from leap_dist.config.yaml_files import read_yaml
 
 __all__ = [
     "DEMO_TEACHER",
@@ -69,6 +68,7 @@ __all__ = [
 # Modules of what needs OmegaConf: who only loads a student needs torch, timm and safetensors.
 _READING = {
     "load_demo": "demo",
+    "read_yaml": "yaml_files",
     **dict.fromkeys(
         (
             "abridged", "describe", "differences", "flat", "hyperparameters", "load", "load_without_files", "merge",

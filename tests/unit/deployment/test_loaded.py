@@ -69,7 +69,7 @@ def test_a_file_a_folder_and_the_average(tmp_path: Path) -> None:
 
 @pytest.mark.seconds
 def test_it_needs_torch_timm_and_safetensors_only(tmp_path: Path) -> None:
-    """What is imported beyond these three; nothing of the training."""
+    """What is imported beyond these three, and xxHash, which tells a damaged file; nothing of the training."""
     folder = exported(tmp_path / "run")
     script = (
         "import sys, torch, timm, safetensors.torch; before = set(sys.modules); import leap_dist; "
@@ -77,4 +77,4 @@ def test_it_needs_torch_timm_and_safetensors_only(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     foreign = set(done.stdout.split()) - set(sys.stdlib_module_names)
-    assert foreign <= {"leap_dist", "torch", "torchvision", "timm", "safetensors", "numpy", "PIL", "sympy"}
+    assert foreign <= {"leap_dist", "torch", "torchvision", "timm", "safetensors", "numpy", "PIL", "sympy", "xxhash"}
