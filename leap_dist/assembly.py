@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Optional
 
 import torch
+from timm.layers import convert_sync_batchnorm
 
 from leap_dist.config import DEMO_TEACHER, DIGITS, HUB, RANDOM, Config, DataConfig, matching_head, members
 from leap_dist.curriculum import build_curriculum
@@ -24,15 +25,17 @@ from leap_dist.errors import UserError
 from leap_dist.evaluation import Validation
 from leap_dist.learner import StudentParts
 from leap_dist.matching import Objective, check_impl, check_widths
-from leap_dist.models import DTYPES, StepFlops, Student, build_student, step_flops
+from leap_dist.models import DTYPES, StepFlops, Student, build_student, step_flops, warm_start
 from leap_dist.models.placement_plan import check_pipelines
 from leap_dist.monitoring import check_window
+from leap_dist.runtime.average import WeightAverage
 from leap_dist.runtime.checkpoint import Checkpoints, find_resume
 from leap_dist.runtime.distributed import World, check_nodes, on_first
 from leap_dist.runtime.engine import build_engine, micro_batch
 from leap_dist.runtime.optim import build_optimizer
 from leap_dist.runtime.progress import total_steps
 from leap_dist.runtime.run_lock import Claim
+from leap_dist.runtime.running_stats import running_stats
 from leap_dist.runtime.timing import PhaseTimer
 from leap_dist.teacher import TeacherSpec, build_teacher, describe_teacher
 from leap_dist.teacher.record import CLASSES, read_record
@@ -58,7 +61,7 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
         check_groups(config.data.mixup_group, batch)
     check_pipelines(config.teacher, ranks=world.size, local_size=world.local_size, batch=batch)
     spec = describe_teacher(config.teacher, config.data.image_size)
-    _check_students(config, spec, world)
+    _check_students(config, spec, world, batch)
     if world.is_main:
         warn_of_normalisation(config, spec)
     config = with_demo_teacher(config, world)
@@ -86,7 +89,7 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
     parts = Parts(
         teacher=teacher,
         students={
-            name: build_parts(own, world, spec, schedules[name], flops[name], data, batch)
+            name: build_parts(own, world, spec, schedules[name], flops[name], data, batch, fresh=resume is None)
             for name, own in students.items()
         },
         loader=loader,
@@ -109,13 +112,19 @@ def build_parts(
     flops: StepFlops,
     data: DataConfig,
     batch: int,
+    fresh: bool = True,
 ) -> StudentParts:
-    """One student's parts. data: the run's, resolved; batch: images of a micro-batch on a rank."""
+    """One student's parts. data: the run's, resolved; batch: images of a micro-batch on a rank; fresh: no checkpoint is
+    loaded after this.
+    """
     timer = PhaseTimer(world.device)
-    objective = build_objective(config, spec)
+    objective = build_objective(config, spec, fresh)
+    engine = build_engine(config, objective, build_optimizer(config.optim, objective), batch)
+    if config.student.ema_decay:
+        objective.average = WeightAverage(objective.student.backbone, config.student.ema_decay)
     return StudentParts(
         config=config,
-        engine=build_engine(config, objective, build_optimizer(config.optim, objective), batch),
+        engine=engine,
         coordinator=Coordinator(build_curriculum(config.curriculum, spec.depth), world, schedule, timer),
         flops=flops,
         timer=timer,
@@ -132,32 +141,45 @@ def _of(name: str) -> Iterator[None]:
         raise UserError(f"students.{name}: {error}" if name else str(error)) from error
 
 
-def _check_students(config: Config, spec: TeacherSpec, world: World) -> None:
+def _check_students(config: Config, spec: TeacherSpec, world: World, batch: int) -> None:
     """Raise UserError where a student does not go with the teacher or the data, before anything is built."""
     students = members(config)
     for name, own in students.items():
         with _of(name):
             build_curriculum(own.curriculum, spec.depth)
-            check_pair(own, spec, world.device)
+            check_pair(own, spec, world.device, batch)
     for classes in sorted({own.student.num_classes for own in students.values()}):
         check_sources(config.data, world, classes)
     learns_logits = next((own for own in students.values() if own.objective.kd_alpha), None)
-    if learns_logits is not None and config.data.train != DIGITS:
+    if learns_logits is not None:
         check_class_order(learns_logits, world)
 
 
-def build_objective(config: Config, spec: TeacherSpec) -> Objective:
-    """Student and heads, initialised from the seed alone, so that every rank and world size starts equal."""
+def build_objective(config: Config, spec: TeacherSpec, fresh: bool = True) -> Objective:
+    """Student and heads, initialised from the seed alone, so that every rank and world size starts equal.
+
+    fresh: no checkpoint is loaded after this, so the student takes `student.weights`.
+    """
     torch.manual_seed(config.student_seed)
     student = build_student(config.student, config.data.image_size, spec.dim)
+    if fresh:
+        warm_start(student, config.student.weights)
     targets = spec.depth if config.curriculum.mode == "all_layers" else 1
-    return Objective(student, spec.dim, spec.grid, config.objective, config.curriculum.metric, targets)
+    objective = Objective(student, spec.dim, spec.grid, config.objective, config.curriculum.metric, targets)
+    if config.student.sync_batchnorm:
+        student.backbone = convert_sync_batchnorm(student.backbone)
+    return objective
 
 
-def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
-    """Raise UserError where teacher and student do not go together on this device, before either is loaded."""
+def check_pair(config: Config, spec: TeacherSpec, device: torch.device, batch: int) -> None:
+    """Raise UserError where teacher and student do not go together on this device, before either is loaded.
+
+    batch: images per forward on each rank.
+    """
     student: Student = build_student(config.student, config.data.image_size, spec.dim, torch.device("meta"))
-    if config.curriculum.mode == "all_layers" and student.depth != spec.depth:
+    if student.recipe.map_at:
+        build_student(config.student, config.data.image_size, spec.dim)  # which tries it on one image
+    if config.curriculum.mode == "all_layers" and student.depth not in (0, spec.depth):
         raise UserError(
             f"curriculum.mode=all_layers: needs equal depths, student.model={config.student.model} has {student.depth} "
             f"blocks and teacher.model={config.teacher.model} {spec.depth}"
@@ -168,17 +190,20 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
             f"objective.kd_alpha={config.objective.kd_alpha} with curriculum.block={config.curriculum.block}: the "
             f"teacher has logits at its last block only, which is {spec.depth}"
         )
+    check_batchnorm(config, student, device, batch)
     check_widths(matching_head(config.objective, config.student.remedy), student.width, spec.dim)
     products, targets = DTYPES[config.engine.precision], DTYPES[config.teacher.dtype]
     check_impl(config.objective.impl, student.width, products, targets, device)
-    layered = inspect.signature(student.backbone.forward_intermediates).parameters
-    if config.curriculum.mode == "all_layers" and "return_prefix_tokens" not in layered:
-        raise UserError(f"curriculum.mode=all_layers: student.model={config.student.model} cannot give every layer")
-    for side, model, has_cls in (
-        ("teacher", config.teacher.model, spec.has_cls),
-        ("student", config.student.model, student.has_cls),
-    ):
-        if config.objective.cls_weight and not has_cls:
+    if config.objective.cls_weight and student.cls_width != student.width:
+        check_widths(matching_head(config.objective, config.student.remedy), student.cls_width, spec.dim)
+        check_impl(config.objective.impl, student.cls_width, products, targets, device)
+    has_cls = {"teacher": spec.has_cls}
+    if config.curriculum.mode == "all_layers":
+        check_layers(config, student)
+        has_cls["student"] = student.has_cls  # a pooled output is there at the last layer only
+    for side, has in has_cls.items():
+        if config.objective.cls_weight and not has:
+            model = getattr(config, side).model
             raise UserError(
                 f"objective.cls_weight={config.objective.cls_weight}: {side}.model={model} has no class token at its "
                 "intermediate blocks; set objective.cls_weight=0"
@@ -186,7 +211,9 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device) -> None:
 
 
 def check_class_order(config: Config, world: World) -> None:
-    """UserError if the teacher's logits, which the student is to learn, are not in the order of data.train's labels."""
+    """UserError if logits that the student is to learn from the teacher are not in the order of data.train's labels."""
+    if not config.objective.kd_alpha or config.data.train == DIGITS:
+        return
     from leap_dist.data.store import class_names  # 3 s to import
 
     known = config.teacher.weights not in (HUB, RANDOM, DEMO_TEACHER)
@@ -199,6 +226,32 @@ def check_class_order(config: Config, world: World) -> None:
     )
     if told and world.is_main:
         log.warning("objective.kd_alpha=%s: %s", config.objective.kd_alpha, told)
+
+
+def check_batchnorm(config: Config, student: Student, device: torch.device, batch: int) -> None:
+    """Raise UserError where batch norms cannot be synchronised, or have one image to go by."""
+    if running_stats(student) and batch == 1:
+        raise UserError(
+            f"data.global_batch={config.data.global_batch}: one image a rank and micro-batch, and the batch "
+            f"norms of student.model={config.student.model} need more"
+        )
+    if not config.student.sync_batchnorm:
+        return
+    if not running_stats(student):
+        raise UserError(f"student.sync_batchnorm=true: student.model={config.student.model} has no batch norm")
+    if device.type == "cpu":
+        raise UserError(
+            "student.sync_batchnorm=true: torch synchronises batch norms on GPUs only, and this run has none"
+        )
+
+
+def check_layers(config: Config, student: Student) -> None:
+    """Raise UserError where a student cannot give its tokens layer by layer."""
+    what = f"curriculum.mode=all_layers: student.model={config.student.model}"
+    if not student.depth:
+        raise UserError(f"{what} is no plain vision transformer, whose layers all have one width and grid")
+    if "return_prefix_tokens" not in inspect.signature(student.backbone.forward_intermediates).parameters:
+        raise UserError(f"{what} cannot give every layer")
 
 
 def warn_of_normalisation(config: Config, spec: TeacherSpec) -> None:

@@ -236,6 +236,8 @@ class Learner:
                 self.engine.backward(match.loss)
             with self.timer.phase("optimizer"):
                 self.engine.step()
+            if last:
+                self.engine.module.after_step()
 
     @property
     def labelling(self) -> tuple[int, float]:
@@ -345,7 +347,7 @@ class Learner:
         knn = self.validation.knn(self.engine)
         spent = self.span.clock.go_on()
         self.validation.note(progress, knn, costs.flops, seconds=costs.seconds, spent=spent)
-        self.journal.points(progress.step - 1, {"evaluation/knn": knn})
+        self.journal.points(progress.step - 1, {f"evaluation/{key}": value for key, value in knn.items()})
 
 
 def _gather(evidence: list[Evidence], match: Match) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from leap_dist.config import Config
-from leap_dist.evaluation import FeatureSet, HeldOut, evaluate
+from leap_dist.evaluation import KINDS, FeatureSet, HeldOut, Pooling, evaluate, protocol_of
 from leap_dist.learner import Learner
 from leap_dist.matching import linear_cka_of_features
-from leap_dist.models import Student, export_student, load_student
+from leap_dist.models import Student, export_average, export_student, load_student
 from leap_dist.monitoring import table
 from leap_dist.monitoring.company import Member, company, company_table
 from leap_dist.monitoring.comparison import LEDGER, SUMMARY, VALIDATION
@@ -31,6 +31,7 @@ from leap_dist.trainer import Trainer
 log = logging.getLogger(__name__)
 
 TIMED_PASSES = 5
+WHOSE = {"student": "student", "student_ema": "averaged student", "teacher": "teacher"}  # accuracies, in the table
 TIMES = (
     "full_teacher_seconds_per_pass", "time_saved_seconds", "time_saved", "time_saved_at_least", "skip_efficiency",
     "teacher_skip_efficiency",
@@ -48,6 +49,7 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, dict[st
     cohort.end_bar()
     fit = {name: learner for name, learner in cohort.learners.items() if _has_weights(learner)}
     exported = {name: export_student(learner.engine, learner.config, world) for name, learner in fit.items()}
+    averaged = {name: export_average(learner.engine, learner.config, world) for name, learner in fit.items()}
     summaries = {name: _progress_summary(trainer, learner) for name, learner in cohort.learners.items()}
     times = _earlier_times(config, world, trainer)
     if times is None:
@@ -56,7 +58,10 @@ def wrap_up(config: Config, world: World, trainer: Trainer) -> dict[str, dict[st
     judge = None if config.data.val is None or not fit else Judge(config, world)
     if judge is not None:
         for name, learner in fit.items():
-            summaries[name] |= judge.student(load_student(exported[name], world.device), learner.config, name)
+            own, named = learner.config, learner.config.student.model
+            summaries[name] |= judge.student(load_student(exported[name], world.device, named), own, name)
+            if averaged[name] is not None:
+                summaries[name] |= judge.average(load_student(averaged[name], world.device, named), own)
         if times is None:
             _write_all(summaries, config, world)
     if times is None:
@@ -225,19 +230,21 @@ class Judge:
 
     def __init__(self, config: Config, world: World) -> None:
         self._config, self._world = config, world
-        self._held_out = HeldOut(config, world, config.evaluation.max_train_images, None)
+        self._protocol = protocol_of(config.evaluation)
+        self._held_out = HeldOut(config, world, self._protocol.train_images, None, bicubic=self._protocol.bicubic)
         self._ours: dict[str, Optional[FeatureSet]] = {}
 
     def student(self, student: Student, config: Config, name: str = "") -> dict[str, float]:
-        """Its kNN and linear probe on average-pooled patch tokens; top-1 of its own classifier, if it has one.
+        """Its kNN and linear probe on each kind of features, and top-1 of its own classifier, if it has one.
 
         config, name: the student's own.
         known_images, judged_images: of `data.train` and `data.val`; fewer than asked for where some cannot be read.
         judged_classes: that the latter are of.
         """
-        found = self._held_out.features(lambda images: student(images).patch.mean(1))
-        self._ours[name] = found and found[1]
-        results = self._accuracies("student", found)
+        pooling = Pooling(student)
+        found = self._held_out.features(pooling)
+        self._ours[name] = found and pooling.of("patch", found[1])
+        results = self._accuracies("student", found, pooling)
         if found:
             results |= {"known_images": len(found[0].ids), "judged_images": len(found[1].ids)}
             results["judged_classes"] = len(found[1].labels.unique())
@@ -245,30 +252,44 @@ class Judge:
             results |= _top1(self._held_out.validation(lambda images: student.classify(student(images))))
         return results
 
+    def average(self, student: Student, config: Config) -> dict[str, float]:
+        """kNN, linear probe and top-1, as `student`, of the one with averaged weights."""
+        pooling = Pooling(student)
+        results = self._accuracies("student_ema", self._held_out.features(pooling), pooling)
+        if config.student.num_classes:
+            logits = self._held_out.validation(lambda images: student.classify(student(images)))
+            results |= {f"student_ema_{key.removeprefix('student_')}": value for key, value in _top1(logits).items()}
+        return results
+
     def teacher(self, teacher: Teacher) -> dict[str, dict[str, float]]:
         """By student, of the teacher at its last block: its kNN and linear probe, if `evaluation.teacher`; and
-        `student_teacher_cka`, linear CKA of what was judged on the held-out images, biased upward by about width /
+        `student_teacher_cka`, linear CKA of their mean patches on the held-out images, biased upward by about width /
         images.
         """
         teacher.retarget(teacher.spec.depth)
 
-        def pooled(images: Tensor) -> Tensor:
-            return teacher.features(images).patch.float().mean(1)
-
+        pooling = Pooling(teacher.features)
         results: dict[str, float] = {}
         whose = f"block {teacher.spec.depth} of teacher.weights={self._config.teacher.weights}"
         if self._config.evaluation.teacher:
-            found = self._held_out.features(pooled, whose)
-            results, theirs = self._accuracies("teacher", found), found and found[1]
+            found = self._held_out.features(pooling, whose)
+            results, theirs = self._accuracies("teacher", found, pooling), found and found[1]
         else:
-            theirs = self._held_out.validation(pooled, whose)
+            theirs = self._held_out.validation(pooling, whose)
+        theirs = theirs and pooling.of("patch", theirs)
         return {name: results | _likeness(ours, theirs) for name, ours in self._ours.items()}
 
-    def _accuracies(self, who: str, found: Optional[tuple[FeatureSet, FeatureSet]]) -> dict[str, float]:
-        if found is None:
-            return {}
-        results = evaluate(*found, self._config.evaluation, device=self._world.device, seed=self._config.seed)
-        return {f"{who}_{name}": value for name, value in results.items()}
+    def _accuracies(
+        self, who: str, found: Optional[tuple[FeatureSet, FeatureSet]], pooling: Pooling
+    ) -> dict[str, float]:
+        """By WHO_KIND_MEASURE, such as student_cls_knn_top5; the measures are those of `evaluate`."""
+        results = {}
+        for kind in pooling.chosen(self._protocol.features, who) if found else ():
+            train, val = (pooling.of(kind, each) for each in found)
+            options = {"device": self._world.device, "seed": self._config.seed}
+            judged = evaluate(train, val, self._config.evaluation, **options)
+            results |= {f"{who}_{kind}_{name}": value for name, value in judged.items()}
+        return results
 
 
 def _likeness(ours: Optional[FeatureSet], theirs: Optional[FeatureSet]) -> dict[str, float]:
@@ -287,6 +308,15 @@ def _top1(logits: Optional[FeatureSet]) -> dict[str, float]:
 
 def _percent(value: Optional[float]) -> Optional[str]:
     return None if value is None else f"{value:.1%}"
+
+
+def _judged(summary: dict[str, Any], of: str) -> Optional[str]:
+    """kNN and probe of one kind of features in words; None where it was not judged."""
+    if f"{of}_knn" not in summary:
+        return None
+    best = summary.get(f"{of}_probe_best_epoch")
+    optimistic = "" if best is None else f" (best epoch {best:.1%}, chosen on the same images: optimistic)"
+    return f"kNN {summary[f'{of}_knn']:.1%}, linear probe {summary[f'{of}_probe']:.1%}{optimistic}"
 
 
 def _decimals(value: Optional[float]) -> Optional[str]:
@@ -313,10 +343,12 @@ def _final_table(summary: dict[str, Any], config: Config) -> str:
     return table(
         [
             ("student top-1", _percent(summary.get("student_top1"))),
-            ("student kNN", _percent(summary.get("student_knn"))),
-            ("student linear probe", _percent(summary.get("student_probe"))),
-            ("teacher kNN", _percent(summary.get("teacher_knn"))),
-            ("teacher linear probe", _percent(summary.get("teacher_probe"))),
+            *(
+                (f"{title}, {words}", _judged(summary, f"{who}_{kind}"))
+                for who, title in WHOSE.items()
+                for kind, words in KINDS.items()
+            ),
+            ("averaged student top-1", _percent(summary.get("student_ema_top1"))),
             ("CKA of student and teacher", _decimals(summary.get("student_teacher_cka"))),
             ("target block at the end", f"{summary['final_block']} of {summary['teacher_depth']}"),
             ("optimizer steps", f"{summary['steps']} in {summary['train_seconds']:.1f} s"),

@@ -1,4 +1,4 @@
-"""Look at the tokens of vision transformers: dimensions, subspace rotation, spectral energy, CKA between layers.
+"""Look at the tokens of vision backbones: dimensions, subspace rotation, spectral energy, CKA between layers.
 
     python tools/analyze.py run runs/leap --teacher runs/leap/config.yaml \\
         --data /data/imagenet-mds/val --out runs/leap/analysis
@@ -12,7 +12,8 @@ MODEL is one of
     RUN                               a run's folder: the student that it exported
     PATH/student.safetensors          the same, with its .json beside it; or a teacher of tools/train_teacher.py
     PATH/config.yaml                  the teacher of a run, as its config names it
-    NAME, NAME=random, NAME=FILE      a timm model with its pretrained, with random or with a file's weights
+    NAME, NAME=random, NAME=FILE      a timm model with its pretrained, with random or with a file's weights; of one
+                                      that is no plain vision transformer, every stage at its own width and grid
 
 Also under torchrun or deepspeed, on several processes. OUT appears when everything is in it: blocks.csv, cka.csv,
 curves.npz, analysis.json, figures as PNG and PDF, and tensorboard/. docs/analysis.md explains what they show, and
@@ -25,13 +26,13 @@ import argparse
 import os
 import sys
 import traceback
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from leap_dist.config import HUB, Config, DataConfig, EvaluationConfig, TeacherConfig, is_remote, load
+from leap_dist.config import DataConfig, EvaluationConfig, is_remote
 from leap_dist.config.ranges import RANGES, Range
 from leap_dist.errors import UserError, one_line
+from leap_dist.judging.requests import Request, named_apart, open_subjects, request
 
 if TYPE_CHECKING:
     from leap_dist.analysis import Analysis, Subject
@@ -42,7 +43,6 @@ OPTION_RANGES = {
     **{option: Range(1, 10**6) for option in ("pairs", "subspace", "batch")},
     **{option: RANGES[f"data.{option}"] for option in ("workers", "crop_pct", "image_size")},
 }
-EXPORTED, RECORD, STUDENT = ".safetensors", (".yaml", ".yml"), "student.safetensors"
 
 
 def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
@@ -90,32 +90,6 @@ def _add_survey_options(parser: argparse.ArgumentParser) -> None:
     add("--subspace", type=int, default=16, help="dimensions of those subspaces (default: 16)")
 
 
-@dataclass(frozen=True)
-class Request:
-    """A MODEL as named: an exported student's file, or a timm model and, where it was one's teacher, that run."""
-
-    name: str
-    student: Optional[Path] = None
-    teacher: Optional[TeacherConfig] = None
-    run: Optional[Config] = None
-
-
-def request(text: str) -> Request:
-    """Understand a MODEL without loading it. UserError where it is none of the three kinds."""
-    path = Path(text)
-    if (path / STUDENT).is_file() or (path.is_dir() and os.sep in text):  # else it may be the name of a model
-        text, path = f"{path / STUDENT}", path / STUDENT
-    if text.endswith(RECORD):
-        run = load(path, [], check=False)
-        return Request(run.teacher.model, teacher=replace(run.teacher, placement="replicated"), run=run)
-    if text.endswith(EXPORTED) and ("=" not in text or path.is_file()):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        return Request(path.absolute().parent.name if path.stem in ("student", "teacher") else path.stem, student=path)
-    name, _, weights = text.partition("=")
-    return Request(name, teacher=TeacherConfig(model=name, weights=weights or HUB))
-
-
 def check(args: argparse.Namespace) -> list[Request]:
     """Everything that can be wrong before anything is loaded. UserError in one line."""
     for option, wanted in OPTION_RANGES.items():
@@ -137,38 +111,6 @@ def check(args: argparse.Namespace) -> list[Request]:
     return [request(text) for text in (*args.models, *filter(None, [getattr(args, "teacher", None)]))]
 
 
-def open_subjects(requests: list[Request], image_size: Optional[int], world: World) -> list[Subject]:
-    """Load the models. A timm model takes images of the size asked for, else a student's or a run's, else its own."""
-    from leap_dist.analysis import exported_subject, native_image_size
-
-    exported = {r.name: exported_subject(r.student, r.name, world.device) for r in requests if r.student}
-    sizes = [subject.image_size for subject in exported.values()]
-    sizes += [r.run.data.image_size for r in requests if r.run]
-    sizes += [native_image_size(r.teacher.model) for r in requests if r.teacher]
-    size = image_size or sizes[0]
-    for subject in exported.values():
-        if subject.image_size != size:
-            raise UserError(f"{subject.name} takes images of {subject.image_size} pixels, not {size}")
-    return [exported.get(r.name) or _open_timm(r, size, world) for r in requests]
-
-
-def _open_timm(asked: Request, size: int, world: World) -> Subject:
-    from leap_dist.analysis import Preprocessing, timm_subject
-
-    if asked.run is None:
-        try:
-            return timm_subject(asked.teacher, asked.name, size, world.device)
-        except UserError as error:  # in the words of a run's config, where here it is NAME=FILE
-            words = str(error).replace("teacher.weights=", f"{asked.teacher.model}=").replace("teacher.model=", "")
-            raise UserError(words) from error
-    from leap_dist.assembly import with_demo_teacher
-
-    teacher = with_demo_teacher(replace(asked.run, teacher=asked.teacher), world).teacher
-    subject = timm_subject(teacher, asked.name, size, world.device)
-    seen = asked.run.data
-    return replace(subject, preprocessing=Preprocessing(tuple(seen.mean), tuple(seen.std), seen.crop_pct))
-
-
 def open_data(args: argparse.Namespace, subject: Subject, world: World) -> DataConfig:
     """The images as `subject` takes them."""
     from leap_dist.data import resolve
@@ -184,7 +126,7 @@ def open_data(args: argparse.Namespace, subject: Subject, world: World) -> DataC
 
 def analyse(args: argparse.Namespace) -> None:
     """From the command line to the folder of results."""
-    requests = _named_apart(check(args), teacher=getattr(args, "teacher", None) is not None)
+    requests = named_apart(check(args), teacher=getattr(args, "teacher", None) is not None)
     from leap_dist.runtime.distributed import initialise, shutdown
 
     world = initialise()
@@ -233,17 +175,6 @@ def look_at_tokens(args: argparse.Namespace, subjects: list[Subject], world: Wor
     found = survey(students, teacher, images, world, options)
     if found is not None:
         write(found, args)
-
-
-def _named_apart(requests: list[Request], teacher: bool) -> list[Request]:
-    """Requests of one name get numbers: names are keys of the results. teacher: the last one is, and is called that."""
-    if teacher and requests[-1].name in [r.name for r in requests[:-1]]:
-        requests = [*requests[:-1], replace(requests[-1], name=f"{requests[-1].name} (teacher)")]
-    names = [r.name for r in requests]
-    return [
-        replace(r, name=f"{r.name} #{names[: i + 1].count(r.name)}") if names.count(r.name) > 1 else r
-        for i, r in enumerate(requests)
-    ]
 
 
 def write(found: Analysis, args: argparse.Namespace) -> None:

@@ -16,8 +16,18 @@ html_copy_source = False
 myst_heading_anchors = 4  # as GitHub makes them
 
 CONTENTS = {
-    "Use": ["configuration", "imagenet", "running", "data", "students", "objectives", "teachers", "scaling"],
-    "Look": ["profiling", "analysis", "sweeps"],
+    "Use": [
+        "configuration",
+        "imagenet",
+        "running",
+        "data",
+        "students",
+        "use_the_student",
+        "objectives",
+        "teachers",
+        "scaling",
+    ],
+    "Look": ["profiling", "analysis", "evaluation", "sweeps"],
     "Evidence": ["evidence", "benchmarks/README", "benchmarks/*"],
     "Inside": ["design", "kernels", "/CHANGELOG"],
 }

@@ -19,7 +19,6 @@ from leap_dist.analysis.spectra import CENTRINGS, LEVELS
 from leap_dist.analysis.subjects import Subject
 from leap_dist.data import Batch
 from leap_dist.errors import UserError
-from leap_dist.models import on_grid
 from leap_dist.runtime.distributed import World, gather_objects, sum_over_ranks
 
 
@@ -118,10 +117,8 @@ class FirstPass:
             for tokens, totals in zip(layers, blocks, strict=True):
                 totals.update(tokens)
         for (student, teacher), cka in zip(self._matched, self.cka, strict=True):
-            grids = self._subjects[student].grid, self._subjects[teacher].grid
-            cka.update(
-                [on_grid(x, *grids).flatten(0, 1) for x in maps[student]], [y.flatten(0, 1) for y in maps[teacher]]
-            )
+            both = [(self._subjects[index], maps[index]) for index in (student, teacher)]
+            cka.update(*(subject.on_grid(found, self._subjects[teacher].grid) for subject, found in both))
 
     def finish(self) -> Tensor:
         """Cover all ranks' images; return the sample (S, 3, H, W), the same on every rank, S even. Collective.

@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import timm
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from leap_dist.config import DataConfig, TeacherConfig
+from leap_dist.config import NO_WEIGHTS, RANDOM, DataConfig, StudentConfig, TeacherConfig
 from leap_dist.errors import UserError
-from leap_dist.models import load_student
+from leap_dist.models import Features, Student, build_student, load_student, on_grid, warm_start
+from leap_dist.models.backbone import Unbuildable, is_family, sketch
 from leap_dist.models.records import read_record
 from leap_dist.runtime.integrity import check_recorded, record_of
 from leap_dist.teacher import build_teacher
+from leap_dist.teacher.weights import fingerprint
 
 Colour = tuple[float, ...]
 
@@ -40,8 +43,10 @@ class Subject:
     """One model, ready to be looked at.
 
     name: for tables and figures; image_size: side of the square images it takes, pixels; preprocessing: what else it
-    expects of them; grid: (rows, columns) of patch tokens; layers: images (B, 3, S, S) to the tokens (B, N, D) of every
-    block, shallowest first, float32, no grad.
+    expects of them; grid: (rows, columns) of the last block's patch tokens; layers: images (B, 3, S, S) to the tokens
+    (B, N, D) of every block, shallowest first, float32, no grad; final: images to `Features` of the last block,
+    likewise; mark: letters that differ where weights do; grids: of every block, where they differ, as in hierarchical
+    models.
     """
 
     name: str
@@ -49,6 +54,14 @@ class Subject:
     preprocessing: Preprocessing
     grid: tuple[int, int]
     layers: Callable[[Tensor], list[Tensor]]
+    final: Callable[[Tensor], Features]
+    mark: str
+    grids: Optional[tuple[tuple[int, int], ...]] = None
+
+    def on_grid(self, maps: list[Tensor], grid: tuple[int, int]) -> list[Tensor]:
+        """What `layers` gave, resized to `grid` as in training: rows (B * N, D)."""
+        grids = self.grids or (self.grid,) * len(maps)
+        return [on_grid(tokens, own, grid).flatten(0, 1) for tokens, own in zip(maps, grids, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -82,18 +95,56 @@ def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
         layers(torch.zeros(1, 3, size, size, device=device))
     except TypeError as error:  # timm's CaiT does not know return_prefix_tokens
         raise UserError(f"{path}: {about['model']} cannot give the tokens of every block") from error
-    return Subject(name, size, preprocessing, student.grid, layers)
+    return Subject(name, size, preprocessing, student.grid, layers, *_last_of(student), student.layer_grids)
+
+
+def _last_of(student: Student) -> tuple[Callable[[Tensor], Features], str]:
+    """`Subject.final` and `Subject.mark` of a student."""
+    mark = fingerprint({key: value.cpu() for key, value in student.state_dict().items()})
+    return torch.no_grad()(student.forward), mark
 
 
 def timm_subject(config: TeacherConfig, name: str, image_size: int, device: torch.device) -> Subject:
-    """A timm model by name and weights, at square images of `image_size` pixels. Errors as of `build_teacher`."""
+    """A timm model by name and weights, at square images of `image_size` pixels. Errors as of `build_teacher`.
+
+    A model that is no plain vision transformer gives the cells of its stages, each at its own width and grid, the last
+    through its final norm where it has one for maps.
+    """
+    if not _is_plain(config, image_size):
+        return _staged_subject(config, name, image_size, device)
     teacher = build_teacher(config, image_size, device)
     teacher.retarget(teacher.spec.depth)
 
     def layers(images: Tensor) -> list[Tensor]:
         return [features.patch.float() for features in teacher.sweep(images)]
 
-    return Subject(name, image_size, Preprocessing(teacher.spec.mean, teacher.spec.std), teacher.spec.grid, layers)
+    parts = {"stem": teacher.stem, "blocks": teacher.blocks}
+    weights = {f"{part}.{key}": x.cpu() for part, m in parts.items() for key, x in m.state_dict().items()}
+    seen = Preprocessing(teacher.spec.mean, teacher.spec.std)
+    return Subject(name, image_size, seen, teacher.spec.grid, layers, teacher.features, fingerprint(weights))
+
+
+def _is_plain(config: TeacherConfig, image_size: int) -> bool:
+    """Whether it is a model that can be a teacher. What cannot be built with an image size is none."""
+    try:
+        return is_family(sketch(config.model, config.kwargs, image_size, side="teacher"))
+    except Unbuildable:
+        return False
+
+
+def _staged_subject(config: TeacherConfig, name: str, image_size: int, device: torch.device) -> Subject:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_student(StudentConfig(model=config.model, kwargs=config.kwargs), image_size)
+    warm_start(model, NO_WEIGHTS if config.weights == RANDOM else config.weights)
+    model.to(device).eval().requires_grad_(False)
+    expected = model.backbone.pretrained_cfg
+
+    def layers(images: Tensor) -> list[Tensor]:
+        return [features.patch.float() for features in model.every_layer(images)]
+
+    preprocessing = Preprocessing(tuple(expected["mean"]), tuple(expected["std"]))
+    return Subject(name, image_size, preprocessing, model.grid, layers, *_last_of(model), model.layer_grids)
 
 
 def native_image_size(model: str) -> int:

@@ -36,7 +36,7 @@ DEFAULTS = ["optim.lr=1e-6", "telemetry.progress=false"]
 # What the tools decide: every target must be one that a score could still end.
 FIXED = [
     "teacher.placement=replicated", "teacher.memory_budget=null", "curriculum.mode=leap", "curriculum.block=null",
-    "curriculum.start=1", "curriculum.snap_to_last_at=null", "curriculum.replay=null", "curriculum.threshold=1e9",
+    "curriculum.start=1", "curriculum.snap_to_last_at=null", "curriculum.replay=null", "curriculum.threshold=1000",
     "engine.accumulation=1", "resume=none",
 ]  # fmt: skip
 
@@ -119,7 +119,7 @@ def build_conducted(config: Config, world: World, teacher: ReplicatedTeacher, im
     spec = describe_teacher(config.teacher, config.data.image_size)
     students = members(config)
     for own in students.values():
-        check_pair(own, spec, world.device)
+        check_pair(own, spec, world.device, len(images))
     parts = Parts(
         teacher=Exchangeable(teacher),
         students={

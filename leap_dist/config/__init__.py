@@ -3,26 +3,15 @@
 Imports no torch, so a mistyped key is reported in well under a second.
 """
 
+from importlib import import_module
+from typing import Any
+
 from leap_dist.config.checks import problems
-from leap_dist.config.demo import load_demo
-from leap_dist.config.loading import (
-    abridged,
-    describe,
-    differences,
-    flat,
-    hyperparameters,
-    load,
-    load_without_files,
-    members,
-    merge,
-    option_fields,
-    tables,
-    to_yaml,
-)
 from leap_dist.config.options import (
     DEMO_TEACHER,
     DIGITS,
     HUB,
+    NO_WEIGHTS,
     RANDOM,
     CheckpointConfig,
     Config,
@@ -39,12 +28,12 @@ from leap_dist.config.options import (
     matching_head,
     option,
 )
-from leap_dist.config.yaml_files import read_yaml
 
 __all__ = [
     "DEMO_TEACHER",
     "DIGITS",
     "HUB",
+    "NO_WEIGHTS",
     "RANDOM",
     "CheckpointConfig",
     "Config",
@@ -76,3 +65,23 @@ __all__ = [
     "tables",
     "to_yaml",
 ]
+
+# Modules of what needs OmegaConf: who only loads a student needs torch, timm and safetensors.
+_READING = {
+    "load_demo": "demo",
+    "read_yaml": "yaml_files",
+    **dict.fromkeys(
+        (
+            "abridged", "describe", "differences", "flat", "hyperparameters", "load", "load_without_files", "members",
+            "merge", "option_fields", "tables", "to_yaml",
+        ),
+        "loading",
+    ),
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """The names that read or write a config; their module is imported when the first of them is asked for."""
+    if name not in _READING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_READING[name]}"), name)

@@ -11,6 +11,7 @@ from leap_dist.config.options import (
     DEMO_TEACHER,
     DIGITS,
     HUB,
+    NO_WEIGHTS,
     RANDOM,
     Config,
     CurriculumConfig,
@@ -161,9 +162,13 @@ def _telemetry_problems(telemetry: TelemetryConfig) -> list[str]:
 
 
 def _evaluation_problems(config: Config) -> list[str]:
-    if config.evaluation.every_epochs and config.data.val is None:
-        return [f"evaluation.every_epochs={config.evaluation.every_epochs}: needs data.val"]
-    return []
+    options, found = config.evaluation, []
+    if options.every_epochs and config.data.val is None:
+        found.append(f"evaluation.every_epochs={options.every_epochs}: needs data.val")
+    for key, asked in (("features", options.features), ("probe_lrs", options.probe_lrs)):
+        if asked is not None and (not asked or len(set(asked)) < len(asked)):
+            found.append(f"evaluation.{key}={asked}: at least one, and each once; null = what the protocol takes")
+    return found
 
 
 def _placement_problems(config: Config) -> list[str]:
@@ -245,6 +250,9 @@ def _path_problems(config: Config) -> list[str]:
     weights, replay, resume = config.teacher.weights, config.curriculum.replay, config.resume
     if weights not in (HUB, RANDOM, DEMO_TEACHER) and (fault := no_file_to_read(weights)):
         problems.append(f"teacher.weights={short(weights)}: {fault} (nor {HUB}, {RANDOM} or {DEMO_TEACHER})")
+    start = config.student.weights
+    if start not in (NO_WEIGHTS, HUB) and (nameless(start) or not Path(start).exists()):
+        problems.append(f"student.weights={short(start)}: no such file (nor {NO_WEIGHTS} or {HUB})")
     if replay is not None and (fault := no_file_to_read(replay)):
         problems.append(f"curriculum.replay={short(replay)}: {fault}")
     if resume not in ("auto", "none") and (nameless(resume) or not Path(resume).is_dir()):

@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 OPERATIONAL = (
     "output", "resume", "checkpoint.", "telemetry.", "evaluation.", "data.train", "data.val", "data.cache",
     "data.cache_limit", "data.predownload", "data.workers", "data.timeout_s", "data.validate_hash",
-    "data.max_bad_fraction", "teacher.weights",
+    "data.max_bad_fraction", "teacher.weights", "student.weights",
     "teacher.placement", "teacher.stages", "teacher.microbatches", "teacher.rebalance", "teacher.memory_budget",
     "engine.silence_s",
     "engine.accumulation", "objective.impl", "teacher.compile",
@@ -37,8 +37,8 @@ MISFITS = (OmegaConfBaseException, TypeError)  # the latter for a list in a mapp
 
 # Stand-ins for the files that a YAML names.
 WITHOUT_FILES = (
-    "data.train=digits", "data.val=null", "evaluation.every_epochs=0", "teacher.weights=random", "resume=none",
-    "curriculum.replay=null",
+    "data.train=digits", "data.val=null", "evaluation.every_epochs=0", "teacher.weights=random",
+    "student.weights=none", "resume=none", "curriculum.replay=null",
 )  # fmt: skip
 
 
@@ -261,12 +261,16 @@ def _kind(option: dataclasses.Field) -> tuple[str, str]:
     """The words of `_expected`, its "or null" apart; "" where null is not allowed."""
     words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
     words |= {"tuple[int, int]": "two whole numbers", "tuple[float, float]": "two numbers"}
+    words |= {"list[float]": "a list of numbers"}
     words |= {"tuple[float, float, float]": "three numbers", "dict[str, Any]": "a mapping"}
     annotation = str(option.type)
     optional = annotation.startswith("Optional[")
     annotation = annotation.removeprefix("Optional[").removesuffix("]") if optional else annotation
+    several = annotation.startswith("list[Literal")
+    annotation = annotation.removeprefix("list[").removesuffix("]") if several else annotation
     if annotation.startswith("Literal"):
-        text = "one of " + annotation.removeprefix("Literal[").removesuffix("]").replace('"', "")
+        names = annotation.removeprefix("Literal[").removesuffix("]").replace('"', "")
+        text = f"a list of {names}" if several else f"one of {names}"
     else:
         text = words.get(annotation, annotation)
     return text, "or null" if optional else ""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
-from omegaconf import MISSING
+MISSING: Any = (
+    "???"  # OmegaConf's word for a value that must be given; spelt out, since reading options needs no config
+)
 
 DIGITS = "digits"  # data.train / data.val: the embedded demo set
 HUB = "hub"  # teacher.weights: timm's pretrained weights
+NO_WEIGHTS = "none"  # student.weights: random initialisation
 RANDOM = "random"  # teacher.weights: untrained, for tests and throughput work only
 DEMO_TEACHER = "demo"  # teacher.weights: the small ViT trained here on the digits
 
@@ -44,11 +47,25 @@ class TeacherConfig:
 class StudentConfig:
     """The student backbone."""
 
-    model: str = option(MISSING, "timm model name, e.g. vit_small_patch14_dinov2")
+    model: str = option(
+        MISSING,
+        "timm model name, e.g. vit_small_patch14_dinov2 or convnext_tiny; or package.module:function of one's own",
+    )
     kwargs: dict[str, Any] = field(
         default_factory=dict,
         metadata={"doc": "further arguments of timm.create_model, e.g. {embed_dim: 192, num_heads: 3}"},
     )
+    weights: str = option(
+        NO_WEIGHTS, "what training starts from: none | hub | path of a timm checkpoint or of an earlier run's export"
+    )
+    image_size: Optional[int] = option(
+        None, "side of the images it sees, pixels, resized on the device from the teacher's; null = the teacher's"
+    )
+    reduction: Optional[int] = option(
+        None, "pixels of a side that one token stands for, which picks the stage, e.g. 16; null = the deepest stage"
+    )
+    ema_decay: float = option(0.0, "average its weights over the steps with this decay, for a second export; 0 = off")
+    sync_batchnorm: bool = option(False, "batch norms normalise by the images of all ranks; on GPUs only")
     num_classes: int = option(0, "outputs of a classifier on the kept features; 0 = none")
     seed: Optional[int] = option(
         None, "of initial weights, drop path and dropout alone, not of the data; null = the run's `seed`"
@@ -211,10 +228,24 @@ class TelemetryConfig:
 class EvaluationConfig:
     """What is measured at the end of the run, and between its epochs (needs data.val)."""
 
+    protocol: Literal["swept", "leap"] = option(
+        "swept",
+        "what null stands for in the next options. swept: every kind of feature, the probe's best of several rates; "
+        "leap: as published, class token, one rate, all images, bicubic, and the probe's best epoch beside its last",
+    )
+    features: Optional[list[Literal["cls", "patch", "cls_patch"]]] = field(
+        default=None,
+        metadata={"doc": "what kNN and probe see: class token, mean patch, both side by side; null = all, or cls"},
+    )
+    probe_lrs: Optional[list[float]] = field(
+        default=None,
+        metadata={"doc": "rates that probes try, chosen on a tenth of the training images; null = 0.01 to 1, or 0.1"},
+    )
+    max_train_images: Optional[int] = option(
+        None, "training images used for kNN and probe; 0 = all; null = 50,000, or all"
+    )
     knn_k: int = option(20, "neighbours that kNN asks")
     probe_epochs: int = option(100, "epochs of the linear probe on frozen features")
-    probe_lr: float = option(0.1, "SGD learning rate of the probe")
-    max_train_images: Optional[int] = option(50_000, "training images used for kNN and probe; null = all")
     teacher: bool = option(
         True, "kNN and probe of the teacher's last block too. Its CKA with the student is always measured"
     )

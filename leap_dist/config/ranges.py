@@ -48,6 +48,9 @@ _STEPS, _EPOCHS, _IMAGES, _BLOCKS = 10**9, 10**6, 10**9, 1000
 _SHARE, _OPEN_SHARE = Range(0, 1), Range(0, 1, high_open=True)
 
 RANGES = {
+    "student.image_size": Range(1, 16384),
+    "student.reduction": Range(1, 1024),
+    "student.ema_decay": _OPEN_SHARE,
     "seed": Range(0, 2**32 - 1),  # numpy's generators take no more
     "epochs": Range(0, _EPOCHS, low_open=True),
     "teacher.stages": Range(1, 2**16),
@@ -101,8 +104,8 @@ RANGES = {
     "telemetry.peak_tflops": Range(0, 10**6, low_open=True),
     "evaluation.knn_k": Range(1, 10**6),
     "evaluation.probe_epochs": Range(1, 10**5),
-    "evaluation.probe_lr": Range(0, 10**6, low_open=True),
-    "evaluation.max_train_images": Range(1, _IMAGES),
+    "evaluation.probe_lrs": Range(0, 10**6, low_open=True),
+    "evaluation.max_train_images": Range(0, _IMAGES),
     "evaluation.every_epochs": Range(0, _EPOCHS),
     "evaluation.quick_images": Range(1, _IMAGES),
 }

@@ -220,7 +220,7 @@ class EvalLoader:
     sample and by what is left out, so ranks may get different numbers of batches: where a collective runs inside the
     loop, as an evaluated teacher may be, `evaluation.features.in_step` gives all ranks the same number.
     What was left out is said when the loop has come to its end. num_samples: over all ranks.
-    table: what labels become, -1 where it has none; None: they stay.
+    table: what labels become, -1 where it has none; None: they stay. only: the samples to be read, else all.
     """
 
     def __init__(
@@ -232,15 +232,17 @@ class EvalLoader:
         world: World,
         limit: Optional[int],
         table: Optional[Mapping[int, int]] = None,
+        only: Optional[NDArray[np.int64]] = None,
     ) -> None:
         self._table = table
         self.source: str = dataset.store.source
         total = dataset.store.size
         self.num_samples = total if limit is None else min(limit, total)
         # Neighbours lie in one shard: a node that reads through a cache needs few.
-        positions = np.array_split(np.arange(self.num_samples), world.size)[world.rank]
+        wanted = np.arange(self.num_samples) if only is None else only
+        positions = np.array_split(wanted, world.size)[world.rank]
         # Fewer samples than ranks: a model may be collective, so every rank has one; `merge` drops the repeats.
-        positions = positions if len(positions) else np.zeros(1, np.int64)
+        positions = positions if len(positions) else wanted[:1]
         self._positions = [positions[i : i + batch] for i in range(0, len(positions), batch)]
         self._dataset = dataset
         self._most_bad = math.ceil(config.max_bad_fraction * self.num_samples)
@@ -290,17 +292,18 @@ def build_eval_loader(
     world: World,
     limit: Optional[int] = None,
     numbered_as: Optional[str] = None,
+    bicubic: bool = False,
 ) -> EvalLoader:
     """Open `source` (a folder or URI of shards) to read each sample once over all ranks; all ranks together.
 
     limit: read that many samples, evenly strided over the set. numbered_as: the set whose numbers the labels are to
-    be, where both name their classes; None: its own. UserError if the shards are not fit to be read, or the classes of
-    the two sets do not go together.
+    be, where both name their classes; None: its own. bicubic: see `eval_transform`. UserError if the shards are not fit
+    to be read, or the classes of the two sets do not go together.
     """
     from leap_dist.data.store import label_table
     from leap_dist.data.streaming import open_dataset
 
-    transform = Whole(eval_transform(config))
+    transform = Whole(eval_transform(config, bicubic=bicubic))
     dataset = open_dataset(source, config, world=world, transform=transform, seed=0, substitutes=False)
     table = label_table(source, numbered_as or source, config)
     return EvalLoader(dataset, config, batch=batch, world=world, limit=limit, table=table)

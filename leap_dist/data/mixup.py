@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple, Optional
 
 import torch
-from scipy.special import betaincinv
 from timm.data.mixup import cutmix_bbox_and_lam
 from torch import Tensor
 
@@ -83,6 +82,8 @@ def draw_mix(config: DataConfig, positions: Tensor, generator: torch.Generator) 
     uniform, box = torch.rand((), generator=generator).item(), None
     cuts = config.cutmix_alpha > 0 and torch.rand((), generator=generator).item() < CUT_SHARE
     alpha = config.cutmix_alpha if cuts else config.mixup_alpha
+    from scipy.special import betaincinv  # half a second, and not for who only loads a student
+
     lam = float(betaincinv(alpha, alpha, uniform))  # the quantile function of Beta; at 1, the number itself
     if cuts:
         with seeded(int(torch.randint(2**62, (), generator=generator))):

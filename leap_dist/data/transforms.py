@@ -33,11 +33,15 @@ def sample_stream(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, sample_id, epoch]))
 
 
-def eval_transform(config: DataConfig) -> v2.Transform:
-    """Shorter side to `image_size / crop_pct`, centre crop, normalise: (3, H, W) uint8 -> (3, S, S) float32."""
+def eval_transform(config: DataConfig, *, bicubic: bool = False) -> v2.Transform:
+    """Shorter side to `image_size / crop_pct`, centre crop, normalise: (3, H, W) uint8 -> (3, S, S) float32.
+
+    bicubic: how it is resized, else bilinearly; antialiased in any case.
+    """
     size = config.image_size
+    kernel = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
     normalise = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)]
-    return v2.Compose([v2.Resize(round(size / config.crop_pct)), v2.CenterCrop(size), *normalise])
+    return v2.Compose([v2.Resize(round(size / config.crop_pct), kernel), v2.CenterCrop(size), *normalise])
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,32 @@ from leap_dist.evaluation.held_out import HeldOut
 from leap_dist.evaluation.knn import knn_accuracy
 from leap_dist.evaluation.periodic import Validation
 from leap_dist.evaluation.probe import probe_accuracy
+from leap_dist.evaluation.protocol import protocol_of
+from leap_dist.evaluation.tokens import KINDS, Pooling
 
-__all__ = ["FeatureSet", "HeldOut", "Validation", "evaluate"]
+__all__ = ["KINDS", "FeatureSet", "HeldOut", "Pooling", "Validation", "evaluate", "protocol_of"]
 
 
 def evaluate(
     train: FeatureSet, val: FeatureSet, config: EvaluationConfig, *, device: torch.device, seed: int = 0
 ) -> dict[str, float]:
-    """Accuracy on `val`, 0 to 1, of kNN ("knn") and of a linear probe ("probe") that know `train`.
+    """Accuracy on `val`, 0 to 1, of kNN and of a linear probe that know `train`, by the config's protocol.
+
+    Returns knn, knn_top5, probe, probe_top5, probe_lr (the rate that the probe chose) and, by `protocol=leap`,
+    probe_best_epoch (the best top-1 of any epoch, which is optimistic).
 
     Raises:
         UserError: features that are not finite.
     """
     check_finite(train, val)
-    return {
-        "knn": knn_accuracy(train, val, config.knn_k, device),
-        "probe": probe_accuracy(train, val, epochs=config.probe_epochs, lr=config.probe_lr, seed=seed, device=device),
+    protocol = protocol_of(config)
+    knn, knn_top5 = knn_accuracy(train, val, protocol.knn_k, device)
+    probe = probe_accuracy(train, val, protocol.probe, seed=seed, device=device, watch=protocol.best_epoch)
+    found = {
+        "knn": knn,
+        "knn_top5": knn_top5,
+        "probe": probe.top1,
+        "probe_top5": probe.top5,
+        "probe_lr": probe.rate,
     }
+    return found if probe.best_epoch is None else found | {"probe_best_epoch": probe.best_epoch}

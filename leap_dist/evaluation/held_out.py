@@ -27,16 +27,31 @@ class HeldOut:
 
     Args:
         train_limit, val_limit: as many images at most, evenly strided over the set; None = all.
+        bicubic: how images are resized, else bilinearly.
     """
 
-    def __init__(self, config: Config, world: World, train_limit: Optional[int], val_limit: Optional[int]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        train_limit: Optional[int],
+        val_limit: Optional[int],
+        *,
+        bicubic: bool = False,
+    ) -> None:
         assert config.data.val is not None
         parts = config.teacher.microbatches
         self._batch = -(-BATCH // parts) * parts
         self._world = world
         self._train, self._val = (
             build_eval_loader(
-                source, config.data, batch=self._batch, world=world, limit=limit, numbered_as=config.data.train
+                source,
+                config.data,
+                batch=self._batch,
+                world=world,
+                limit=limit,
+                numbered_as=config.data.train,
+                bicubic=bicubic,
             )
             for source, limit in ((config.data.train, train_limit), (config.data.val, val_limit))
         )

@@ -1,9 +1,9 @@
 """`evaluation.every_epochs`: accuracy while the student trains, in TensorBoard and the run folder's `evaluation.jsonl`.
 
 Judged is the student as it would be exported, in a model of its own: that is the same at every ZeRO stage, and leaves
-mode and random numbers of the one that trains alone. Keys of a line: epoch and step (that are done), knn (accuracy, 0
-to 1), teacher_flops, flops (of all parts) and seconds (of the run so far, without what evaluating took),
-evaluation_seconds (that this one took).
+mode and random numbers of the one that trains alone. Keys of a line: epoch and step (that are done), cls_knn, patch_knn
+and cls_patch_knn (accuracies, 0 to 1, of the kinds of features judged), teacher_flops, flops (of all parts) and seconds
+(of the run so far, without what evaluating took), evaluation_seconds (that this one took).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, Optional
 from leap_dist.config import Config
 from leap_dist.evaluation.held_out import HeldOut
 from leap_dist.evaluation.knn import knn_accuracy
+from leap_dist.evaluation.protocol import protocol_of
+from leap_dist.evaluation.tokens import Pooling
 from leap_dist.models import export_student, load_student
 from leap_dist.runtime.distributed import World, gather_objects, on_main
 from leap_dist.runtime.files import write_text
@@ -43,22 +45,34 @@ class Validation:
             between and every > 0 and epochs % every == 0 and epochs not in {x["epoch"] for x in progress.validations}
         )
 
-    def knn(self, engine: Any) -> float:
-        """kNN accuracy of the student as it stands, 0 to 1, the same on every rank. Collective."""
+    def knn(self, engine: Any) -> dict[str, float]:
+        """kNN accuracy, 0 to 1, of the student as it stands, by the keys of a line; on every rank. Collective."""
         options, device = self._config.evaluation, self._world.device
+        protocol = protocol_of(options)
         if self._held_out is None:
-            self._held_out = HeldOut(self._config, self._world, options.quick_images, options.quick_images)
-        student = load_student(export_student(engine, self._config, self._world), device)
-        found = self._held_out.features(lambda images: student(images).patch.mean(1))
-        return gather_objects(knn_accuracy(*found, options.knn_k, device) if found else None, self._world)[0]
+            few = options.quick_images
+            self._held_out = HeldOut(self._config, self._world, few, few, bicubic=protocol.bicubic)
+        exported = export_student(engine, self._config, self._world)
+        pooling = Pooling(load_student(exported, device, self._config.student.model))
+        found = self._held_out.features(pooling)
+        accuracies = {}
+        for kind in pooling.chosen(protocol.features, "student") if found else ():
+            train, val = (pooling.of(kind, each) for each in found)
+            accuracies[f"{kind}_knn"] = knn_accuracy(train, val, protocol.knn_k, device)[0]
+        return gather_objects(accuracies, self._world)[0]
 
-    def note(self, progress: Progress, knn: float, flops: Mapping[str, float], *, seconds: float, spent: float) -> None:
-        """Take note of an accuracy where the run stands. flops: so far, by part; seconds: trained; spent: on this."""
+    def note(
+        self, progress: Progress, knn: Mapping[str, float], flops: Mapping[str, float], *, seconds: float, spent: float
+    ) -> None:
+        """Take note of accuracies, as `knn` gives them, where the run stands.
+
+        flops: so far, by part; seconds: trained; spent: on this.
+        """
         progress.validations.append(
             {
                 "epoch": progress.epoch,
                 "step": progress.step,
-                "knn": knn,
+                **knn,
                 "teacher_flops": flops["teacher"],
                 "flops": sum(flops.values()),
                 "seconds": seconds,

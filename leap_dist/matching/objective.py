@@ -21,6 +21,7 @@ from leap_dist.matching.heads import build_head
 from leap_dist.matching.losses import soft_distillation
 from leap_dist.matching.score import Evidence
 from leap_dist.models import Features, Student, on_grid
+from leap_dist.runtime.average import WeightAverage
 
 
 class Match(NamedTuple):
@@ -65,6 +66,11 @@ class Objective(nn.Module):
         self.heads = nn.ModuleList(
             build_head(kind, student.width, teacher_width, config.impl, metric) for _ in range(num_targets)
         )
+        # One head for both, as in LEAP, but where a pooled output has another width than the map.
+        apart = config.cls_weight > 0 and student.cls_width != student.width
+        self.cls_head = build_head(kind, student.cls_width, teacher_width, config.impl, metric) if apart else None
+        student.freeze_unreached(config.cls_weight > 0)
+        self.average: Optional[WeightAverage] = None  # of the student's weights; begun when they are in an engine
 
     def forward(
         self, images: Tensor, targets: list[Features], with_evidence: bool = False, labels: Optional[Tensor] = None
@@ -86,6 +92,11 @@ class Objective(nn.Module):
             terms |= supervised
         return Match(loss, {name: term.detach() for name, term in terms.items()}, evidence)
 
+    def after_step(self) -> None:
+        """What follows an optimizer step: the average of the weights moves."""
+        if self.average is not None:
+            self.average.update()
+
     def _feature_terms(
         self, views: list[Features], targets: list[Features], with_evidence: bool
     ) -> tuple[dict[str, Tensor], list[Evidence]]:
@@ -97,7 +108,7 @@ class Objective(nn.Module):
             patch_losses.append(loss)
             evidence += [found] if found is not None else []
             if self.config.cls_weight:
-                cls_losses.append(head(view.cls, target.cls)[0])
+                cls_losses.append((self.cls_head or head)(view.cls, target.cls)[0])
         patch = torch.stack(patch_losses).mean()
         cls = torch.stack(cls_losses).mean() if cls_losses else torch.zeros_like(patch)
         return {"patch": patch, "cls": cls}, evidence

@@ -13,7 +13,8 @@ from leap_dist.matching.heads import MatchingHead
 @torch.no_grad()
 def reset_heads(engine: Any, seed: int) -> None:
     """Give every head a fresh initialisation, equal on all ranks; the optimizer's momenta stay. Collective."""
-    for head in engine.module.heads:
+    module = engine.module
+    for head in [*module.heads, *([] if module.cls_head is None else [module.cls_head])]:
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)  # of the host alone
             fresh = MatchingHead(head.in_features, head.out_features, head.impl, head.metric)

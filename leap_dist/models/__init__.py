@@ -6,10 +6,11 @@ The frozen teacher's weights and where they live are in teacher/; losses are in 
 from __future__ import annotations
 
 from leap_dist.models.backbone import DTYPES, Backbone, TeacherSpec, build_model, outline, split
-from leap_dist.models.export import export_student, load_student
+from leap_dist.models.export import export_average, export_student, load_student
 from leap_dist.models.features import Features, on_grid
 from leap_dist.models.flops import StepFlops, TeacherFlops, step_flops, teacher_costs, teacher_flops
 from leap_dist.models.student import Student, build_student
+from leap_dist.models.warm_start import warm_start
 
 __all__ = [
     "DTYPES",
@@ -21,6 +22,7 @@ __all__ = [
     "TeacherSpec",
     "build_model",
     "build_student",
+    "export_average",
     "export_student",
     "load_student",
     "on_grid",
@@ -29,4 +31,5 @@ __all__ = [
     "step_flops",
     "teacher_costs",
     "teacher_flops",
+    "warm_start",
 ]

@@ -247,6 +247,25 @@ def outline(name: str, kwargs: Mapping[str, Any], image_size: int, *, side: str)
     side: "teacher" or "student", for the messages. Raises `UserError` for an unknown name, arguments the model does not
     take, a family that cannot be split, and an image size that is no multiple of the patch size.
     """
+    try:
+        model = sketch(name, kwargs, image_size, side=side)
+    except Unbuildable as error:
+        raise UserError(f"{error} ({_supported()})") from error
+    if not is_family(model):
+        raise UserError(f"{side}.model={name}: a {type(model).__name__} cannot be split into blocks ({_supported()})")
+    check_patches(model, image_size, "data.image_size", f"{side}.model={name}")
+    return model
+
+
+class Unbuildable(UserError):
+    """timm has the model, and does not build it so."""
+
+
+def sketch(name: str, kwargs: Mapping[str, Any], image_size: int, *, side: str) -> nn.Module:
+    """Any timm model for images of `image_size` pixels, on the meta device and without its classifier.
+
+    Raises `UserError` for an unknown name or arguments that belong elsewhere, `Unbuildable` for those it refuses.
+    """
     if taken := _MANAGED & kwargs.keys():
         raise UserError(f"{side}.kwargs must not set {sorted(taken)}; they follow from the rest of the config")
     if not timm.is_model(name):
@@ -254,20 +273,22 @@ def outline(name: str, kwargs: Mapping[str, Any], image_size: int, *, side: str)
         hint = f"; did you mean {near}?" if near else ""
         raise UserError(f"{side}.model={name}: unknown to timm {timm.__version__}{hint}")
     try:
-        model = timm.create_model(name, num_classes=0, img_size=image_size, device="meta", **kwargs)
+        return timm.create_model(name, num_classes=0, img_size=image_size, device="meta", **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{side}.model={name} at {image_size} pixels cannot be built: {reason} ({_supported()})"
-        ) from error
-    if not isinstance(model, tuple(FAMILIES)):
-        raise UserError(f"{side}.model={name}: a {type(model).__name__} cannot be split into blocks ({_supported()})")
+        raise Unbuildable(f"{side}.model={name} at {image_size} pixels cannot be built: {reason}") from error
+
+
+def is_family(model: nn.Module) -> bool:
+    """Whether a timm model is of a family that can be split into blocks."""
+    return isinstance(model, tuple(FAMILIES))
+
+
+def check_patches(model: nn.Module, image_size: int, key: str, what: str) -> None:
+    """UserError where images of `image_size` pixels, the option `key`, are no whole number of patches."""
     patch = max(model.patch_embed.feat_ratio(as_scalar=False))
     if image_size % patch:
-        raise UserError(
-            f"data.image_size={image_size}: not a multiple of {patch}, the patch size of {side}.model={name}"
-        )
-    return model
+        raise UserError(f"{key}={image_size}: not a multiple of {patch}, the patch size of {what}")
 
 
 def nearest_model(name: str) -> Optional[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +18,16 @@ from torch import nn
 
 from leap_dist.config import Config
 from leap_dist.errors import UserError
+from leap_dist.models.own_student import is_own
 from leap_dist.models.records import read_record, require_weights_of
 from leap_dist.models.student import Student, StudentRecipe, assemble
+from leap_dist.runtime.average import WeightAverage
 from leap_dist.runtime.distributed import World, on_main
 from leap_dist.runtime.integrity import check_recorded, record_of, write_recorded
+from leap_dist.runtime.running_stats import mean_running_stats
 
 STUDENT = "student.safetensors"
+AVERAGED = "student_ema.safetensors"
 
 
 def gathered_state(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
@@ -39,15 +43,32 @@ def gathered_state(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
 def export_student(engine: Any, config: Config, world: World) -> Path:
     """Write `student.safetensors` and `student.json` to the run folder. Collective.
 
-    Raises:
-        UserError: on every rank, the disk refuses.
+    Running statistics of batch norms are the mean over ranks.
     """
-    path = Path(config.output) / STUDENT
-    student: Student = engine.module.student
-    state = gathered_state(student.backbone, world)
-    about = {
-        **asdict(replace(student.recipe, width=student.width)),
-        "image_size": config.data.image_size,
+    backbone = engine.module.student.backbone
+    state = gathered_state(backbone, world) | mean_running_stats(backbone, world)
+    return _write(Path(config.output) / STUDENT, state, engine.module.student, config, world)
+
+
+def export_average(engine: Any, config: Config, world: World) -> Optional[Path]:
+    """The same of the student with its averaged weights, as `student_ema`, if the run has them. Collective."""
+    average: Optional[WeightAverage] = engine.module.average
+    if average is None:
+        return None
+    backbone = engine.module.student.backbone
+    state = gathered_state(backbone, world) | mean_running_stats(backbone, world) | average.whole(world)
+    return _write(Path(config.output) / AVERAGED, state, engine.module.student, config, world)
+
+
+def describe_student(student: Student) -> dict[str, Any]:
+    """What a record says of the student itself: its recipe, and how its tokens are made."""
+    return asdict(replace(student.recipe, width=student.width)) | student.about()
+
+
+def _write(path: Path, state: dict[str, torch.Tensor], student: Student, config: Config, world: World) -> Path:
+    """Collective; only rank 0 has the state."""
+    about = describe_student(student) | {
+        "image_size": config.student.image_size or config.data.image_size,
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "crop_pct": config.data.crop_pct,
@@ -56,23 +77,36 @@ def export_student(engine: Any, config: Config, world: World) -> Path:
     return path
 
 
-def load_student(path: str | Path, device: torch.device | str = "cpu") -> Student:
+def load_student(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    own: Optional[str] = None,
+    record: Optional[Path] = None,
+) -> Student:
     """The exported student, or a teacher of `tools/train_teacher.py`, ready to extract features.
 
     path: of its file, or of the run's folder.
+    own: `package.module:function` of a student that is a module of the user's own. The file names it too, but no
+        file's word is taken for which code to run.
+    record: where it is not the JSON of the same stem that was written with the file, and so does not know its hash.
 
     Raises:
         FileNotFoundError: there is no such file.
         UserError: it, or the JSON beside it, is not what was written, or not what an export writes: a model of timm
-            with plain arguments, and its weights.
+            with plain arguments, and its weights; or it is a module of the user's own, and `own` is not its function.
     """
     path = Path(path)
     if path.is_dir():
         path = path / STUDENT
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the end of a run exports its student as RUN/{STUDENT}")
-    about = read_record(record_of(path))
-    check_recorded(path, StudentRecipe)
+    about = read_record(record or record_of(path))
+    if record is None:
+        check_recorded(path, StudentRecipe)
+    if is_own(about["model"]) and about["model"] != own:
+        raise UserError(
+            f"{path}: is built by {about['model']}; if you trust it, load_student(path, own='{about['model']}')"
+        )
     recipe = StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})
     try:
         with torch.device("meta"):

@@ -27,6 +27,7 @@ from leap_dist.models.student import build_student
 
 _T = TypeVar("_T")
 _META = torch.device("meta")
+_COUNTED = 2  # images; batch norm cannot train on one
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ def step_flops(config: Config) -> StepFlops:
     """Count a step of the configured run; loads no weights."""
     size, every_layer = config.data.image_size, config.curriculum.mode == "all_layers"
     backbone = _backbone(config.teacher, size, config.teacher_classes)
-    spec, width = backbone.spec, build_student(config.student, size, backbone.spec.dim, _META).width
+    spec, student = backbone.spec, build_student(config.student, size, backbone.spec.dim, _META)
+    width, cls_width = student.width, student.cls_width
+    has_cls_term = config.objective.cls_weight > 0
     tokens, heads = spec.grid[0] * spec.grid[1], spec.depth if every_layer else 1
     head = matching_head(config.objective, config.student.remedy)
     linear, target_width = head == "linear", width if head == "pooled" else spec.dim
@@ -89,7 +92,7 @@ def step_flops(config: Config) -> StepFlops:
     return StepFlops(
         teacher=_count(backbone, size),
         student=student_step_flops(config.student, size, spec.dim, every_layer),
-        match=heads * match_flops(tokens + (config.objective.cls_weight > 0), width, spec.dim) * linear,
+        match=linear * heads * (match_flops(tokens, width, spec.dim) + match_flops(has_cls_term, cls_width, spec.dim)),
         evidence=heads * evidence,
         cka=cka,
     )
@@ -125,16 +128,18 @@ def student_step_flops(
 
     width: see `build_student`. every_layer: with the tokens of all its blocks, not the last one's only.
     """
-    student, images = build_student(config, image_size, width, _META), _images(image_size)
+    student = build_student(config, image_size, width, _META)
+    device = next(student.parameters()).device  # the host, for a module of the user's own
+    images = torch.zeros(_COUNTED, 3, image_size, image_size, device=device)
 
     def run() -> list[torch.Tensor]:
         views = student.every_layer(images) if every_layer else [student(images)]
         logits = [student.classify(views[-1])] if config.num_classes else []
-        return logits + [tokens for view in views for tokens in view if tokens is not None]
+        return logits + [tokens for view in views for tokens in view[:2] if tokens is not None]
 
     forward, outputs = _counted(run)
     total = torch.stack([output.sum() for output in outputs]).sum()
-    return StudentFlops(forward, _counted(total.backward)[0])
+    return StudentFlops(forward // _COUNTED, _counted(total.backward)[0] // _COUNTED)
 
 
 def teacher_costs(config: TeacherConfig, image_size: int, flops: TeacherFlops, classes: int = 0) -> TeacherCosts:

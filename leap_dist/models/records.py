@@ -22,6 +22,8 @@ from leap_dist.runtime.files import read_json
 MOST_PIXELS = 8192  # of an image's side
 MOST_BLOCKS = 1000
 MOST = 10**7  # of any other number
+NAME = re.compile(r"[\w.]{1,200}", re.ASCII)
+OWN = re.compile(r"[\w.]{1,200}:\w{1,200}", re.ASCII)  # a function of the user's own, which no record has run
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def _fault(about: Any) -> str:
     if not isinstance(about, dict):
         return "a mapping is expected"
     model, kwargs, wide = about.get("model"), about.get("kwargs"), about.get("wide", {})
-    if not isinstance(model, str) or not re.fullmatch(r"[\w.]{1,200}", model, re.ASCII) or not timm.is_model(model):
+    if not isinstance(model, str) or not (OWN.fullmatch(model) or (NAME.fullmatch(model) and timm.is_model(model))):
         return f"model={model!r:.100}, which is none of timm {timm.__version__}"
     for key, arguments in (("kwargs", kwargs), ("wide", wide)):
         if not isinstance(arguments, dict):
@@ -52,8 +54,10 @@ def _fault(about: Any) -> str:
         for name, value in arguments.items():
             if name in LOADERS or not _is_plain(name, value):
                 return f"{key}.{name:.50}={value!r:.100} is no plain argument of a model"
-    if not (about.get("width") is None or _is_count(about["width"], MOST)):
-        return f"width={about['width']!r:.100}"
+    most = {"width": MOST, "mean_head": MOST} | dict.fromkeys(("map_at", "resized_to", "reduction"), MOST_PIXELS)
+    for key, bound in most.items():
+        if about.get(key) not in (None, 0) and not _is_count(about[key], bound):
+            return f"{key}={about[key]!r:.100}"
     if not _is_count(about.get("image_size", 1), MOST_PIXELS):
         return f"image_size={about['image_size']!r:.100}: 1 to {MOST_PIXELS} pixels are expected"
     for key in ("mean", "std"):

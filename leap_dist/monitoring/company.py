@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Optional
 
 from leap_dist.models import TeacherFlops
 from leap_dist.monitoring.accounting import Costs
+from leap_dist.monitoring.comparison import KINDS, MEASURES
 from leap_dist.runtime.timing import SHARED
 
 BAR_COLUMNS = 60  # of a bar itself: share, images, rate, time left
@@ -80,12 +81,19 @@ def company(members: Mapping[str, Member], results: Mapping[str, Mapping[str, An
     }
 
 
+ACCURACIES = {
+    f"student_{kind}_{measure}": f"{label} of {words}"
+    for kind, words in KINDS.items()
+    for measure, (_, label) in MEASURES.items()
+}
+
+
 def _student(member: Member, shared: float, summary: Mapping[str, Any]) -> dict[str, Any]:
     costs = member.costs
     own_seconds = sum(value for phase, value in costs.phases.items() if phase not in SHARED)
     others = sum(costs.phases.get(phase, 0.0) for phase in SHARED if phase != "teacher")
     teacher = costs.phases.get("teacher", 0.0) * costs.flops["teacher"] / shared if shared else 0.0
-    kept = ("final_block", "steps", "student_knn", "student_probe", "student_top1", "student_teacher_cka", "retired")
+    kept = ("final_block", "steps", *ACCURACIES, "student_top1", "student_teacher_cka", "retired")
     return {key: summary[key] for key in kept if key in summary} | {
         "teacher_flops_alone": costs.flops["teacher"],
         "own_flops": costs.total_flops - costs.flops["teacher"],
@@ -98,8 +106,7 @@ def _student(member: Member, shared: float, summary: Mapping[str, Any]) -> dict[
 COLUMNS = {
     "final_block": ("block at the end", "{}".format),
     "student_top1": ("top-1", "{:.1%}".format),
-    "student_knn": ("kNN", "{:.1%}".format),
-    "student_probe": ("linear probe", "{:.1%}".format),
+    **{key: (label, "{:.1%}".format) for key, label in ACCURACIES.items()},
     "student_teacher_cka": ("CKA to the teacher", "{:.2f}".format),
     "own_flops": ("own FLOPs", "{:.3e}".format),
     "flops_alone": ("FLOPs alone", "{:.3e}".format),

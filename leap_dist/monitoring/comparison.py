@@ -22,8 +22,9 @@ from leap_dist.runtime.schema import misfit
 LEDGER, SUMMARY, BOARD, VALIDATION = "curriculum.jsonl", "summary.json", "tensorboard", "evaluation.jsonl"
 SCORES = ("curriculum/cka", "curriculum/cosine")
 AXES = {"step": "optimizer step", "flops": "teacher FLOPs spent", "seconds": "seconds"}
-ROWS = {"score": "score", "loss": "loss", "block": "target block", "accuracy": "accuracy of the student"}
-ACCURACIES = {"student_knn": ("o", "kNN"), "student_probe": ("^", "linear probe")}
+ROWS = {"score": "score", "loss": "loss", "block": "target block"}
+KINDS = {"patch": "patches", "cls": "class token", "cls_patch": "both"}  # of features that are judged
+MEASURES = {"knn": ("o", "kNN"), "probe": ("^", "linear probe")}
 
 
 class Series(NamedTuple):
@@ -37,14 +38,15 @@ class Series(NamedTuple):
 class Run:
     """What one run folder tells.
 
-    series: by the names of ROWS, accuracy being kNN between epochs; clocks: cumulative FLOPs and seconds by step, as
-    far as they are known; accuracies: of the finished student; missing: inputs that are not there, for the user.
+    series: by the names of ROWS and of KINDS, the latter being kNN between epochs; clocks: cumulative FLOPs and seconds
+    by step, as far as they are known; accuracies: of the finished student, by kind and measure; missing: inputs that
+    are not there, for the user.
     """
 
     name: str
     series: dict[str, Series]
     clocks: dict[str, Series]
-    accuracies: dict[str, float] = field(default_factory=dict)
+    accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
 
     def along(self, axis: str, steps: np.ndarray) -> np.ndarray | None:
@@ -76,11 +78,15 @@ def read(folder: Path, name: str) -> Run:
     if ledger:
         series |= {"score": column(ledger, "score"), "block": stairs(ledger)}
         clocks = {"flops": column(ledger, "teacher_flops"), "seconds": column(ledger, "seconds")}
-    series["accuracy"] = column(validations, "knn")
+    series |= {kind: column(validations, f"{kind}_knn") for kind in KINDS}
     series = {row: found for row, found in series.items() if len(found.steps)}
     if not series:
         raise UserError(f"{folder}: no run folder; it holds neither {LEDGER} nor TensorBoard points of a run")
-    accuracies = {key: summary[key] for key in ACCURACIES if key in summary}
+    accuracies = {
+        kind: found
+        for kind in KINDS
+        if (found := {m: summary[f"student_{kind}_{m}"] for m in MEASURES if f"student_{kind}_{m}" in summary})
+    }
     there = {LEDGER: ledger, BOARD: board, SUMMARY: summary, f"accuracies in {SUMMARY}": accuracies or not summary}
     return Run(
         name=name,
@@ -110,15 +116,12 @@ class _Validation:
     """What is read of a line of evaluation.jsonl."""
 
     step: int
-    knn: float
 
 
 @dataclass(frozen=True)
 class _Summary:
     """What is read of summary.json."""
 
-    student_knn: float | None = None
-    student_probe: float | None = None
     teacher_depth: int | None = None
     teacher_flops_saved: float | None = None
     epochs: float | None = None
@@ -202,11 +205,12 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def draw(runs: Sequence[Run]) -> Any:
-    """Figure: a row for each of ROWS that a run has, a column for each of AXES."""
+    """Figure: a row for each of ROWS and KINDS that a run has, a column for each of AXES."""
     from matplotlib.figure import Figure
 
     colors = _colors(runs)
-    rows = [row for row in ROWS if any(row in run.series or (row == "accuracy" and run.accuracies) for run in runs)]
+    labels = ROWS | {kind: f"accuracy by {words}" for kind, words in KINDS.items()}
+    rows = [row for row in labels if any(row in run.series or row in run.accuracies for run in runs)]
     figure = Figure(figsize=(13, 2.9 * len(rows) + 0.5), layout="constrained")
     grid = figure.subplots(len(rows), len(AXES), squeeze=False, sharex="col", sharey="row")
     for row, panels in zip(rows, grid, strict=True):
@@ -214,7 +218,7 @@ def draw(runs: Sequence[Run]) -> Any:
             for run in runs:
                 _draw_run(panel, run, row, axis, colors[run.name])
             panel.grid(alpha=0.3)
-        panels[0].set_ylabel(ROWS[row])
+        panels[0].set_ylabel(labels[row])
         if row == "loss":
             panels[0].set_yscale("log")
     for label, panel in zip(AXES.values(), grid[-1], strict=True):
@@ -235,10 +239,9 @@ def _colors(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _draw_run(panel: Any, run: Run, row: str, axis: str, color: str) -> None:
-    if row == "accuracy":
-        end = run.along(axis, np.array([run.last_step]))
-        for key, value in run.accuracies.items() if end is not None else ():
-            panel.plot(end, [value], ACCURACIES[key][0], color=color)
+    end = run.along(axis, np.array([run.last_step]))
+    for measure, value in run.accuracies.get(row, {}).items() if end is not None else ():
+        panel.plot(end, [value], MEASURES[measure][0], color=color)
     if row in run.series:
         steps, values = run.series[row]
         where = run.along(axis, steps)
@@ -252,8 +255,8 @@ def _legend(figure: Any, runs: Sequence[Run], colors: dict[str, str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
-    for key, (mark, label) in ACCURACIES.items():
-        if any(key in run.accuracies for run in runs):
+    for measure, (mark, label) in MEASURES.items():
+        if any(measure in found for run in runs for found in run.accuracies.values()):
             handles.append(Line2D([], [], color="grey", marker=mark, linestyle="", label=label))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
 

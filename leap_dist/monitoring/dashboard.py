@@ -62,7 +62,7 @@ def _progress(config: Config) -> Charts:
     losses = ["total", "patch", "cls"] + ["ce", "kd"] * (config.student.num_classes > 0)
     charts = {"loss": [f"loss/{name}" for name in losses], "learning rate": ["^lr$"]}
     if config.evaluation.every_epochs:
-        charts["accuracy of the student"] = ["evaluation/knn"]
+        charts["accuracy of the student"] = ["evaluation/.*_knn"]
     if config.engine.clip or config.engine.zero_stage:  # else nobody takes the norm
         charts["norm of the gradients"] = ["update/grad_norm"]
     return _lines(charts)
@@ -104,10 +104,12 @@ FLOP not run has saved its share of the time.
 block) plus `objective.cls_weight` times **loss/cls**; with a classifier, `objective.feature_weight` times that, plus
 **loss/ce** (cross-entropy with the labels) and, from the last block on, **loss/kd** (soft distillation). It *jumps at
 every advance*: the target has changed. Losses on different blocks are not comparable; compare runs by accuracy: with
-`evaluation.every_epochs` **evaluation/knn** is the student's by nearest neighbours, on `evaluation.quick_images` images
-of each set. **update/grad_norm** is the norm of the gradients that led to the step's weights, before clipping; there is
-none at ZeRO stage 0 without `engine.clip`, nor with AdamW in fp16. **update/loss_scale** is the factor that fp16 puts
-on the loss: it halves with every update that is skipped because its gradients are not finite.
+`evaluation.every_epochs` **evaluation/cls_knn**, **patch_knn** and **cls_patch_knn** are the student's by nearest
+neighbours, by class token, mean patch and both, on `evaluation.quick_images` images of each set. **update/grad_norm**
+is the norm of the gradients that led to the step's weights, before clipping; there is none at ZeRO stage 0 without
+`engine.clip`, nor with AdamW in fp16. **update/loss_scale** is the factor that fp16 puts on the loss: it halves with
+every update that is
+skipped because its gradients are not finite.
 """,
     "speed": """
 **images_per_s** counts wall time between two points, all ranks together. **time/...** are seconds per step on rank 0,

@@ -30,6 +30,7 @@ import torch
 from leap_dist.config import Config, abridged, differences, flat, load, members, to_yaml
 from leap_dist.config.cohort import SECTIONS
 from leap_dist.errors import UserError
+from leap_dist.runtime.average import WeightAverage
 from leap_dist.runtime.checkpoint_folder import (
     CONFIG,
     LATEST,
@@ -52,6 +53,7 @@ from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.plain_checkpoint import require_plain
 from leap_dist.runtime.reporting import is_lost_worker
 from leap_dist.runtime.run_lock import Claim, require_shared
+from leap_dist.runtime.running_stats import all_running_stats, restore_running_stats
 from leap_dist.runtime.universal import remove_leftovers, universal_copy
 
 log = logging.getLogger(__name__)
@@ -59,8 +61,8 @@ log = logging.getLogger(__name__)
 
 # What makes the weights of a checkpoint fit.
 STUDENT = (
-    "student.model", "student.kwargs", "student.remedy", "student.num_classes", "student.seed", "objective.head",
-    "optim.name", "curriculum.mode",
+    "student.model", "student.kwargs", "student.remedy", "student.num_classes", "student.reduction",
+    "student.image_size", "student.seed", "objective.head", "optim.name", "curriculum.mode",
 )  # fmt: skip
 # Beginnings of what no other run can go on with, see `Checkpoints.needs_conversion`.
 ANOTHER_RUN = (
@@ -245,6 +247,11 @@ def _scaler_state(engine: Any) -> Optional[dict[str, Any]]:
     return None if scaler is None else scaler.state_dict()
 
 
+def _average(engine: Any) -> Optional[WeightAverage]:
+    """Of the student's weights, if the run has one."""
+    return getattr(engine.module, "average", None)
+
+
 class Checkpoints:
     """The checkpoints of one run; every method is called by all ranks.
 
@@ -306,10 +313,13 @@ class Checkpoints:
         fault = ""
         try:
             for name, engine in engines.items():
-                client = {"leap": states[name], "scaler": _scaler_state(engine)}
+                stats = all_running_stats(engine.module, self.world)
+                client = {"leap": states[name], "scaler": _scaler_state(engine), "running_stats": stats}
                 tag = str(Path(partial.name) / name)
                 with without_crc(), met_by_all(engine):
                     engine.save_checkpoint(str(self.folder), tag=tag, client_state=client, save_latest=False)
+                if (average := _average(engine)) is not None:
+                    average.save(partial / name, self.world)
             if self.world.is_main:
                 write_text(partial / CONFIG, to_yaml(self.config))
             position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
@@ -403,6 +413,8 @@ class Checkpoints:
         try:
             with _own_settings(engine):
                 loaded, client = engine.load_checkpoint(str(files.parent), tag=files.name)
+            if (average := _average(engine)) is not None:
+                average.load(path, self.world)
         except Exception as error:  # torch, pickle, zip and DeepSpeed each raise their own
             if is_lost_peer(error) or is_lost_worker(error):
                 raise
@@ -418,6 +430,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {path}: cannot be read (DeepSpeed found no model state in it); {others(path)}")
         if client["scaler"] is not None:
             gradscaler(engine).load_state_dict(client["scaler"])
+        restore_running_stats(engine.module, client.get("running_stats", []), self.world)
         return client["leap"]
 
     def _all_marks(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 from leap_dist.errors import UserError
-from leap_dist.monitoring.comparison import draw, read
+from leap_dist.monitoring.comparison import KINDS, MEASURES, draw, read
 from leap_dist.runtime.files import write_text, write_whole
 from leap_dist.sweeps.plan import Plan, Run, result
 
@@ -35,9 +35,17 @@ def _own_seconds(summary: Mapping[str, Any]) -> Optional[float]:
     return None if "shared_with" in summary else summary["train_seconds"]
 
 
+def _judged(who: str, whose: str) -> dict[str, Column]:
+    """kNN and probe of every kind of features."""
+    return {
+        f"{who}_{kind}_{measure}": _plain(f"{who}_{kind}_{measure}", f"{whose}{name} of {words}, %")
+        for kind, words in KINDS.items()
+        for measure, (_, name) in MEASURES.items()
+    }
+
+
 COLUMNS = {
-    "student_knn": _plain("student_knn", "kNN, %"),
-    "student_probe": _plain("student_probe", "linear probe, %"),
+    **_judged("student", ""),
     "student_top1": _plain("student_top1", "top-1, %"),
     "student_teacher_cka": _plain("student_teacher_cka", "CKA to the teacher", "{:.3f}".format),
     "epochs": _plain("epochs", "epochs", "{:.2f}".format),
@@ -48,8 +56,7 @@ COLUMNS = {
     "flops_saved": _plain("flops_saved", "all FLOPs saved, %"),
     "time_saved": _plain("time_saved", "time saved, %"),
     "final_block": _plain("final_block", "block at the end", "{:.1f}".format),
-    "teacher_knn": _plain("teacher_knn", "teacher's kNN, %"),
-    "teacher_probe": _plain("teacher_probe", "teacher's probe, %"),
+    **_judged("teacher", "teacher's "),
 }
 
 

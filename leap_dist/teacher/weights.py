@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from leap_dist.config import DEMO_TEACHER, HUB, RANDOM, TeacherConfig
 from leap_dist.errors import UserError
 from leap_dist.models import build_model
+from leap_dist.models.weight_files import read_weights
 from leap_dist.runtime.files import refusal
 from leap_dist.runtime.integrity import FILE, Damaged, check_recorded, read_sealed, record_of
 from leap_dist.teacher.layouts import check_classifier, convert
 from leap_dist.teacher.record import check_record
-from leap_dist.teacher.weight_files import read_weights
 
 SAMPLE = 1024  # numbers of each tensor that a sample looks at: a page or two of a mapped file
 

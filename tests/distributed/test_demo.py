@@ -26,7 +26,7 @@ def test_the_curriculum_is_visible_and_saves(demo: tuple[Path, str]) -> None:
     assert len(advances) >= 6
     assert advances[len(advances) // 2] > summary["steps"] / 4, "raced through"
     assert summary["teacher_flops_saved"] >= 0.2
-    assert summary["student_knn"] > 0.5 and summary["teacher_probe"] > 0.85
+    assert summary["student_patch_knn"] > 0.5 and summary["teacher_patch_probe"] > 0.85
     for row in ("student kNN", "student linear probe", "teacher kNN", "teacher FLOPs saved", "time saved"):
         assert row in demo[1]
 

@@ -24,7 +24,7 @@ def test_accuracy_is_told_after_every_epoch_and_changes_no_loss(stage: int, tmp_
     summary = json.loads((told / "summary.json").read_text())
     first, last = (json.loads(text) for text in (told / VALIDATION).read_text().splitlines())
     assert (first["step"], last["step"]) == (23, 46)
-    assert last["knn"] == summary["student_knn"]
+    assert last["patch_knn"] == summary["student_patch_knn"]
     assert last["flops"] == sum(summary["flops"].values())
     assert last["seconds"] <= summary["train_seconds"]
     assert not (untold / VALIDATION).exists()

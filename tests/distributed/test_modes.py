@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,12 +79,15 @@ def test_a_calibrated_run_ends_with_evaluation_and_export(tmp_path: Path) -> Non
     overrides = ("data.val=digits", "evaluation.probe_epochs=5", "evaluation.every_epochs=1")
     printed = run_ok(config, "curriculum.start=null", *overrides)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert json.loads((tmp_path / "run" / VALIDATION).read_text())["knn"] == summary["student_knn"]
+    assert json.loads((tmp_path / "run" / VALIDATION).read_text())["cls_knn"] == summary["student_cls_knn"]
     depth, steps = summary["teacher_depth"], summary["steps"]
     assert (depth, steps) == (6, 23) and summary["trajectory"][0][1] in range(1, depth + 1)
-    for row, key in (("student kNN", "student_knn"), ("teacher linear probe", "teacher_probe")):
-        assert f"{row}" in printed and f"{summary[key]:.1%}" in printed
-    assert summary["teacher_knn"] > 0.3  # ten classes: even random features tell digits apart
+    for row in ("student, class token", "student, patches", "teacher, both"):
+        who, words = row.split(", ")
+        kind = {"class token": "cls", "patches": "patch", "both": "cls_patch"}[words]
+        knn, probe = (summary[f"{who}_{kind}_{measure}"] for measure in ("knn", "probe"))
+        assert re.search(rf"{row} +kNN {knn:.1%}, linear probe {probe:.1%}\n", printed)
+    assert summary["teacher_patch_knn"] > 0.3  # ten classes: even random features tell digits apart
     about = json.loads((tmp_path / "run" / "student.json").read_text())
     model = timm.create_model(about["model"], **about["kwargs"])
     model.load_state_dict(load_file(tmp_path / "run" / "student.safetensors"))

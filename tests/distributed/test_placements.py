@@ -86,7 +86,7 @@ def test_the_teacher_is_evaluated_on_unequal_shares(placement: str, tmp_path: Pa
         config = write_config(folder, teacher={"placement": name}, data={"val": "digits"}, evaluation=SHORT)
         run_ok(config)
         summary = json.loads((folder / "run" / "summary.json").read_text())
-        accuracies.append((summary["teacher_knn"], summary["teacher_probe"]))
+        accuracies.append((summary["teacher_patch_knn"], summary["teacher_cls_probe"]))
     # The blocks see other batches, which may round otherwise: one image that lies between two classes may change sides.
     assert accuracies[0] == pytest.approx(accuracies[1], abs=1.01 / 297)
 

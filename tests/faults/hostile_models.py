@@ -16,9 +16,9 @@ from hostile import CASES, Case, Evil, Work, case
 from leap_dist.config import Config, load
 from leap_dist.errors import UserError
 from leap_dist.models import load_student
+from leap_dist.models.weight_files import read_weights
 from leap_dist.runtime.plain_checkpoint import require_plain
 from leap_dist.sweeps.plan import read_plan
-from leap_dist.teacher.weight_files import read_weights
 
 
 @case("which no checkpoint needs", quick=True)

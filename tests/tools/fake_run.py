@@ -23,8 +23,8 @@ def summary(config: dict) -> dict:
     """Numbers that differ for every seed, learning rate and number of epochs."""
     seed, lr, epochs = config["seed"], config["optim"]["lr"], config["epochs"]
     return {
-        "student_knn": 0.5 + 0.01 * seed**2 + lr,
-        "student_probe": 0.6 + 0.02 * seed,
+        "student_patch_knn": 0.5 + 0.01 * seed**2 + lr,
+        "student_patch_probe": 0.6 + 0.02 * seed,
         "epochs": epochs,
         "flops": {"teacher": epochs * (seed + 2) * (3 if config["curriculum"]["mode"] == "fixed" else 2), "student": 5},
         "train_seconds": epochs * 10.0,

@@ -113,8 +113,8 @@ def test_a_run_folder_stands_for_its_student(student: Path) -> None:
 def test_a_teacher_of_a_students_name_is_told_apart() -> None:
     requests = [analyze.request(TEACHER)] * 2
     plain = requests[0].name
-    assert [r.name for r in analyze._named_apart(requests, teacher=True)] == [plain, f"{plain} (teacher)"]
-    assert [r.name for r in analyze._named_apart(requests, teacher=False)] == [f"{plain} #1", f"{plain} #2"]
+    assert [r.name for r in analyze.named_apart(requests, teacher=True)] == [plain, f"{plain} (teacher)"]
+    assert [r.name for r in analyze.named_apart(requests, teacher=False)] == [f"{plain} #1", f"{plain} #2"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_teacher_of_a_students_name_is_told_apart() -> None:
         (["run", "vit_tiny_patch16_224=nowhere.pth"], "vit_tiny_patch16_224=nowhere.pth: no such file"),
         (["run", "{student}", "--image-size", "64"], "takes images of 32 pixels, not 64"),
         (["run", "{empty}"], "empty/student.safetensors: no such file"),
-        (["run", "{plain}"], "are no exported student"),
+        (["run", "{plain}"], "no readable record of an export"),
         (["run", "{cait}"], "cait_xxs24_224 cannot give the tokens of every block"),
         (["run", "{student}", "--subspace", "16"], "has room for 1 to 15; set --subspace"),
         (["run", TEACHER, "--data", "nowhere"], "nowhere/index.json does not exist"),

@@ -79,7 +79,8 @@ def test_every_run_is_drawn_in_its_color_over_all_three_axes(tmp_path: Path) -> 
     for index, folder in enumerate(folders):
         write_ledger(folder, flops_per_block=10.0 * (index + 1))
         write_board(folder)
-        (folder / "summary.json").write_text(json.dumps({"student_knn": 0.5 + index / 10, "student_probe": 0.7}))
+        accuracies = {"student_patch_knn": 0.5 + index / 10, "student_patch_probe": 0.7}
+        (folder / "summary.json").write_text(json.dumps(accuracies))
     runs = [plot_run.read(folder, folder.name) for folder in folders]
     figure = plot_run.draw(runs)
     score, loss, block, accuracy = np.array(figure.axes).reshape(4, 3)
@@ -103,9 +104,9 @@ def test_fifteen_rows_have_fifteen_colors(tmp_path: Path) -> None:
 def test_accuracy_between_epochs_is_a_curve_over_all_three_axes(tmp_path: Path) -> None:
     """Evaluated when two and six steps are done: after steps 1 and 5. Two runs of one name share a colour."""
     write_ledger(tmp_path)
-    lines = [{"epoch": 1, "step": 2, "knn": 0.3}, {"epoch": 3, "step": 6, "knn": 0.6}]
+    lines = [{"epoch": 1, "step": 2, "patch_knn": 0.3}, {"epoch": 3, "step": 6, "patch_knn": 0.6}]
     (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "summary.json").write_text(json.dumps({"student_knn": 0.6}))
+    (tmp_path / "summary.json").write_text(json.dumps({"student_patch_knn": 0.6}))
     run = plot_run.read(tmp_path, "leap")
     figure = plot_run.draw([run, run])
     accuracy = np.array(figure.axes).reshape(3, 3)[2]

@@ -69,7 +69,7 @@ def test_tables_say_what_the_runs_said(tmp_path: Path, capsys: pytest.CaptureFix
         mode = {"fixed": "fixed", "leap": "leap"}[row]
         said = summary({"seed": int(seed), "optim": {"lr": 0.2}, "epochs": 10, "curriculum": {"mode": mode}})
         assert line["status"] == "done" and line["error"] == ""
-        assert float(line["student_knn"]) == said["student_knn"]
+        assert float(line["student_patch_knn"]) == said["student_patch_knn"]
         assert float(line["teacher_flops"]) == said["flops"]["teacher"]
         assert float(line["flops"]) == said["flops"]["teacher"] + 5
     knn = [70.0, 71.0, 86.0]  # 0.5 + 0.2 + 0.01 seed^2, in percent
@@ -86,7 +86,8 @@ def test_a_failed_run_is_told_in_its_own_line_and_tried_anew(tmp_path: Path, cap
     path = write_sweep(tmp_path, {"bad": {"overrides": ["optim.lr=13"], "seeds": [0]}, "good": []})
     assert sweep.main([str(path)]) == 1
     line = table(tmp_path)["bad", "0"]
-    assert (line["status"], line["error"], line["student_knn"]) == ("failed", "non-finite loss on rank 0 at step 3", "")
+    assert (line["status"], line["student_patch_knn"]) == ("failed", "")
+    assert line["error"] == "non-finite loss on rank 0 at step 3"
     assert cells(tmp_path, "good")[1] == "2"
     assert "bad-s0: non-finite loss on rank 0 at step 3" in capfd.readouterr().err
     assert sweep.main([str(path)]) == 1
@@ -108,7 +109,7 @@ def test_epochs_can_be_those_that_cost_as_much(tmp_path: Path) -> None:
     assert float(results["flops", "1"]["teacher_flops"]) == pytest.approx(
         float(results["leap", "1"]["teacher_flops"]), rel=1e-3
     )
-    assert float(results["time", "1"]["student_knn"]) == pytest.approx(0.5 + 0.01 + 0.3)
+    assert float(results["time", "1"]["student_patch_knn"]) == pytest.approx(0.5 + 0.01 + 0.3)
     assert sweep.main([str(tmp_path / "sweep.yaml")]) == 0
     assert len(started(tmp_path)) == 4
 
@@ -131,7 +132,7 @@ def test_a_run_of_another_config_is_neither_taken_nor_overwritten(tmp_path: Path
     path = write_sweep(tmp_path, {"a": ["optim.lr=0.4"], "b": ["epochs=3", "data.workers=1"]}, seeds=[0])
     assert sweep.main([str(path)]) == 1
     line = table(tmp_path)["a", "0"]
-    assert "holds a run of another config (optim.lr: 0.1 -> 0.4)" in line["error"] and line["student_knn"] == ""
+    assert "holds a run of another config (optim.lr: 0.1 -> 0.4)" in line["error"] and line["student_patch_knn"] == ""
     assert table(tmp_path)["b", "0"]["status"] == "done"  # how it was read does not matter
     path = write_sweep(tmp_path, {"b": ["epochs=3", "evaluation.knn_k=3"]}, seeds=[0])
     assert sweep.main([str(path)]) == 1  # what was measured does
@@ -291,7 +292,7 @@ MISTAKES = {
     "a launcher": ({"rows": {"a": []}, "launcher": ["python"]}, "launcher=['python']: expected a text"),
     "an output": ({"rows": {"a": []}, "output": 20260701}, "output=20260701: expected a text"),
     "a name": ({"rows": {"a/b": []}}, "row a/b: a name of letters, digits"),
-    "a column": ({"rows": {"a": []}, "show": ["knn"]}, "show: knn is none of student_knn"),
+    "a column": ({"rows": {"a": []}, "show": ["knn"]}, "show: knn is none of student_patch_knn"),
     "a program": ({"rows": {"a": []}, "launcher": "nosuch --n 2"}, "nosuch is not a program here"),
 }
 
@@ -359,9 +360,9 @@ def test_real_runs_are_killed_continued_and_told_as_they_were(tmp_path: Path) ->
         said = json.loads((out / f"runs/{row}-s{seed}/summary.json").read_text())
         evaluated = (out / f"runs/{row}-s{seed}/evaluation.jsonl").read_text().splitlines()
         assert [json.loads(text)["epoch"] for text in evaluated] == [1, 2, 3]
-        assert float(line["student_knn"]) == said["student_knn"] == json.loads(evaluated[-1])["knn"]
+        assert float(line["student_patch_knn"]) == said["student_patch_knn"] == json.loads(evaluated[-1])["patch_knn"]
         assert float(line["flops"]) == sum(said["flops"].values())
-    knn = [100 * float(line["student_knn"]) for (row, _), line in table(tmp_path).items() if row == "leap"]
+    knn = [100 * float(line["student_patch_knn"]) for (row, _), line in table(tmp_path).items() if row == "leap"]
     assert cells(tmp_path, "leap")[2] == f"{statistics.mean(knn):.2f} ± {statistics.stdev(knn):.2f}"
 
 

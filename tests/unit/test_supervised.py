@@ -188,7 +188,7 @@ def test_distillation_alone_needs_a_fixed_target() -> None:
 def test_the_launched_pair_fits_together(name: str) -> None:
     """CaiT-S24 and DeiT-Tiny, without weights or memory; CaiT's class attention and classifier count at block 24."""
     config = load(LAUNCHED / f"{name}_caits24_deittiny_imagenet1k.yaml", ["data.train=digits"])
-    check_pair(config, describe_teacher(config.teacher, 224), torch.device("cpu"))
+    check_pair(config, describe_teacher(config.teacher, 224), torch.device("cpu"), 8)
     flops = step_flops(config)
     assert flops.teacher.upto(24) - flops.teacher.upto(23) == flops.teacher.blocks[23] + flops.teacher.classifier
     assert flops.teacher.classifier > 2 * 384 * 1000
@@ -203,11 +203,11 @@ def test_every_layer_needs_as_many_blocks_as_the_teacher_has() -> None:
     with pytest.raises(
         UserError, match=r"needs equal depths, student.model=\S+ has 12 blocks and teacher.model=\S+ 24"
     ):
-        check_pair(config, describe_teacher(config.teacher, 224), torch.device("cpu"))
+        check_pair(config, describe_teacher(config.teacher, 224), torch.device("cpu"), 8)
 
 
 def test_distillation_from_a_block_without_logits_is_refused() -> None:
     path = LAUNCHED / "baseline_caits24_deittiny_imagenet1k.yaml"
     config = load(path, ["data.train=digits", "curriculum.block=12"])
     with pytest.raises(UserError, match=r"kd_alpha=0.9 with curriculum.block=12: .* last block only, which is 24"):
-        check_pair(config, describe_teacher(config.teacher, 224), torch.device("cpu"))
+        check_pair(config, describe_teacher(config.teacher, 224), torch.device("cpu"), 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +104,9 @@ def test_cka_is_of_the_features_of_the_last_block_on_held_out_images(tmp_path: P
     found = judge.student(load_student(export_student(trainer.learner.engine, config, ONE), ONE.device), config)
     found |= judge.teacher(trainer.teacher)[""]
     trainer.close()
-    accuracies = {f"{who}_{kind}" for who in judged for kind in ("knn", "probe")}
+    measures = ("knn", "knn_top5", "probe", "probe_top5", "probe_lr")
+    kinds = ("cls", "patch", "cls_patch")
+    accuracies = {f"{who}_{kind}_{measure}" for who in judged for kind in kinds for measure in measures}
     assert set(found) == accuracies | {"student_teacher_cka", "known_images", "judged_images", "judged_classes"}
     assert (found["known_images"], found["judged_images"]) == (99, 297)
     (batch,) = build_eval_loader(config.data.val, config.data, batch=999, world=ONE)
@@ -139,7 +142,7 @@ def test_a_teacher_that_does_not_fit_whole_costs_no_student(tmp_path: Path) -> N
         wrapup.wrap_up(config, ONE, trainer)
     trainer.close()
     assert (tmp_path / "student.safetensors").is_file()
-    assert 0 < json.loads((tmp_path / "summary.json").read_text())["student_knn"] <= 1
+    assert 0 < json.loads((tmp_path / "summary.json").read_text())["student_patch_knn"] <= 1
 
 
 @pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
@@ -181,6 +184,15 @@ def test_savings_say_against_what_and_never_fall_below_nothing(tmp_path: Path) -
     table = wrapup._final_table(nothing, config)
     assert table.count("saved  ") == table.count("  nothing") == 3
     assert "skip efficiency" not in table and "29.8" not in table
+
+
+def test_each_kind_of_features_has_a_row_and_the_best_epoch_is_called_optimistic(tmp_path: Path) -> None:
+    judged = {"student_cls_knn": 0.5, "student_cls_probe": 0.6, "teacher_patch_knn": 0.7, "teacher_patch_probe": 0.8}
+    lines = wrapup._final_table(finished(**judged, student_cls_probe_best_epoch=0.65), stub_config(tmp_path))
+    words = "kNN 50.0%, linear probe 60.0% (best epoch 65.0%, chosen on the same images: optimistic)"
+    assert re.search(rf"student, class token +{re.escape(words)}\n", lines)
+    assert re.search(r"teacher, patches +kNN 70.0%, linear probe 80.0%\n", lines)
+    assert "student, patches" not in lines
 
 
 @pytest.mark.parametrize(

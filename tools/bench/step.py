@@ -55,7 +55,7 @@ from leap_dist.benchmarking.steps import (
 from leap_dist.config import Config, OptimConfig
 from leap_dist.errors import UserError
 from leap_dist.matching import Objective
-from leap_dist.models import DTYPES, build_model
+from leap_dist.models import DTYPES, Student, build_model, on_grid
 from leap_dist.runtime.distributed import World, device_name, initialise, shutdown
 from leap_dist.runtime.optim import build_optimizer
 from leap_dist.teacher.lazy_backbone import LazyBackbone
@@ -77,6 +77,13 @@ PAIRS = {
     ),
     # ViT-S/14 -> ViT-T/14 on small images: the pair with the least work per parameter.
     "small": Pair(("teacher.model=vit_small_patch14_dinov2", *TINY_STUDENT, "data.image_size=112"), 64),
+    # The same teacher -> students that are no vision transformers.
+    "convnext": Pair(
+        ("teacher.model=vit_small_patch14_dinov2", "student.model=convnext_atto", "data.image_size=112"), 32
+    ),
+    "mobilenet": Pair(
+        ("teacher.model=vit_small_patch14_dinov2", "student.model=mobilenetv4_conv_small", "data.image_size=112"), 32
+    ),
 }
 MIN_DENOMINATOR = 1e-12
 AGREEMENT = 1e-3  # relative difference of the losses above which the two loops do not do the same
@@ -133,22 +140,25 @@ class CutTeacher:
 class Ideal:
     """Teacher up to the block, student forward and backward from a gradient that is given; its optimizer apart."""
 
-    def __init__(self, config: Config, teacher: CutTeacher, student: nn.Module, images: Tensor) -> None:
+    def __init__(self, config: Config, teacher: CutTeacher, student: Student, images: Tensor) -> None:
         self.teacher, self.student, self.images = teacher, student, images
         self.autocast = lambda: autocast(config, images.device)
         self.optimizer = build_optimizer(config.optim, student)
         with torch.no_grad(), self.autocast():
-            self.upstream = torch.randn_like(student.forward_features(images[:1])).expand(len(images), -1, -1)
-        self.upstream = self.upstream.contiguous()
+            self.upstream = [torch.randn_like(tokens) for tokens in self._tokens()]
 
     def step(self) -> None:
         """With the optimizer; the gradients stay for `update`."""
         self.optimizer.zero_grad()
         self.teacher(self.images)
         with self.autocast():
-            tokens = self.student.forward_features(self.images)
-        tokens.backward(self.upstream.to(tokens.dtype))
+            tokens = self._tokens()
+        torch.autograd.backward(tokens, [given.to(x.dtype) for given, x in zip(self.upstream, tokens, strict=True)])
         self.optimizer.step()
+
+    def _tokens(self) -> list[Tensor]:
+        """Patch tokens and class token, where they have a gradient."""
+        return list(self.student(self.images)[:2])
 
     def update(self) -> None:
         """The optimizer alone."""
@@ -158,9 +168,13 @@ class Ideal:
 class Plain:
     """The published loop: its loss, its score, its host read; its curriculum is one comparison."""
 
-    def __init__(self, config: Config, teacher: CutTeacher, student: nn.Module, head: nn.Linear, images: Tensor):
+    def __init__(self, config: Config, teacher: CutTeacher, objective: Objective, images: Tensor):
         self.config, self.teacher, self.images = config, teacher, images
-        self.model = nn.ModuleDict({"student": student, "head": head})
+        self.grid = objective.teacher_grid
+        head = _linear(objective.heads[0])
+        cls_head = head if objective.cls_head is None else _linear(objective.cls_head)
+        student = copy.deepcopy(objective.student)
+        self.model = nn.ModuleDict({"student": student, "head": head, "cls_head": cls_head})
         self.optimizer = plain_optimizer(config.optim, self.model)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.ema = 0.0
@@ -187,15 +201,15 @@ class Plain:
         """0-d loss with its graph, and the CKA of the projected tokens."""
         target = self.teacher(images)
         with autocast(self.config, images.device):
-            tokens = self.model["student"].forward_features(images)
-            projected = self.model["head"](tokens)
-        patch, target_patch = (
-            x[:, model.num_prefix_tokens :].flatten(0, 1).float()
-            for x, model in ((projected, self.model["student"]), (target, self.teacher.model))
-        )
+            view = self.model["student"](images)
+            patch = self.model["head"](on_grid(view.patch, self.model["student"].grid, self.grid))
+        patch = patch.flatten(0, 1).float()
+        target_patch = target[:, self.teacher.model.num_prefix_tokens :].flatten(0, 1).float()
         loss = F.mse_loss(patch, target_patch)
-        if self.config.objective.cls_weight:
-            loss = loss + self.config.objective.cls_weight * F.mse_loss(projected[:, 0].float(), target[:, 0].float())
+        if weight := self.config.objective.cls_weight:
+            with autocast(self.config, images.device):
+                cls = self.model["cls_head"](view.cls)
+            loss = loss + weight * F.mse_loss(cls.float(), target[:, 0].float())
         return loss, three_product_cka(patch.detach(), target_patch)
 
 
@@ -235,8 +249,8 @@ def measure(config: Config, world: World, *, rounds: int, steps: int) -> tuple[l
     trainer = build_conducted(config, world, teacher, images)
     objective: Objective = trainer.learner.engine.module
     cut = CutTeacher(config, lazy)
-    ideal = Ideal(config, cut, copy.deepcopy(objective.student.backbone), images)
-    plain = Plain(config, cut, copy.deepcopy(objective.student.backbone), _linear(objective), images)
+    ideal = Ideal(config, cut, copy.deepcopy(objective.student), images)
+    plain = Plain(config, cut, objective, images)
     _require_agreement(config, teacher, objective, plain, images)
     depth = teacher.spec.depth
     teachers, note = {"ours": teacher}, ""
@@ -285,9 +299,8 @@ def row(block: int, depth: int, teacher: str, times: Mapping[str, list[float]]) 
     )
 
 
-def _linear(objective: Objective) -> nn.Linear:
-    """A plain layer with the weights of our head."""
-    ours = objective.heads[0]
+def _linear(ours: nn.Linear) -> nn.Linear:
+    """A plain layer with the weights of one of our heads."""
     head = nn.Linear(ours.in_features, ours.out_features, device=ours.weight.device)
     head.load_state_dict(ours.state_dict())
     return head
@@ -299,9 +312,9 @@ def _require_agreement(
     """Raise where the two loops' losses of the first images differ: then they would not be doing the same."""
     teacher.retarget(teacher.spec.depth)
     with torch.no_grad(), autocast(config, images.device):
-        mine = objective(images[:1], [teacher.features(images[:1])]).loss.item()
+        mine = objective(images[:2], [teacher.features(images[:2])]).loss.item()  # batch norm cannot train on one
     with torch.no_grad():
-        other = plain.loss_and_score(images[:1])[0].item()
+        other = plain.loss_and_score(images[:2])[0].item()
     if abs(mine / other - 1) > AGREEMENT:
         raise RuntimeError(f"loss {mine} here and {other} in the plain loop, of the same weights and images")
 

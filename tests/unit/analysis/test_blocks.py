@@ -31,7 +31,7 @@ def layers(images: Tensor) -> list[Tensor]:
     return [tokens * torch.cat([torch.ones(8), torch.zeros(8)]), tokens, (tokens + 2 * signal) @ turn]
 
 
-SUBJECT = Subject("made up", 6, ((0.5,) * 3, (0.5,) * 3), GRID, layers)
+SUBJECT = Subject("made up", 6, ((0.5,) * 3, (0.5,) * 3), GRID, layers, layers, "")
 
 
 def images(count: int, seed: int, labelled: bool = True) -> list[Batch]:

@@ -53,7 +53,7 @@ def subject(name: str, widths: list[int], cells: int) -> Subject:
         maps = [torch.randn(flat.shape[-1], width, generator=generator) for width in widths]
         return [torch.tanh(flat @ m) + 0.3 for m in maps]
 
-    return Subject(name, SIDE, ((0.5,) * 3, (0.5,) * 3), (cells, cells), layers)
+    return Subject(name, SIDE, ((0.5,) * 3, (0.5,) * 3), (cells, cells), layers, layers, "")
 
 
 STUDENT, TEACHER = subject("s", [6, 10], 4), subject("teacher", [12, 9, 7], 4)

@@ -338,3 +338,17 @@ def test_overrides_that_leave_the_demo_the_demo_are_taken() -> None:
         "student.kwargs.depth=2",
     ]
     assert load_demo(ROOT / "launch_configs/demo.yaml", same).data.val is None
+
+
+@pytest.mark.parametrize(
+    ("path", "student", "size"),
+    [
+        ("vitg14/leap_vitg14_convnextt_imagenet1k.yaml", "convnext_tiny", 256),
+        ("vitg14/leap_vitg14_mobilenetv4_imagenet1k.yaml", "mobilenetv4_conv_medium", 256),
+        ("vit7b/leap_vit7b_convnexts_imagenet1k.yaml", "convnext_small", None),
+    ],
+)
+def test_launch_configs_of_convolutional_students(path: str, student: str, size: int | None) -> None:
+    config = load(ROOT / "launch_configs" / path, ["data.train=digits"])
+    assert (config.student.model, config.student.image_size, config.student.kwargs) == (student, size, {})
+    assert (config.optim.name, config.engine.precision) == ("adamw", "bf16")

@@ -17,7 +17,7 @@ from leap_dist.errors import UserError
 from leap_dist.evaluation.features import FeatureSet
 from leap_dist.evaluation.held_out import HeldOut
 from leap_dist.evaluation.knn import knn_accuracy
-from leap_dist.evaluation.probe import probe_accuracy
+from leap_dist.evaluation.probe import Recipe, probe_accuracy
 from leap_dist.pretraining.training import accuracy
 from small_sets import ALONE, png
 
@@ -175,7 +175,7 @@ def test_images_without_a_usable_label_are_left_out_and_counted_once(
     for _ in range(2):
         known, judged = sets.features(lambda images: images.flatten(1))
         assert known.labels.tolist() == [0, 1, 2, 3] and judged.labels.tolist() == [3, 1]
-    assert knn_accuracy(known, judged, 1, torch.device("cpu")) == 1
+    assert knn_accuracy(known, judged, 1, torch.device("cpu")) == (1, 1)
     assert sum("left out" in line for line in caplog.messages) == 2
     assert f"{val}: 2 images have no label of a class and are left out" in caplog.messages
 
@@ -240,9 +240,10 @@ def test_labels_as_large_as_they_like_take_no_memory() -> None:
     small = FeatureSet(features, labels, torch.arange(90))
     large = small._replace(labels=labels * 400_000_000)
     cpu = torch.device("cpu")
-    assert knn_accuracy(large, large, 5, cpu) == knn_accuracy(small, small, 5, cpu) == 1
-    options = {"epochs": 3, "lr": 0.1, "seed": 0, "device": cpu}
-    assert probe_accuracy(large, large, **options) == probe_accuracy(small, small, **options) == 1
+    assert knn_accuracy(large, large, 5, cpu) == knn_accuracy(small, small, 5, cpu) == (1, 1)
+    recipe, options = Recipe(3, (0.1,)), {"seed": 0, "device": cpu}
+    found = [probe_accuracy(one, one, recipe, **options) for one in (large, small)]
+    assert found[0] == found[1] and found[0].top1 == 1
 
 
 def test_what_can_be_the_number_of_a_class() -> None:

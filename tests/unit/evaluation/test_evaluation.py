@@ -14,11 +14,12 @@ from torch import Tensor
 from leap_dist.config import EvaluationConfig, load
 from leap_dist.data import build_eval_loader
 from leap_dist.errors import UserError
-from leap_dist.evaluation import evaluate
+from leap_dist.evaluation import Pooling, evaluate, protocol_of
 from leap_dist.evaluation.features import FeatureSet, check_finite, extract, in_step, merge
 from leap_dist.evaluation.held_out import HeldOut
-from leap_dist.evaluation.knn import knn_accuracy, knn_predict
-from leap_dist.evaluation.probe import probe_accuracy, train_probe
+from leap_dist.evaluation.knn import knn_accuracy, knn_ranking
+from leap_dist.evaluation.probe import Probes, Recipe, judge, probe_accuracy, train_probes
+from leap_dist.models import Features
 from small_sets import ALONE, SIZE, write
 from small_sets import config as data_config
 
@@ -39,44 +40,75 @@ def test_knn_equals_sklearn_with_the_same_weights(k: int) -> None:
     train, val = blobs(300, spread=1.5, seed=0), blobs(1500, spread=1.5, seed=1)  # more rows than one chunk
     expected = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     expected.fit(train.features.double().numpy(), train.labels.numpy())
-    predicted = knn_predict(train, val.features, k, CPU).numpy()
+    predicted = knn_ranking(train, val.features, k, CPU)[:, 0].numpy()
     assert (predicted == expected.predict(val.features.double().numpy())).mean() > 0.999
-    assert 0.5 < knn_accuracy(train, val, k, CPU) < 0.99
+    assert 0.5 < knn_accuracy(train, val, k, CPU)[0] < 0.99
 
 
 def test_knn_votes_are_weighted_by_similarity() -> None:
     # One neighbour of class 1 at cosine 1 against two of class 0 at 0.9: e^(1/0.07) > 2 e^(0.9/0.07).
     near = [[0.9, 0.19**0.5], [0.9, -(0.19**0.5)]]
     train = FeatureSet(torch.tensor([*near, [1.0, 0.0]]), torch.tensor([0, 0, 1]), torch.arange(3))
-    assert knn_predict(train, torch.tensor([[5.0, 0.0]]), 3, CPU).item() == 1
+    assert knn_ranking(train, torch.tensor([[5.0, 0.0]]), 3, CPU)[0, 0] == 1
 
 
 def test_knn_takes_fewer_samples_than_neighbours() -> None:
     train = blobs(6, spread=0.01, seed=0)
-    assert knn_accuracy(train, train, 1, CPU) == 1.0
-    assert 0 < knn_accuracy(train, train, 20, CPU) <= 1.0
+    assert knn_accuracy(train, train, 1, CPU) == (1.0, 1.0)
+    assert 0 < knn_accuracy(train, train, 20, CPU)[0] <= 1.0
+
+
+ONE_RATE = Recipe(10, (0.1,))
 
 
 def test_probe_separates_separable_blobs_and_finds_no_signal_in_noise() -> None:
     train, val = blobs(1000, spread=0.3, seed=0), blobs(500, spread=0.3, seed=1)
-    options = {"epochs": 10, "lr": 0.1, "seed": 0, "device": CPU}
-    assert probe_accuracy(train, val, **options) == 1.0
+    found = probe_accuracy(train, val, ONE_RATE, seed=0, device=CPU)
+    assert found == (1.0, 1.0, 0.1, None)
     shuffled = val._replace(labels=val.labels[torch.randperm(500, generator=torch.Generator().manual_seed(0))])
-    assert probe_accuracy(train, shuffled, **options) < 0.3
+    assert probe_accuracy(train, shuffled, ONE_RATE, seed=0, device=CPU).top1 < 0.3
 
 
 def test_probe_comes_close_to_logistic_regression() -> None:
     train, val = blobs(1000, spread=2.0, seed=0), blobs(2000, spread=2.0, seed=1)
     best = LogisticRegression(C=1e4, max_iter=500).fit(train.features.numpy(), train.labels.numpy())
     expected = best.score(val.features.numpy(), val.labels.numpy())
-    assert probe_accuracy(train, val, epochs=50, lr=0.1, seed=0, device=CPU) == pytest.approx(expected, abs=0.02)
+    found = probe_accuracy(train, val, Recipe(50, (0.01, 0.1, 1.0)), seed=0, device=CPU)
+    assert found.top1 == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("cosine", ["step", "epoch"])
+def test_probes_side_by_side_are_torchs_own_sgd_one_by_one(cosine: str) -> None:
+    """Zero weights, momentum, batches of 256 of which the last is short, cosine by step or epoch: by autograd."""
+    train = blobs(600, spread=2.0, seed=0)
+    double = train._replace(features=train.features.double())
+    recipe = Recipe(4, (0.02, 0.5), cosine)
+    probes = train_probes(train, recipe, seed=3, device=CPU, classes=5)
+    for index, rate in enumerate(recipe.rates):
+        generator = torch.Generator().manual_seed(3)
+        linear = torch.nn.Linear(16, 5).double()
+        for parameter in linear.parameters():
+            torch.nn.init.zeros_(parameter)
+        optimizer = torch.optim.SGD(linear.parameters(), lr=rate, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12 if cosine == "step" else 4)
+        for _ in range(4):
+            for rows in torch.randperm(600, generator=generator).split(256):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(linear(double.features[rows]), train.labels[rows]).backward()
+                optimizer.step()
+                if cosine == "step":
+                    schedule.step()
+            if cosine == "epoch":
+                schedule.step()
+        torch.testing.assert_close(probes.weight[:, index].double(), linear.weight.T.detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(probes.bias[index].double(), linear.bias.detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_probe_depends_on_its_seed_alone() -> None:
     train = blobs(500, spread=2.0, seed=0)
 
     def weight(seed: int) -> Tensor:
-        return train_probe(train, epochs=2, lr=0.1, seed=seed, device=CPU, classes=5).weight
+        return train_probes(train, Recipe(2, (0.1,)), seed=seed, device=CPU, classes=5).weight
 
     first = weight(3)
     torch.manual_seed(123)
@@ -84,22 +116,110 @@ def test_probe_depends_on_its_seed_alone() -> None:
     assert not torch.equal(first, weight(4))
 
 
-def test_probe_reports_the_last_epoch() -> None:
-    # Training labels are noise, so that accuracy over epochs wanders: the best of them would be higher than the last.
+def test_a_rate_that_diverges_is_not_chosen_and_harms_no_other() -> None:
+    train, val = blobs(1000, spread=0.5, seed=0), blobs(500, spread=0.5, seed=1)
+    probes = train_probes(train, Recipe(3, (1e38, 0.1)), seed=0, device=CPU, classes=5)
+    alone = train_probes(train, Recipe(3, (0.1,)), seed=0, device=CPU, classes=5)
+    assert not probes.weight[:, 0].isfinite().all()
+    torch.testing.assert_close(probes.weight[:, 1], alone.weight[:, 0])
+    assert judge(probes, val, CPU)[0] == [0.0, 1.0]
+    assert probe_accuracy(train, val, Recipe(3, (1e38, 0.1)), seed=0, device=CPU).rate == 0.1
+
+
+def test_the_rate_is_chosen_on_training_images_alone() -> None:
+    """Judged on other labels, the choice stays; and it is the best on what is held back, computed apart."""
     train, val = blobs(400, spread=3.0, seed=0), blobs(100, spread=3.0, seed=1)
-    options = {"epochs": 20, "lr": 5.0, "seed": 0, "device": CPU}
-    probe = train_probe(train, classes=5, **options)
-    last = (probe(val.features).argmax(dim=1) == val.labels).double().mean().item()
-    assert probe_accuracy(train, val, **options) == last
+    recipe = Recipe(5, (0.003, 0.1, 3.0))
+    wrong = val._replace(labels=(val.labels + 1) % 5)
+    first, second = (probe_accuracy(train, asked, recipe, seed=2, device=CPU) for asked in (val, wrong))
+    assert first.rate == second.rate
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(2))
+    held, rest = (FeatureSet(*(column[rows] for column in train)) for rows in (order[:40], order[40:]))
+    shares = [probe_accuracy(rest, held, Recipe(5, (rate,)), seed=2, device=CPU).top1 for rate in recipe.rates]
+    assert first.rate == recipe.rates[shares.index(max(shares))]
+
+
+def test_probe_reports_the_last_epoch_and_the_best_one_apart() -> None:
+    # Training labels are noise, so that accuracy over epochs wanders: the best of them is higher than the last.
+    train, val = blobs(400, spread=3.0, seed=0), blobs(100, spread=3.0, seed=1)
+    recipe = Recipe(20, (5.0,), "epoch")
+    seen = []
+    options = {"seed": 0, "device": CPU, "classes": 5}
+    probes = train_probes(train, recipe, after_epoch=lambda now: seen.append(judge(now, val, CPU)[0][0]), **options)
+    found = probe_accuracy(train, val, recipe, seed=0, device=CPU, watch=True)
+    assert found.top1 == (probes.logits(val.features)[:, 0].argmax(1) == val.labels).double().mean().item() == seen[-1]
+    assert found.best_epoch == max(seen) > found.top1 and len(seen) == 20
+
+
+def test_top5_counts_a_class_among_the_first_five() -> None:
+    """Seven classes in a row; for features of class c, a class is the likelier the nearer it is to c."""
+    weight = torch.stack([-(torch.arange(7) - c).abs().float() for c in range(7)])[:, None]
+    probes = Probes(weight, torch.zeros(1, 7), (0.1,))
+    labels = torch.tensor([0, 4, 5, 3, 6])  # for features of class 0: first, fifth, sixth; of class 6: fourth, first
+    asked = FeatureSet(torch.eye(7)[[0, 0, 0, 6, 6]], labels, torch.arange(5))
+    assert judge(probes, asked, CPU) == ([2 / 5], [4 / 5])
+
+
+def test_knn_top5_never_counts_a_class_that_nobody_voted_for() -> None:
+    train = FeatureSet(torch.eye(8), torch.arange(8), torch.arange(8))
+    asked = FeatureSet(torch.eye(8)[:4], torch.tensor([0, 1, 7, 7]), torch.arange(4))
+    assert knn_accuracy(train, asked, 1, CPU) == (0.5, 0.5)
+    likely = knn_ranking(train, torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]]), 8, CPU)
+    assert likely.tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_evaluate_reads_its_config() -> None:
     train, val = blobs(300, spread=1.5, seed=0), blobs(300, spread=1.5, seed=1)
-    config = EvaluationConfig(knn_k=7, probe_epochs=3, probe_lr=0.05)
-    assert evaluate(train, val, config, device=CPU, seed=5) == {
-        "knn": knn_accuracy(train, val, 7, CPU),
-        "probe": probe_accuracy(train, val, epochs=3, lr=0.05, seed=5, device=CPU),
-    }
+    config = EvaluationConfig(knn_k=7, probe_epochs=3, probe_lrs=[0.05, 0.5])
+    found = evaluate(train, val, config, device=CPU, seed=5)
+    probe = probe_accuracy(train, val, Recipe(3, (0.05, 0.5)), seed=5, device=CPU)
+    assert (found["knn"], found["knn_top5"]) == knn_accuracy(train, val, 7, CPU)
+    assert (found["probe"], found["probe_top5"], found["probe_lr"]) == probe[:3]
+    assert "probe_best_epoch" not in found
+
+
+def test_the_published_protocol_and_what_may_be_set_in_it() -> None:
+    """Class token, one rate of 0.1, a cosine by epochs, all images, bicubic; each option still counts."""
+    published = protocol_of(EvaluationConfig(protocol="leap"))
+    assert (published.features, published.train_images) == (("cls",), None)
+    assert published.probe == Recipe(100, (0.1,), "epoch") and published.bicubic and published.best_epoch
+    own = EvaluationConfig(protocol="leap", features=["patch"], probe_lrs=[1.0], max_train_images=7, probe_epochs=2)
+    own = protocol_of(own)
+    assert (own.features, own.train_images, own.probe) == (("patch",), 7, Recipe(2, (1.0,), "epoch"))
+    swept = protocol_of(EvaluationConfig())
+    assert (swept.features, swept.train_images, len(swept.probe.rates)) == (("cls", "patch", "cls_patch"), 50_000, 5)
+    assert protocol_of(EvaluationConfig(max_train_images=0)).train_images is None
+    train, val = blobs(300, spread=1.5, seed=0), blobs(300, spread=1.5, seed=1)
+    found = evaluate(train, val, EvaluationConfig(protocol="leap", probe_epochs=2), device=CPU)
+    assert found["probe_best_epoch"] >= found["probe"] and found["probe_lr"] == 0.1
+
+
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_kinds_of_features_are_the_models_own_tokens(has_cls: bool, caplog: pytest.LogCaptureFixture) -> None:
+    patch, cls = torch.randn(4, 3, 2), torch.randn(4, 2)
+    pooling = Pooling(lambda images: Features(patch, cls if has_cls else None))
+    whole = FeatureSet(pooling(torch.zeros(4, 3, 1, 1)), torch.zeros(4), torch.arange(4))
+    assert torch.equal(pooling.of("patch", whole).features, patch.mean(1))
+    assert pooling.chosen(("cls_patch", "patch"), "student") == (["patch", "cls_patch"] if has_cls else ["patch"])
+    if has_cls:
+        assert torch.equal(pooling.of("cls", whole).features, cls)
+        assert torch.equal(pooling.of("cls_patch", whole).features, torch.cat([cls, patch.mean(1)], 1))
+    else:
+        assert pooling.chosen(["cls"], "teacher") == ["patch"]
+        assert "teacher has no class token and is judged by its patches" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("features=[cls,cls]", "each once"), ("features=[]", "at least one"), ("features=[tokens]", "a list of .cls"),
+        ("probe_lrs=[0.1,-1]", "must be above 0"), ("probe_lrs=[.inf]", "must be finite"), ("probe_lrs=[]", "at least"),
+        ("max_train_images=-1", "at least 0"), ("protocol=dino", "one of .swept., .leap"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_are_named(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"evaluation.{override.partition('=')[0]}.*{words}"):
+        load(None, ["teacher.model=t", "student.model=s", "data.train=digits", f"evaluation.{override}"])
 
 
 def batches(count: int, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:

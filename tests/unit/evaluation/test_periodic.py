@@ -39,14 +39,14 @@ def validated(output: Path, *overrides: str, clock: Clock | None = None, fails_a
     trainer = stub_trainer(config)
     calls = []
 
-    def knn(engine: Any) -> float:
+    def knn(engine: Any) -> dict[str, float]:
         if len(calls) == fails_at:
             raise KeyboardInterrupt
         calls.append(1)
         if clock is not None:
             clock.now += EVALUATION_S
         torch.rand(3)  # somebody else's draws
-        return sum(p.double().sum().item() for p in engine.module.parameters())
+        return {"patch_knn": sum(p.double().sum().item() for p in engine.module.parameters())}
 
     trainer.learner.validation.knn = knn
     return trainer
@@ -72,7 +72,7 @@ def test_due_epochs_have_a_line_and_the_runs_clock_stands_still(
     trainer = run(validated(tmp_path, clock=clock))
     found = lines(tmp_path)
     assert [(line["epoch"], line["step"]) for line in found] == [(2, 6), (4, 12)]
-    assert scalars(tmp_path, "evaluation/knn") == pytest.approx([line["knn"] for line in found])
+    assert scalars(tmp_path, "evaluation/patch_knn") == pytest.approx([line["patch_knn"] for line in found])
     assert [line["evaluation_seconds"] for line in found] == [EVALUATION_S + 1] * 2
     assert clock.now > 2 * EVALUATION_S and 15 < trainer.learner.costs.seconds < EVALUATION_S
     ledger = [json.loads(text) for text in (tmp_path / "curriculum.jsonl").read_text().splitlines()]
@@ -153,8 +153,8 @@ def test_the_accuracy_is_that_of_the_weights_in_training(tmp_path: Path) -> None
         )
     classifier = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp(-distance / 0.07))
     predicted = classifier.fit(x.numpy(), y.numpy()).predict(queries.numpy())
-    assert found == pytest.approx((predicted == truth.numpy()).mean(), abs=0.006)
-    assert found > 0.3  # an untrained student already tells digits apart better than chance
+    assert found["patch_knn"] == pytest.approx((predicted == truth.numpy()).mean(), abs=0.006)
+    assert found["patch_knn"] > 0.3  # an untrained student already tells digits apart better than chance
     trainer.close()
 
 

@@ -42,7 +42,7 @@ def test_student_tokens_are_timms_own() -> None:
     ("model", "kwargs", "size", "words"),
     [
         ("vit_tinny_patch16_224", {}, 32, "did you mean vit_tiny_patch16_224"),
-        ("resnet18", {}, 32, "student.model=resnet18"),
+        ("resnet18", {"embed_dim": 3}, 32, "student.model=resnet18"),
         ("vit_tiny_patch16_224", {"embed_dims": 3}, 32, "embed_dims"),
         ("vit_tiny_patch16_224", {}, 40, "data.image_size=40"),
     ],

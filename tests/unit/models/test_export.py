@@ -41,7 +41,7 @@ def exported(folder: Path, *overrides: str) -> tuple[Student, Path]:
 
 def documented(remedy: str) -> str:
     """The Python of the section on using a student."""
-    opening, lift, wide_last, use = re.findall(r"```python\n(.*?)```", DOCUMENTED.read_text(), re.S)[1:]
+    opening, lift, wide_last, use, _ = re.findall(r"```python\n(.*?)```", DOCUMENTED.read_text(), re.S)[1:]
     return "\n".join([opening, {"none": "", "lift": lift, "wide_last": wide_last}[remedy], use])
 
 
@@ -117,3 +117,30 @@ def test_an_export_loads_from_its_run_folder_by_text_or_path(tmp_path: Path) -> 
     for nowhere in (tmp_path / "empty", tmp_path / "lfit"):
         with pytest.raises(FileNotFoundError, match=f"{nowhere.name}.*: no such file"):
             load_student(nowhere)
+
+
+SWIN = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "options"),
+    [
+        ("test_convnext", 64, {}),
+        ("test_convnext", 64, {"reduction": 8, "num_classes": 5}),
+        ("test_resnet", 64, {"remedy": "lift", "num_classes": 5}),
+        ("swin_tiny_patch4_window7_224", 64, {"kwargs": SWIN}),
+        ("test_vit_relpos", 32, {"remedy": "lift"}),
+        pytest.param("pit_ti_224", 48, {}, marks=pytest.mark.seconds),
+    ],
+)
+def test_the_documented_lines_load_every_other_student_bitwise(
+    model: str, size: int, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load(None, ["teacher.model=t", f"student.model={model}", "data.train=digits", f"output={tmp_path}"])
+    student = build_student(StudentConfig(model=model, **options), size, 18).eval()
+    export_student(type("Engine", (), {"module": Objective(student, 18, (4, 4), ObjectiveConfig())})(), config, ONE)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"images": (images := torch.randn(2, 3, size, size))}
+    opening, *_, every_other = re.findall(r"```python\n(.*?)```", DOCUMENTED.read_text(), re.S)[1:]
+    exec(opening + every_other, names)
+    assert torch.equal(names["tokens"], student(images).patch)

@@ -155,18 +155,11 @@ def test_new_parts_start_as_timms_do_and_norms_do_not_decay() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"model": "vit_small_patch16_dinov3", "remedy": "lift"}, "is a Eva; remedies take timm's VisionTransformer"),
-        ({"model": "cait_xxs24_224", "remedy": "wide_last"}, "is a Cait; remedies take"),
-        ({"model": "deit_tiny_distilled_patch16_224", "remedy": "lift"}, "is a VisionTransformerDistilled"),
+        ({"model": "cait_xxs24_224", "remedy": "wide_last"}, "cait_xxs24_224 has no width of its own to set"),
+        ({"model": "deit_tiny_distilled_patch16_224", "remedy": "wide_last"}, "has no width of its own to set"),
         ({"remedy": "wide_last", "width": 31}, "31 channels are no multiple of 6"),
         ({"model": "vit_small_patch16_18x2_224", "remedy": "wide_last"}, "a ParallelThingsBlock has no one attention"),
         ({"remedy": "lift", "global_pool": "token"}, "must not set ['global_pool']"),
-        ({"model": "deit_tiny_distilled_patch16_224", "num_classes": 3}, "has no single classifier"),
-        ({"model": "cait_xxs24_224", "num_classes": 3}, "has no single classifier"),
-        (
-            {"model": "vit_base_patch16_siglip_224", "num_classes": 3},
-            "'map'; set in student.kwargs: global_pool=avg, fc_",
-        ),
     ],
 )
 def test_what_cannot_be_widened_or_classified_is_one_line(settings: dict, words: str) -> None:
@@ -176,6 +169,29 @@ def test_what_cannot_be_widened_or_classified_is_one_line(settings: dict, words:
     with pytest.raises(UserError) as caught:
         build_student(config, 16, width)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "cait_xxs24_224", "vit_base_patch16_siglip_224"])
+def test_what_pools_in_a_way_of_its_own_is_classified_as_timm_does(name: str) -> None:
+    """The mean of two heads, blocks for the class token alone, attention."""
+    built = build_student(StudentConfig(model=name, kwargs=SMALL, num_classes=CLASSES), 16).eval()
+    assert torch.equal(built.classify(built(IMAGES)), built.backbone(IMAGES))
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_dinov3", "beit_base_patch16_224", "deit_tiny_distilled_patch16_224"]
+)
+def test_lift_takes_the_other_families_too(name: str) -> None:
+    kwargs = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+    built = build_student(
+        StudentConfig(model=name, kwargs=kwargs, remedy="lift", num_classes=CLASSES), 32, WIDTH
+    ).eval()
+    found, tokens = built(images := torch.randn(2, 3, 32, 32)), built.backbone.forward_features(images)
+    linear, norm = built.backbone.lift
+    lifted = norm(F.linear(tokens, linear.weight))
+    torch.testing.assert_close(found.patch, lifted[:, -4:])
+    torch.testing.assert_close(found.cls, lifted[:, 0])
+    torch.testing.assert_close(found.logits, built.backbone.mean_head(lifted[:, -4:].mean(1)))
 
 
 @pytest.mark.parametrize("model", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_small_patch16_dinov3"])

@@ -126,7 +126,7 @@ def test_every_chart_of_the_layout_shows_a_tag_that_is_written(tmp_path: Path) -
     costs.seconds, costs.phases = 1.0, dict.fromkeys(PHASES, 0.1)
     written = accountant.scalars(0, 1, costs).keys()
     trainers = {"loss/total", "loss/patch", "loss/cls", "loss/ce", "loss/kd", "lr", "memory/peak_gib"}
-    trainers |= {"curriculum/block", "curriculum/cka", "curriculum/ema", "curriculum/threshold", "evaluation/knn"}
+    trainers |= {"curriculum/block", "curriculum/cka", "curriculum/ema", "curriculum/threshold", "evaluation/patch_knn"}
     trainers |= {"update/grad_norm"}
     trainers |= {
         f"spectra/{side}/{name}" for side in ("student", "target") for name in token_summary(torch.eye(4)[None])

@@ -36,7 +36,7 @@ def test_a_pass_goes_to_the_deepest_target_of_those_that_train() -> None:
 def test_company_is_compared_with_each_alone() -> None:
     phases = {"data": 2.0, "teacher": 16.0, "student.forward": 3.0, "optimizer": 1.0}
     members = {"a": member([(0, 1)], 6, **phases), "b": member([(0, 3)], 6, **phases)}
-    found = company(members, {"a": {"final_block": 1, "student_knn": 0.5}, "b": {"final_block": 3}})
+    found = company(members, {"a": {"final_block": 1, "student_patch_knn": 0.5}, "b": {"final_block": 3}})
     shared, alone = 6 * 76 * BATCH, (6 * 16 * BATCH, 6 * 76 * BATCH)
     assert found["teacher_flops"] == shared and found["flops"] == shared + 2 * 111
     assert found["flops_alone"] == sum(alone) + 2 * 111
@@ -48,7 +48,7 @@ def test_company_is_compared_with_each_alone() -> None:
 
 def test_the_table_has_a_row_for_each_and_says_who_failed() -> None:
     results: dict[str, dict[str, Any]] = {
-        "a": {"final_block": 1, "student_knn": 0.5},
+        "a": {"final_block": 1, "student_patch_knn": 0.5},
         "b": {"final_block": 3, "retired": {"step": 5, "why": "non-finite loss", "weights_of": 4}},
     }
     members = {"a": member([(0, 1)], 6), "b": member([(0, 3)], 5)}

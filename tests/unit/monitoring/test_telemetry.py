@@ -94,22 +94,22 @@ def test_the_end_of_a_run_leaves_results_hparams_and_figure(tmp_path: Path) -> N
     ]
     (tmp_path / "curriculum.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))
     telemetry = Telemetry(stub_config(tmp_path), first_step=0)
-    telemetry.finish({"steps": 4, "student_knn": 0.5, "trajectory": [(0, 1)]}, "student kNN  50.0%")
+    telemetry.finish({"steps": 4, "student_patch_knn": 0.5, "trajectory": [(0, 1)]}, "student kNN  50.0%")
     telemetry.close()
     found = events(tmp_path)
     assert {"config/text_summary"} <= set(found.Tags()["tensors"])
     (card,) = found.Tensors("result/text_summary")
     assert "student kNN  50.0%" in card.tensor_proto.string_val[0].decode()
     assert "curriculum/climb" in found.Tags()["images"]
-    assert found.Scalars("result/student_knn")[0].value == 0.5
+    assert found.Scalars("result/student_patch_knn")[0].value == 0.5
     assert (tmp_path / "curriculum.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_lost_ledger_costs_the_figure_alone(tmp_path: Path) -> None:
     telemetry = Telemetry(stub_config(tmp_path), first_step=0)
-    missing = telemetry.finish({"steps": 4, "student_knn": 0.5}, "student kNN  50.0%")
+    missing = telemetry.finish({"steps": 4, "student_patch_knn": 0.5}, "student kNN  50.0%")
     telemetry.close()
-    assert events(tmp_path).Scalars("result/student_knn")[0].value == 0.5
+    assert events(tmp_path).Scalars("result/student_patch_knn")[0].value == 0.5
     assert missing is not None and missing.startswith("no curriculum.png: ")
 
 

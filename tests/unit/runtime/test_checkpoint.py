@@ -37,6 +37,7 @@ class PlainEngine:
     def __init__(self, fails: Exception | None = None) -> None:
         self.fails, self.checkpoint_engine = fails, None
         self._config = SimpleNamespace()
+        self.module = torch.nn.Identity()
         self.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
         self.torch_autocast_z0_gradscaler = None
 

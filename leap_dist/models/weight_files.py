@@ -56,24 +56,31 @@ _HARMLESS: list[Any] = [
 ]  # fmt: skip
 
 
-def read_weights(path: Path, *, silent: bool = False) -> dict[str, Any]:
+def read_weights(path: Path, option: str = "teacher.weights", *, silent: bool = False) -> dict[str, Any]:
     """The state dict in `path`: a torch checkpoint or safetensors, under any name. Tensors are mapped, not read.
 
-    silent: it has been said which of several sets of weights is taken.
+    option: what names the file, for the messages. silent: it has been said which of several sets of weights is taken.
 
     Raises:
         UserError: no such file, it is something else or damaged, or it does not say which weights it means.
     """
+    try:
+        return _read(path, silent)
+    except UserError as error:
+        raise UserError(f"{option}={error}") from error
+
+
+def _read(path: Path, silent: bool) -> dict[str, Any]:
     if path.is_dir():
-        raise UserError(f"teacher.weights={path}: a folder; give the one file in it that holds all weights")
+        raise UserError(f"{path}: a folder; give the one file in it that holds all weights")
     if not path.is_file():
-        raise UserError(f"teacher.weights={path}: no such file; expected hub, random, or the path of a file")
+        raise UserError(f"{path}: no such file; expected hub, random, or the path of a file")
     load = _reader(path)
     try:
         content = load(path)
     except _UNREADABLE as error:
         reason = _why(error)
-        raise UserError(f"teacher.weights={path} is truncated, damaged or no plain state dict ({reason})") from error
+        raise UserError(f"{path} is truncated, damaged or no plain state dict ({reason})") from error
     return _state_in(content, path, silent)
 
 
@@ -89,22 +96,22 @@ def _reader(path: Path) -> Callable[[Path], Any]:
         return _load_pickle
     for start, what in _STRANGERS:
         if head.lstrip().startswith(start):
-            raise UserError(f"teacher.weights={path} is {what}")
+            raise UserError(f"{path} is {what}")
     if head[_TAR_AT:].startswith(_TAR):
-        raise UserError(f"teacher.weights={path} is a tar archive: unpack it first")
+        raise UserError(f"{path} is a tar archive: unpack it first")
     what = f"it begins with {head[:12]!r}" if head else "it is empty"
-    raise UserError(f"teacher.weights={path} is truncated, damaged or no file of weights ({what})")
+    raise UserError(f"{path} is truncated, damaged or no file of weights ({what})")
 
 
 def _load_zip(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:  # BadZipFile where the end is missing
         names = archive.namelist()
     if any(name.endswith(".npy") for name in names):
-        raise UserError(f"teacher.weights={path} is a NumPy archive, of JAX perhaps: convert it to a torch state dict")
+        raise UserError(f"{path} is a NumPy archive, of JAX perhaps: convert it to a torch state dict")
     if not any(name.endswith("data.pkl") for name in names):
-        raise UserError(f"teacher.weights={path} is a zip archive without a torch checkpoint: unpack it first")
+        raise UserError(f"{path} is a zip archive without a torch checkpoint: unpack it first")
     if any(name.split("/")[-1] == "constants.pkl" for name in names):
-        raise UserError(f"teacher.weights={path} is a TorchScript program: save its state_dict() instead")
+        raise UserError(f"{path} is a TorchScript program: save its state_dict() instead")
     return _load_pickle(path, mmap=True)
 
 
@@ -135,15 +142,15 @@ def _state_in(content: Any, path: Path, silent: bool) -> dict[str, Any]:
         key = next((name for name in _WRAPPERS if name in inside), None)
         if key is None and len(inside) > 1:
             raise UserError(
-                f"teacher.weights={path} holds several sets of weights ({', '.join(sorted(inside)[:5])}); "
+                f"{path} holds several sets of weights ({', '.join(sorted(inside)[:5])}); "
                 "save the one you mean by itself"
             )
         key = key or next(iter(inside))
         if len(inside) > 1 and not silent:
             said = ", a moving average," if any(word in key for word in _AVERAGES) else ""
-            log.info("teacher.weights=%s: takes '%s'%s of %s", path, key, said, ", ".join(sorted(inside)))
+            log.info("%s: takes '%s'%s of %s", path, key, said, ", ".join(sorted(inside)))
         content = inside[key]
-    raise UserError(f"teacher.weights={path} is no plain state dict: it holds a {type(content).__name__}")
+    raise UserError(f"{path} is no plain state dict: it holds a {type(content).__name__}")
 
 
 def _holds_tensors(value: Any, depth: int = 3) -> bool:
