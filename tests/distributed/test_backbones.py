@@ -53,7 +53,7 @@ def test_a_student_with_batch_norms_continues_to_the_bit(tmp_path: Path) -> None
     """On two ranks at ZeRO stage 2; the average of its weights is judged by itself."""
     run = resumed_is_uncut(tmp_path, "batchnorm", "engine.zero_stage=2", "evaluation.probe_epochs=1")
     summary = json.loads((run / "summary.json").read_text())
-    assert 0 <= summary["student_ema_knn"] <= 1 and 0 <= summary["student_ema_probe"] <= 1
+    assert 0 <= summary["student_ema_patch_knn"] <= 1 and 0 <= summary["student_ema_patch_probe"] <= 1
     mine, averaged = load_file(run / "student.safetensors"), load_file(run / "student_ema.safetensors")
     assert mine.keys() == averaged.keys()
     assert any(not torch.equal(mine[key], averaged[key]) for key in mine if key.endswith("weight"))
