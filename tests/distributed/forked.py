@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Optional
@@ -97,7 +98,7 @@ class Forked:
             self.wait()
 
     def _ended(self, timeout: Optional[float]) -> Optional[int]:
-        if self.returncode is None and select.select([self._line], [], [], timeout)[0]:
+        if self.returncode is None and wait([self._line], timeout):  # select knows no descriptor above 1023
             said = self._line.recv(MESSAGE_BYTES)
             self.returncode = json.loads(said) if said else -signal.SIGKILL
             self._line.close()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import os
 import pty
-import select
 import signal
 import subprocess
 import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -44,7 +44,7 @@ forget_lost_output()
 def begun(descriptor: int) -> None:
     seen = b""
     while b"begun" not in seen:
-        assert select.select([descriptor], [], [], 60)[0], "nothing for a minute"
+        assert wait([descriptor], 60), "nothing for a minute"
         seen += os.read(descriptor, 1 << 16)
 
 
