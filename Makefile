@@ -20,7 +20,7 @@ demo: setup  ## distil a student on handwritten digits: minutes on two CPU cores
 	rm -rf runs/demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed -q --num_gpus $(DEMO_PROCESSES) leap_dist/train.py
 
-test: setup  ## everything but the slow tests, two files at a time: 7 minutes on two cores
+test: setup  ## everything but the slow tests, two files at a time: 8 minutes on two cores
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
 
 test-fast: setup  ## what takes a second or so each at most, for the loop at the desk: 90 seconds
