@@ -163,13 +163,13 @@ _config("on_another_yaml", "base: secret.yaml\n", "has a key that is no option")
 _config("broken", "password: [hunter2\n", "not readable as YAML .line")
 
 
-@case("no regular file")
+@case("a device or a pipe")
 def config_is_a_pipe(folder: Path) -> Work:
     os.mkfifo(folder / "run.yaml")
     return lambda: load(folder / "run.yaml", [])
 
 
-@case("no regular file")
+@case("a device or a pipe")
 def config_on_dev_zero(folder: Path) -> Work:
     (folder / "run.yaml").symlink_to("/dev/zero")
     return lambda: load(folder / "run.yaml", [])
