@@ -24,7 +24,7 @@ from leap_dist.data.sources.walk import walk
 from leap_dist.deployment.extras import needed
 from leap_dist.deployment.loaded import Distilled
 from leap_dist.errors import UserError
-from leap_dist.runtime.distributed import World, barrier
+from leap_dist.runtime.distributed import World, barrier, on_main
 from leap_dist.runtime.files import write_json, write_whole
 from leap_dist.runtime.reporting import STDERR
 
@@ -80,22 +80,14 @@ def embed(
     if tokens == "logits" and not model.classes:
         raise UserError("the student has no classifier, so there are no logits")
     plan = _planned(model, images, out, tokens)
-    if world.is_main:
-        _begin(plan, _identity(model, plan.files, tokens))
-    barrier(world)
+    on_main(lambda: _begin(plan, _identity(model, plan.files, tokens)), world)
     mine = [piece for piece in range(world.rank, plan.pieces, world.size) if not _file(plan, piece).is_file()]
     total = sum(len(_of(plan, piece)) for piece in mine)
     with tqdm(total=total, unit=" images", dynamic_ncols=True, file=STDERR, disable=not world.is_main) as bar:
         for piece in mine:
             _embed_piece(model, plan, piece, images, tokens, batch, workers, bar)
     barrier(world)
-    found = _counts(plan)
-    barrier(world)  # before the pieces go away
-    if world.is_main:
-        _join(plan, out)
-        shutil.rmtree(plan.parts)
-    barrier(world)
-    return found
+    return on_main(lambda: _joined(plan, out), world)
 
 
 def _planned(model: Distilled, images: Path, out: Path, tokens: str) -> Plan:
@@ -167,13 +159,10 @@ def _pieces(plan: Plan) -> Iterator[Any]:
         yield pq.read_table(_file(plan, piece))
 
 
-def _counts(plan: Plan) -> tuple[int, int]:
-    bad = sum(table["features"].null_count for table in _pieces(plan))
-    return len(plan.files) - bad, bad
-
-
-def _join(plan: Plan, out: Path) -> None:
-    """One file of the rows that have features, a row group a piece; and the list of those that have none."""
+def _joined(plan: Plan, out: Path) -> tuple[int, int]:
+    """One file of the rows that have features, a row group a piece, and the list of those that have none, in place of
+    the pieces. Returns how many there are of each.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -192,3 +181,5 @@ def _join(plan: Plan, out: Path) -> None:
     listed.unlink(missing_ok=True)
     if bad:
         write_whole(listed, lambda partial: Path(partial).write_text("".join(json.dumps(row) + "\n" for row in bad)))
+    shutil.rmtree(plan.parts)
+    return len(plan.files) - len(bad), len(bad)
