@@ -24,14 +24,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from leap_dist.config import DataConfig, EvaluationConfig, is_remote
 from leap_dist.config.ranges import RANGES, Range
-from leap_dist.errors import UserError, one_line
+from leap_dist.errors import UserError
+from leap_dist.judging.command import leave, say, status_of
 from leap_dist.judging.requests import Request, named_apart, open_subjects, request
 
 if TYPE_CHECKING:
@@ -167,7 +166,10 @@ def look_at_tokens(args: argparse.Namespace, subjects: list[Subject], world: Wor
 
     for subject in subjects[1:]:
         if subject.preprocessing != subjects[0].preprocessing and world.is_main:
-            say(f"{subject.name} expects another normalisation or crop than {subjects[0].name}, whose images it gets")
+            say(
+                "analyze",
+                f"{subject.name} expects another normalisation or crop than {subjects[0].name}, whose images it gets",
+            )
     students, teacher = (subjects[:-1], subjects[-1]) if args.teacher else (subjects, None)
     options = SurveyOptions(pairs=args.pairs, k=args.subspace, batch=args.batch)
     data = open_data(args, subjects[0], world)
@@ -194,26 +196,10 @@ def write(found: Analysis, args: argparse.Namespace) -> None:
     print(f"{found.images} images, {found.sample // 2} pairs of them\n\n{text}\n\n{args.out}")
 
 
-def say(message: str) -> None:
-    """One line on stderr that says which rank speaks."""
-    print(f"analyze [rank {os.environ.get('RANK', '0')}]: {message}", file=sys.stderr, flush=True)
-
-
 def main(argv: Optional[list[str]] = None) -> int:
     """Exit status: 0 done; 2 a user's mistake, one line; 1 a bug."""
-    try:
-        analyse(parse(argv))
-    except UserError as error:
-        say(f"error: {one_line(str(error))}")
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
+    return status_of("analyze", lambda: analyse(parse(argv)))
 
 
 if __name__ == "__main__":
-    status = main()
-    if status:  # at once: the other ranks may be waiting in a collective, and their launcher for this one
-        sys.stdout.flush()
-        os._exit(status)
+    leave(main())

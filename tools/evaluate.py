@@ -22,15 +22,13 @@ OUT/features, or in --cache. OUT gets results.json and table.txt. docs/evaluatio
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from leap_dist.config import DataConfig, EvaluationConfig, is_remote
 from leap_dist.errors import UserError
+from leap_dist.judging.command import leave, status_of
 from leap_dist.judging.requests import Request, named_apart, open_subjects, request
 
 if TYPE_CHECKING:
@@ -200,26 +198,10 @@ def write(rows: Rows, args: argparse.Namespace) -> None:
     write_text(args.out / "table.txt", table(rows) + "\n")
 
 
-def say(message: str) -> None:
-    """One line on stderr that says which rank speaks."""
-    print(f"evaluate [rank {os.environ.get('RANK', '0')}]: {message}", file=sys.stderr, flush=True)
-
-
 def main(argv: Optional[list[str]] = None) -> int:
     """Exit status: 0 done; 2 a user's mistake, one line; 1 a bug."""
-    try:
-        evaluate(parse(argv))
-    except UserError as error:
-        say(f"error: {error}")
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
+    return status_of("evaluate", lambda: evaluate(parse(argv)))
 
 
 if __name__ == "__main__":
-    status = main()
-    if status:  # at once: the other ranks may be waiting in a collective, and their launcher for this one
-        sys.stdout.flush()
-        os._exit(status)
+    leave(main())
