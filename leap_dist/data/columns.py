@@ -7,47 +7,39 @@ one takes the bytes of the columns that are wanted and steps over the others.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import weakref
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
-from streaming.base.format import FileInfo
-from streaming.base.format.mds import MDSReader
 
-from leap_dist.data.shards import INTEGERS
+from leap_dist.data.index import INTEGERS, Columns
 
 
-def open_shard(folder: Path, info: Mapping[str, Any]) -> WantedColumns:
-    """The reader of a shard in `folder`. info: its entry of an index, as `shards.read_index` gives it."""
-    columns = {key: info[key] for key in ("column_names", "column_encodings", "column_sizes")}
-    return WantedColumns(
-        dirname=str(folder), split=None, compression=info["compression"], hashes=[], samples=info["samples"],
-        size_limit=None, raw_data=_file(info["raw_data"]), zip_data=_file(info["zip_data"]), **columns,
-    )  # fmt: skip
+class ShardReader:
+    """The samples of one shard's file, which is kept open. Safe in forked processes: nobody moves a place in the file.
 
+    size: bytes of it, by the index. Raises OSError if it cannot be opened.
+    """
 
-def _file(info: Optional[Mapping[str, Any]]) -> Optional[FileInfo]:
-    return None if info is None else FileInfo(info["basename"], info["bytes"], info["hashes"])
+    def __init__(self, path: Path, columns: Columns, size: int) -> None:
+        self._columns, self._size = columns, size
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.close = weakref.finalize(self, os.close, self._file)  # called, or when nobody needs the reader any more
 
+    def sample(self, number: int) -> dict[str, Any]:
+        """`image`: bytes; `label`: int, if there is one. ValueError where the shard's own tables lead out of it."""
+        return self._wanted(self._bytes_of(number))
 
-class WantedColumns(MDSReader):
-    """A shard's reader, built by `open_shard`."""
+    def _bytes_of(self, number: int) -> bytes:
+        begin, end = np.frombuffer(os.pread(self._file, 8, (1 + number) * 4), "<u4").tolist()
+        if not 0 < begin < end <= self._size:
+            raise ValueError(f"sample {number} is said to lie at bytes {begin} to {end} of {self._size}")
+        return os.pread(self._file, end - begin, begin)
 
-    def get_sample_data(self, idx: int) -> bytes:
-        """All columns of a sample. ValueError where the shard's own table leads out of it."""
-        with open(os.path.join(self.dirname, self.raw_data.basename), "rb", 0) as file:
-            file.seek((1 + idx) * 4)
-            begin, end = np.frombuffer(file.read(8), "<u4").tolist()
-            if not 0 < begin < end <= self.raw_data.bytes:
-                raise ValueError(f"sample {idx} is said to lie at bytes {begin} to {end} of {self.raw_data.bytes}")
-            file.seek(begin)
-            return file.read(end - begin)
-
-    def decode_sample(self, data: bytes) -> Mapping[str, Any]:
-        """`image`: bytes; `label`: int, if there is one. ValueError where the sample's table does not fit it."""
+    def _wanted(self, data: bytes) -> dict[str, Any]:
         sizes, at = [], 0
-        for fixed in self.column_sizes:
+        for fixed in self._columns.sizes:
             if fixed:
                 sizes.append(fixed)
             else:
@@ -56,7 +48,7 @@ class WantedColumns(MDSReader):
         if at + sum(sizes) != len(data):
             raise ValueError(f"a sample of {len(data)} bytes is said to have columns of {at + sum(sizes)}")
         sample: dict[str, Any] = {}
-        for name, encoding, size in zip(self.column_names, self.column_encodings, sizes, strict=True):
+        for name, encoding, size in zip(self._columns.names, self._columns.encodings, sizes, strict=True):
             if name == "image":
                 sample[name] = data[at : at + size]
             elif name == "label":

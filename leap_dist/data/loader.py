@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import traceback
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
@@ -22,7 +23,7 @@ from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch, Request
 from leap_dist.data.classes import UNLABELLED
 from leap_dist.data.colours import Crops
-from leap_dist.data.order import Share, epoch_order
+from leap_dist.data.order import EpochOrder, Share
 from leap_dist.data.transforms import Whole, eval_transform, train_transform
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+ASKED_AT_ONCE = 8192  # samples of the order: a call costs as much for one as for some hundreds
 
 
 def _guarded(batches: Iterable[Batch], source: str) -> Iterator[Batch]:
@@ -161,20 +163,28 @@ class TrainLoader:
     def _epoch_requests(self, epoch: int, start: int) -> Iterator[Request]:
         """Micro-batches from `start` on; with each, the shards of one that is `data.predownload` images ahead."""
         store, share = self._dataset.store, self._share
-        order = epoch_order(
+        order = EpochOrder(
             store.shard_sizes, canonical_nodes=self._config.canonical_nodes, seed=self._seed, epoch=epoch
         )
-
-        def ids(index: int) -> NDArray[np.int64]:
-            return order[index // share.accumulation * share.global_batch + share.positions(index)]
-
-        distance = -(-self._config.predownload // share.micro_batch)
-        looked_at = start
+        distance = -(-self._config.predownload // share.micro_batch) if store.fetches else 0
+        ahead: deque[NDArray[np.int64]] = deque()
+        coming = self._ids(order, start)
         for index in range(start, len(self)):
-            until = min(len(self), index + distance + 1) if store.fetches else looked_at
-            ahead = [store.shards_of(ids(later)) for later in range(looked_at, until)]
-            looked_at = until
-            yield Request(epoch, ids(index), share.positions(index), np.concatenate([np.empty(0, np.int64), *ahead]))
+            looked_at = []
+            while len(ahead) <= distance and (ids := next(coming, None)) is not None:
+                looked_at += [store.shards_of(ids)] if store.fetches else []
+                ahead.append(ids)
+            shards = np.concatenate([np.empty(0, np.int64), *looked_at])
+            yield Request(epoch, ahead.popleft(), share.positions(index), shards)
+
+    def _ids(self, order: EpochOrder, start: int) -> Iterator[NDArray[np.int64]]:
+        """The samples of micro-batches `start`, `start` + 1, ... of this rank; many are asked for at once."""
+        share = self._share
+        many = max(1, ASKED_AT_ONCE // share.micro_batch)
+        for first in range(start, len(self), many):
+            numbers = range(first, min(first + many, len(self)))
+            positions = [i // share.accumulation * share.global_batch + share.positions(i) for i in numbers]
+            yield from np.split(order(np.concatenate(positions)), len(numbers))
 
     def close(self) -> None:
         """End the workers and release the data; the loader is of no use afterwards. Safe to call twice."""

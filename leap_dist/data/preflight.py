@@ -12,7 +12,7 @@ import numpy as np
 
 from leap_dist.config import DIGITS, DataConfig
 from leap_dist.data.classes import CLASSES, UNLABELLED, class_number, explain, translation
-from leap_dist.data.shards import INDEX, read_index
+from leap_dist.data.index import INDEX, read_index
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, on_first
 
@@ -101,7 +101,7 @@ def _check(config: DataConfig, task: Task) -> list[str]:
 
 def _check_column(name: str, folder: Path, task: Task, judged: bool) -> None:
     """UserError if a set that needs labels has no column of them."""
-    if all("label" in shard["column_names"] for shard in read_index(folder)):
+    if all("label" in columns.names for columns in read_index(folder).columns):
         return
     if task.classes:
         raise UserError(f"{task.option}={task.classes}: {name} has no labels, says {folder / INDEX}")

@@ -12,7 +12,6 @@ import fcntl
 import functools
 import glob
 import hashlib
-import json
 import logging
 import os
 import queue
@@ -20,6 +19,7 @@ import random
 import re
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,8 +33,9 @@ from streaming.base.util import bytes_to_int
 
 from leap_dist.config import DataConfig, is_remote
 from leap_dist.data.classes import CLASSES, read_classes, translation
-from leap_dist.data.columns import open_shard
-from leap_dist.data.shards import INDEX, check_shards, read_index, require_hash
+from leap_dist.data.columns import ShardReader
+from leap_dist.data.index import INDEX, is_inside, read_index
+from leap_dist.data.shards import check_shards, files_in, listed
 from leap_dist.data.unpacking import unpack
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, on_first
@@ -50,6 +51,7 @@ ATTEMPTS = 7  # to fetch a shard, with pauses of 1, 2, 4 ... s: the network may 
 DOWNLOAD_TIMEOUT_S = 60.0
 RETRY_AFTER_S = 300.0  # a shard that failed is left alone for so long; every process of the node would wait in turn
 FETCHERS = 4  # downloads at a time in each worker
+OPEN_SHARDS = 64  # files that a process keeps open of each set
 READ_ATTEMPTS = 8  # a shard may be evicted between its arrival and the read
 
 
@@ -69,20 +71,24 @@ def one_line(error: BaseException) -> str:
 class ShardStore:
     """Random access to the samples of a set. Build it with `open_store`. Safe to use from forked workers.
 
+    What is known of the shards lies in arrays, which workers share with the rank that forked them.
+
     size: samples; shard_sizes: (shards,) int64; fetches: whether shards may have to be fetched before they are read.
     """
 
     def __init__(self, source: str, config: DataConfig) -> None:
         self.source = source
         self.folder = _folder(source, config)
-        self.shards = [open_shard(self.folder, info) for info in read_index(self.folder)]
-        self.shard_sizes: NDArray[np.int64] = np.array([shard.samples for shard in self.shards], np.int64)
+        self.index = read_index(self.folder, config.validate_hash)
+        self.shard_sizes: NDArray[np.int64] = self.index.samples
         self.size = int(self.shard_sizes.sum())
         self._in_place = config.cache is None
-        self.fetches = not self._in_place or any(shard.compression for shard in self.shards)
+        self.fetches = not self._in_place or self.index.packed is not None
         self._ends = self.shard_sizes.cumsum()
         self._validate_hash = config.validate_hash
         self._limit = bytes_to_int(config.cache_limit) if config.cache and config.cache_limit else None
+        self._most_open = OPEN_SHARDS if self._limit is None else 1  # what is evicted gives its room back when closed
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()  # the one used last at the end
         # Built by the process that uses it: cloud clients do not survive a fork.
         self._downloader: Optional[CloudDownloader] = None
         self._wanted: Optional[queue.SimpleQueue[int]] = None
@@ -90,13 +96,11 @@ class ShardStore:
     def layout(self) -> str:
         """How the samples lie in shards, which the order of an epoch depends on: equal words, equal orders."""
         digest = hashlib.blake2s(self.shard_sizes.tobytes(), digest_size=4).hexdigest()
-        return f"{self.size} samples in {len(self.shards)} shards ({digest})"
+        return f"{self.size} samples in {len(self.index)} shards ({digest})"
 
     def contents(self) -> str:
         """What the index says of the samples themselves: a digest of every shard's size and hashes."""
-        raw = [self._raw(shard_id) for shard_id in range(len(self.shards))]
-        told = json.dumps([[info.bytes, sorted(info.hashes.items())] for info in raw])
-        return hashlib.blake2s(told.encode(), digest_size=4).hexdigest()
+        return self.index.contents
 
     def shards_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The shards that hold these samples, each once."""
@@ -104,7 +108,7 @@ class ShardStore:
 
     def shard_name(self, sample_id: int) -> str:
         """File name of the shard that holds a sample."""
-        return self._raw(self._shard_of(sample_id)).basename
+        return self.index.raw.names[self._shard_of(sample_id)]
 
     def read(self, sample_id: int) -> dict[str, Any]:
         """The columns of a sample; blocks while its shard is fetched, and raises anything if it cannot be read.
@@ -112,17 +116,27 @@ class ShardStore:
         UserError if the cache is too small for it to stay until then, or its disk is full.
         """
         shard_id = self._shard_of(sample_id)
-        shard, path = self.shards[shard_id], self._path(shard_id)
+        number = sample_id - int(self._ends[shard_id] - self.shard_sizes[shard_id])
         for _ in range(READ_ATTEMPTS):
             try:
-                sample = shard[sample_id - int(self._ends[shard_id]) + shard.samples]
                 if self._limit is not None:
                     with _storing(self.folder):
-                        os.utime(path)  # what was read longest ago is evicted first
-                return sample
+                        os.utime(self._path(shard_id))  # what was read longest ago is evicted first
+                return self._reader(shard_id).sample(number)
             except FileNotFoundError:
                 self._fetch(shard_id)
+        path = self._path(shard_id)
         raise UserError(f"data.cache_limit: too small, {path} is evicted again before it can be read")
+
+    def _reader(self, shard_id: int) -> ShardReader:
+        reader = self._readers.pop(shard_id, None)
+        if reader is None:
+            if len(self._readers) >= self._most_open:
+                self._readers.popitem(last=False)[1].close()
+            index = self.index
+            reader = ShardReader(self._path(shard_id), index.columns_of(shard_id), int(index.raw.sizes[shard_id]))
+        self._readers[shard_id] = reader
+        return reader
 
     def fetch_ahead(self, shard_ids: Iterable[int]) -> None:
         """Fetch shards in the background. What fails here fails again, and is heard of, when it is read."""
@@ -144,22 +158,19 @@ class ShardStore:
     def _shard_of(self, sample_id: int) -> int:
         return int(np.searchsorted(self._ends, sample_id, side="right"))
 
-    def _raw(self, shard_id: int) -> Any:
-        return self.shards[shard_id].file_pairs[0][0]
-
     def _path(self, shard_id: int) -> Path:
-        return self.folder / self._raw(shard_id).basename
+        return self.folder / self.index.raw.names[shard_id]
 
     def _fetch(self, shard_id: int) -> None:
         """Bring a shard into the folder, unless another process has just done so.
 
         FetchError if it fails; UserError if the folder's disk is full, which no other attempt would mend.
         """
-        raw, packed = self.shards[shard_id].file_pairs[0]
-        target = self.folder / raw.basename
-        if self._in_place and packed is None:
+        name = self.index.raw.names[shard_id]
+        target = self.folder / name
+        if self._in_place and self.index.columns_of(shard_id).compression is None:
             raise FileNotFoundError(f"{target} is missing")
-        with _storing(self.folder), _locked(self.folder, raw.basename) as note:
+        with _storing(self.folder), _locked(self.folder, name) as note:
             if target.exists():
                 return
             _raise_recent(note)
@@ -173,30 +184,27 @@ class ShardStore:
 
     def _download(self, shard_id: int) -> Path:
         """Download, check and unpack in the staging folder; call it under the shard's lock. Returns where it lies."""
-        shard, staging = self.shards[shard_id], self.folder / STAGING
-        raw, packed = shard.file_pairs[0]
-        for info in filter(None, (raw, packed)):
+        index, staging = self.index, self.folder / STAGING
+        compression = index.columns_of(shard_id).compression
+        files = index.raw if compression is None else index.packed
+        raw, arrived = (staging / names[shard_id] for names in (index.raw.names, files.names))
+        for path in {raw, arrived}:
             # Of an attempt that failed, which google's client would take for the file, or of a process that was killed:
             # amazon's writes under names of its own.
-            for left in (staging / info.basename, *staging.glob(f"{glob.escape(info.basename)}.*")):
+            for left in (path, *path.parent.glob(f"{glob.escape(path.name)}.*")):
                 left.unlink(missing_ok=True)
         if self._downloader is None:
             self._downloader = CloudDownloader.get(self.source)
-        info = packed or raw
-        arrived = staging / info.basename
-        self._downloader.download(f"{self.source.rstrip('/')}/{info.basename}", str(arrived), DOWNLOAD_TIMEOUT_S)
-        _require_size(arrived, info.bytes)
+        name = files.names[shard_id]
+        self._downloader.download(f"{self.source.rstrip('/')}/{name}", str(arrived), DOWNLOAD_TIMEOUT_S)
+        _require_size(arrived, int(files.sizes[shard_id]))
         if self._validate_hash:
-            self._require_hash(arrived, info.hashes)
-        if packed is not None:
-            unpack(arrived, staging / raw.basename, shard.compression, raw.bytes)
+            _require_hash(arrived, self._validate_hash, files.hashes[shard_id])
+        if compression is not None:
+            raw.parent.mkdir(parents=True, exist_ok=True)
+            unpack(arrived, raw, compression, int(index.raw.sizes[shard_id]))
             arrived.unlink()
-        return staging / raw.basename
-
-    def _require_hash(self, path: Path, hashes: dict[str, str]) -> None:
-        require_hash(self._validate_hash, hashes, self.source)
-        if get_hash(self._validate_hash, path.read_bytes()) != hashes[self._validate_hash]:
-            raise ValueError(f"{path.name} is corrupt: its {self._validate_hash} differs from the one in {INDEX}")
+        return raw
 
     def _keep(self, arrived: Path, target: Path) -> None:
         """Move a shard to its place, under one lock with its evictions: what others keep at the same moment counts."""
@@ -208,42 +216,43 @@ class ShardStore:
 
     def _evict(self, excess: int) -> None:
         """Remove what was read longest ago, until what stays and `excess` come to 0 bytes at most."""
-        present = []
-        for shard_id in range(len(self.shards)):
-            with suppress(FileNotFoundError):
-                status = self._path(shard_id).stat()
-                present.append((status.st_mtime_ns, status.st_size, shard_id))
+        present = [(about.st_mtime_ns, about.st_size, name) for name, about in self._present()]
         excess += sum(size for _, size, _ in present)
-        for _, size, shard_id in sorted(present):
+        for _, size, name in sorted(present):
             if excess <= 0:
                 break
-            self._path(shard_id).unlink(missing_ok=True)
+            (self.folder / name).unlink(missing_ok=True)
             excess -= size
+
+    def _present(self) -> Iterator[tuple[str, os.stat_result]]:
+        """The shards in the folder: of what lies there, as far as the cache goes, all but two files are some."""
+        for name, about in files_in(self.folder, self.index.parents):
+            if is_inside(name):
+                yield name, about
 
     def tidy(self) -> None:
         """Drop what killed runs left in the cache: cut shards, and notes of shards that could not be fetched."""
-        for shard_id in range(0 if self._in_place else len(self.shards)):
-            path = self._path(shard_id)
-            with suppress(FileNotFoundError):
-                if path.stat().st_size != self._raw(shard_id).bytes:
-                    path.unlink()
-        for name in os.listdir(self.folder / LOCKS) if self.fetches and (self.folder / LOCKS).is_dir() else ():
-            with suppress(OSError):  # gone meanwhile, or none of ours
-                os.close(os.open(self.folder / LOCKS / name, os.O_WRONLY | os.O_TRUNC | OURS))
+        if not self._in_place:
+            found = listed(self.folder, self.index.parents).sizes_of(self.index.raw.keys)
+            for shard_id in np.flatnonzero((found >= 0) & (found != self.index.raw.sizes)):
+                self._path(shard_id).unlink(missing_ok=True)
+        if self.fetches:
+            for name, about in files_in(self.folder / LOCKS, [""]):
+                with suppress(OSError):  # gone meanwhile, or none of ours
+                    if about.st_size:
+                        os.close(os.open(self.folder / LOCKS / name, os.O_WRONLY | os.O_TRUNC | OURS))
 
     def check(self) -> None:
         """Raise UserError where the options do not go with the set."""
-        for shard in self.shards:
-            raw, packed = shard.file_pairs[0]
-            if self._validate_hash:
-                require_hash(self._validate_hash, (packed or raw).hashes, self.source)
+        if self._validate_hash:
+            self.index.require_hash(self._validate_hash, self.source)
         if self.fetches:
             self._require_own_folders()
         if self._in_place and self.fetches and not os.access(self.folder, os.W_OK):
             raise UserError(
                 f"{self.folder}: its shards are compressed, to be unpacked where nobody may write; set data.cache"
             )
-        largest = max(shard.get_max_size() for shard in self.shards)
+        largest = self.index.largest()
         if self._limit is not None and self._limit < 4 * largest:
             raise UserError(
                 f"data.cache_limit: {self._limit} bytes are too few for {self.source}, whose largest shard takes "
@@ -252,11 +261,16 @@ class ShardStore:
 
     def _require_own_folders(self) -> None:
         """UserError where what is written would follow a link out of the folder that shards are fetched into."""
-        parents = {self._path(shard_id).parent for shard_id in range(len(self.shards))} - {self.folder}
+        parents = {self.folder / parent for parent in self.index.parents if parent}
         base = self.folder.resolve()
         for path in (*parents, self.folder / STAGING, self.folder / LOCKS):
             if path.resolve() != base / path.relative_to(self.folder):
                 raise UserError(f"{path} is a link that leads elsewhere: nothing is unpacked through it; remove it")
+
+
+def _require_hash(path: Path, name: str, expected: str) -> None:
+    if get_hash(name, path.read_bytes()) != expected:
+        raise ValueError(f"{path.name} is corrupt: its {name} differs from the one in {INDEX}")
 
 
 def _require_size(path: Path, size: int) -> None:
@@ -430,7 +444,10 @@ def _storing(folder: Path) -> Iterator[None]:
 @contextmanager
 def _locked(folder: Path, name: str) -> Iterator[int]:
     """Hold the lock `name` of a folder against threads and processes; gives its open file. A kill releases it."""
-    path = folder / LOCKS / name.replace("/", "-")
+    flat = name.replace("/", "-")
+    if len(os.fsencode(flat)) > 200:  # each part of it may be as long as a file system allows
+        flat = hashlib.blake2s(os.fsencode(name)).hexdigest()
+    path = folder / LOCKS / flat
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | OURS, 0o666)
     try:

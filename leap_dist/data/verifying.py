@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from leap_dist.data.classes import CLASSES
+from leap_dist.data.columns import ShardReader
+from leap_dist.data.index import INDEX, ShardIndex, is_inside, read_index
 from leap_dist.data.parallel import parallel
 from leap_dist.data.sharding import QUARANTINE, RUN
-from leap_dist.data.shards import HASH, INDEX, is_inside, read_index
+from leap_dist.data.shards import HASH
 from leap_dist.data.sources import WHOLE
 from leap_dist.data.transforms import decode
 from leap_dist.errors import UserError
@@ -24,7 +25,13 @@ class StoredShard:
     """A shard in a folder's index."""
 
     folder: Path
-    info: dict[str, Any]
+    index: ShardIndex
+    number: int
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return self.folder / self.index.raw.names[self.number]
 
 
 def stored_shards(out: Path) -> list[StoredShard]:
@@ -35,7 +42,8 @@ def stored_shards(out: Path) -> list[StoredShard]:
     folders = [path.parent for path in (out / INDEX, *sorted(out.glob(f"*/{INDEX}"))) if path.exists()]
     if not folders:
         raise UserError(f"neither {out} nor a folder in it has an {INDEX}: no shards, or not all of them yet")
-    shards = [StoredShard(folder, info) for folder in folders for info in read_index(folder)]
+    indices = [(folder, read_index(folder, HASH)) for folder in folders]
+    shards = [StoredShard(folder, index, number) for folder, index in indices for number in range(len(index))]
     if (out / RUN).exists():
         planned = _planned(out / RUN)
         _check_planned(out, planned, shards)
@@ -62,7 +70,7 @@ def _check_planned(out: Path, planned: dict[str, int], shards: list[StoredShard]
     if (out / QUARANTINE).exists():
         with open(out / QUARANTINE, newline="", encoding="utf-8") as file:
             left_out = sum(1 for _ in csv.reader(file)) - 1
-    stored, wanted = sum(shard.info["samples"] for shard in shards), sum(planned.values())
+    stored, wanted = sum(int(shard.index.samples[shard.number]) for shard in shards), sum(planned.values())
     if stored + left_out != wanted:
         raise UserError(f"{out}: {stored} images in shards and {left_out} in quarantine, but {RUN} says {wanted}")
 
@@ -77,7 +85,7 @@ def verify(shards: list[StoredShard], classes: int, workers: int) -> Iterator[Co
     for shard, labels in zip(shards, parallel(_read, shards, workers), strict=True):
         strange = [label for label in labels if not 0 <= label < classes]
         if strange:
-            raise UserError(f"{_path(shard)} has the label {strange[0]}, but {CLASSES} lists {classes} classes")
+            raise UserError(f"{shard.path} has the label {strange[0]}, but {CLASSES} lists {classes} classes")
         yield labels
 
 
@@ -89,27 +97,21 @@ def count_classes(out: Path) -> int:
         raise UserError(f"{out / CLASSES} cannot be read: {error}") from None
 
 
-def _path(shard: StoredShard) -> Path:
-    return shard.folder / shard.info["raw_data"]["basename"]
-
-
 def _read(shard: StoredShard) -> Counter[int]:
     from streaming.base.hashing import get_hash
 
-    from leap_dist.data.columns import open_shard
-
-    path, expected = _path(shard), shard.info["raw_data"]
-    if shard.info["zip_data"]:
+    index, number, path = shard.index, shard.number, shard.path
+    if index.columns_of(number).compression is not None:
         raise UserError(f"{path} is compressed: only shards as tools/make_shards.py writes them can be verified")
     data = read_regular(path)
-    if len(data) != expected["bytes"]:
-        raise UserError(f"{path} has {len(data)} bytes where {INDEX} says {expected['bytes']}")
-    if get_hash(HASH, data) != expected["hashes"].get(HASH):
+    if len(data) != index.raw.sizes[number]:
+        raise UserError(f"{path} has {len(data)} bytes where {INDEX} says {index.raw.sizes[number]}")
+    if get_hash(HASH, data) != index.raw.hashes[number]:
         raise UserError(f"{path} is corrupt: its {HASH} is not the one in {INDEX}")
-    reader = open_shard(shard.folder, shard.info)
+    reader = ShardReader(path, index.columns_of(number), len(data))
     labels = Counter()
-    for i in range(reader.size):
-        sample = reader[i]
+    for i in range(int(index.samples[number])):
+        sample = reader.sample(i)
         try:
             decode(sample["image"])
         except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ...

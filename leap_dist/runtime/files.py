@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Optional
+from typing import IO, Any, BinaryIO, Optional
 
 from leap_dist.errors import UserError
 
@@ -144,19 +144,29 @@ def _answer(folder: Path) -> Optional[int]:
     return None
 
 
-def read_regular(path: Path, most: Optional[int] = None) -> bytes:
-    """All bytes of a regular file: a pipe would wait for ever, and /dev/zero has no end.
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, unbuffered, to be read: a pipe would wait for ever, and /dev/zero has no end.
 
     Raises:
-        OSError: it cannot be read, it is none, or it has more than `most` bytes.
+        OSError: it cannot be opened, or is none.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without waiting for a pipe's writer
-    with open(descriptor, "rb", buffering=0) as file:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            raise OSError(errno.EINVAL, "no regular file", str(path))
-        if most is not None and about.st_size > most:
-            raise OSError(errno.EFBIG, f"has {about.st_size} bytes, at most {most} are read", str(path))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return open(descriptor, "rb", buffering=0)
+
+
+def read_regular(path: Path, most: Optional[int] = None) -> bytes:
+    """All bytes of a regular file.
+
+    Raises:
+        OSError: as `open_regular`, or it has more than `most` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise OSError(errno.EFBIG, f"has {size} bytes, at most {most} are read", str(path))
         return file.read() if most is None else file.read(most)
 
 

@@ -40,7 +40,7 @@ def test_a_raw_set_is_read_in_place_and_never_written_to(tmp_path: Path) -> None
     folder = write(tmp_path / "set")
     before = files(folder)
     store = opened(folder, cache_limit="1kb")  # without a cache there is nothing to evict but the user's own files
-    store.fetch_ahead(range(len(store.shards)))
+    store.fetch_ahead(range(len(store.index)))
     assert not store.fetches and labels(store) == list(range(SIZE))
     assert files(folder) == before
 
@@ -90,7 +90,7 @@ def test_what_was_read_longest_ago_is_evicted_first(tmp_path: Path) -> None:
     folder = write(tmp_path / "set")
     store = opened(folder, cache=str(tmp_path / "cache"), cache_limit="4kb")
     firsts = (store.shard_sizes.cumsum() - store.shard_sizes).tolist()
-    fitting = 4096 // max(shard.get_max_size() for shard in store.shards)
+    fitting = 4096 // store.index.largest()
     for first in firsts[:fitting]:
         store.read(first)
     store.read(firsts[0])
@@ -212,7 +212,7 @@ def test_contents_are_read_once_however_often_a_run_opens_a_set(
     for _ in range(3):
         store = opened(folder, validate_hash="xxh64")
     opened(folder, validate_hash="xxh64", cache=str(tmp_path / "cache"))  # there each is hashed when it arrives
-    assert len(hashed) == len(set(hashed)) == len(store.shards)
+    assert len(hashed) == len(set(hashed)) == len(store.index)
 
 
 def test_a_shard_is_downloaded_once_for_all(tmp_path: Path) -> None:
