@@ -82,8 +82,9 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
         with _of(name):
             schedules[name] = replayed_schedule(own.curriculum.replay, spec.depth, steps, world)
     checkpoints = Checkpoints(
-        config, world, loader.layout, teacher.fingerprint, claim, teacher.marks, contents=loader.contents
-    )
+        config, world, loader.layout, teacher.fingerprint, claim, teacher.marks,
+        contents=loader.contents, order=loader.order,
+    )  # fmt: skip
     if resume is not None:
         checkpoints.needs_conversion(resume)  # what does not fit is said before the engines are built
     parts = Parts(

@@ -117,6 +117,10 @@ class ShardIndex:
             raise UserError(f"data.validate_hash: {name!r} is not in the index of {source} (it has: {known})")
 
 
+class NotAnIndex(UserError):
+    """A file that is no index at all, or half of one."""
+
+
 def key_of_name(name: bytes) -> int:
     """64 bits by which a file of an index is found in a listing of its folder."""
     return xxhash.xxh3_64_intdigest(name)
@@ -137,7 +141,7 @@ def read_index(folder: Path, keep_hash: Optional[str] = None) -> ShardIndex:
         hint = f"did you mean {' or '.join(map(str, below[:3]))}?" if below else "tools/make_shards.py makes one"
         raise UserError(f"{path} does not exist: a folder of MDS shards is expected; {hint}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a readable MDS index ({type(error).__name__}: {error!s:.200})") from None
+        raise NotAnIndex(f"{path} is not a readable MDS index ({type(error).__name__}: {error!s:.200})") from None
 
 
 @functools.lru_cache(maxsize=8)  # a run opens its sets several times

@@ -23,7 +23,7 @@ from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch, Request
 from leap_dist.data.classes import UNLABELLED
 from leap_dist.data.colours import Crops
-from leap_dist.data.order import EpochOrder, Share
+from leap_dist.data.order import VERSION, EpochOrder, Share
 from leap_dist.data.transforms import Whole, eval_transform, train_transform
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World
@@ -129,7 +129,7 @@ class TrainLoader:
 
     def __init__(self, dataset: ImageDataset, config: DataConfig, share: Share, *, seed: int) -> None:
         self.num_samples: int = dataset.store.size
-        self.layout, self.contents = dataset.store.layout(), dataset.store.contents()
+        self.layout, self.contents, self.order = dataset.store.layout(), dataset.store.contents(), VERSION
         self._dataset = dataset
         self._config = config
         self._share = share

@@ -9,6 +9,7 @@ processes share nothing but the folder: a shard appears in it by renaming, under
 from __future__ import annotations
 
 import fcntl
+import filecmp
 import functools
 import glob
 import hashlib
@@ -34,12 +35,12 @@ from streaming.base.util import bytes_to_int
 from leap_dist.config import DataConfig, is_remote
 from leap_dist.data.classes import CLASSES, read_classes, translation
 from leap_dist.data.columns import ShardReader
-from leap_dist.data.index import INDEX, is_inside, read_index
+from leap_dist.data.index import INDEX, NotAnIndex, is_inside, read_index
 from leap_dist.data.shards import check_shards, files_in, listed
 from leap_dist.data.unpacking import unpack
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, on_first
-from leap_dist.runtime.files import read_json, read_regular, refusal, takes_no_more
+from leap_dist.runtime.files import refusal, takes_no_more
 
 _T = TypeVar("_T")
 log = logging.getLogger(__name__)
@@ -323,22 +324,26 @@ def _folder(source: str, config: DataConfig) -> Path:
 
 def _fetch_index(source: str, folder: Path) -> None:
     """Bring the index into the cache, unless it is there. UserError if shards of another one lie there."""
+    if not is_remote(source) and folder == Path(source):
+        return
     if (folder / INDEX).exists():
         if is_remote(source):
             _ask_for_changes(source.rstrip("/"), folder)
         else:
-            _check_same(source, read_regular(Path(source) / INDEX), folder)
+            _check_same(source, Path(source) / INDEX, folder)
         return
     staged = folder / STAGING / INDEX
 
     def download() -> None:
         _download_beside(source.rstrip("/"), staged)
-        read_json(staged)  # half an index must not get into the cache
+        try:
+            read_index(folder / STAGING)  # half an index, or a hostile one, does not get into the cache
+        except NotAnIndex as error:
+            raise ValueError(error) from None
 
     try:
         with _locked(folder, INDEX):
             _persistently(download, INDEX_ATTEMPTS)
-            read_index(folder / STAGING)  # what is no index, or a hostile one, does not get into the cache
             os.replace(staged, folder / INDEX)
     except UserError as error:
         raise UserError(f"{source}: {str(error).replace(str(folder / STAGING / INDEX), INDEX)}") from None
@@ -352,22 +357,22 @@ def _fetch_index(source: str, folder: Path) -> None:
 @functools.cache
 def _ask_for_changes(source: str, folder: Path) -> None:
     """Compare the index in the cache with that of a remote source, once in a process; say so where nobody answers."""
-    staged = folder / STAGING / INDEX
+    staged, latest = folder / STAGING / INDEX, folder / STAGING / f"latest-{os.getpid()}.json"
     try:
         with _locked(folder, INDEX):
             _download_beside(source, staged)
-            found = staged.read_bytes()
-            staged.unlink()
+            os.replace(staged, latest)
     except Exception as error:  # as of `_fetch_index`; all of it may be in the cache, and the network away
         log.warning("%s: cannot be asked whether it has changed since it was cached (%s)", source, one_line(error))
         return
-    _check_same(source, found, folder)
+    _check_same(source, latest, folder)
+    latest.unlink()
     _fetch_classes(source, folder)
 
 
-def _check_same(source: str, index: bytes, folder: Path) -> None:
+def _check_same(source: str, index: Path, folder: Path) -> None:
     """UserError unless the shards in `folder` are of the `index` that `source` has now."""
-    if index != read_regular(folder / INDEX):
+    if not filecmp.cmp(index, folder / INDEX, shallow=False):
         raise UserError(
             f"{source} has changed since its shards were copied to {folder}; remove that folder, or set another "
             "data.cache, once no run reads it"
@@ -420,7 +425,7 @@ def _persistently(work: Callable[[], _T], attempts: int) -> _T:
             return work()
         except Exception as error:
             done += 1
-            hopeless = isinstance(error, FileNotFoundError) or takes_no_more(error)
+            hopeless = isinstance(error, (FileNotFoundError, UserError)) or takes_no_more(error)
             worth = 1 if hopeless else 2 if _is_damage(error) else attempts
             if done >= min(worth, attempts):
                 raise

@@ -46,6 +46,7 @@ class _Saved:
     history: list[dict[str, Any]]
     layout: str = ""
     contents: str = ""
+    order: int = 1
 
 
 class Session:
@@ -54,8 +55,8 @@ class Session:
     step: optimizer steps taken; seconds: in them; loss: mean since the last look; history: a row per evaluation.
 
     Args:
-        model: on its device. steps_per_epoch: in a pass over the shards. layout, contents: of the shards, without which
-            `step` is no position in them; as `TrainLoader` has them. checkpoint: file to save to.
+        model: on its device. steps_per_epoch: in a pass over the shards. layout, contents, order: of the shards,
+            without which `step` is no position in them; as `TrainLoader` has them. checkpoint: file to save to.
     """
 
     def __init__(
@@ -67,13 +68,14 @@ class Session:
         checkpoint: Path,
         *,
         contents: str = "",
+        order: int = 1,
     ) -> None:
         self.recipe, self.model = recipe, model.train()
         self.steps_per_epoch, self.total_steps = steps_per_epoch, recipe.epochs * steps_per_epoch
         self.average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
         self.history: list[dict[str, Any]] = []
-        self._layout, self._contents = layout, contents
+        self._layout, self._contents, self._order = layout, contents, order
         self._checkpoint, self._saved_at = checkpoint, time.monotonic()
         self._device = next(model.parameters()).device
         self._optimizer = build_optimizer(recipe.optim, model, recipe.layer_decay)
@@ -130,6 +132,7 @@ class Session:
             "history": self.history,
             "layout": self._layout,
             "contents": self._contents,
+            "order": self._order,
         }
         about = {"step": self.step, "recipe": dataclasses.asdict(self.recipe)}
         write_recorded(self._checkpoint, lambda partial: torch.save(state, partial), about)
@@ -140,6 +143,12 @@ class Session:
         if not self._checkpoint.is_file():
             return
         state = self._saved_state()
+        order = state.get("order", 1)  # the first did not say so
+        if order != self._order:
+            raise UserError(
+                f"{self._checkpoint}: was saved by a version of leap_dist that takes the samples in another order "
+                f"({order}, here {self._order}); go on with that version, or name another output"
+            )
         layout = state.get("layout", self._layout)
         if layout != self._layout:
             raise UserError(

@@ -94,7 +94,9 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
         data.val, data, batch=min(BATCH, data.global_batch), world=world, numbered_as=data.train
     )
     _check_recipe(output / RECIPE, recipe)
-    session = Session(recipe, model, len(loader), loader.layout, output / CHECKPOINT, contents=loader.contents)
+    session = Session(
+        recipe, model, len(loader), loader.layout, output / CHECKPOINT, contents=loader.contents, order=loader.order
+    )
     session.restore()
     write_text(output / RECIPE, to_yaml(recipe))
     most_bad = int(data.max_bad_fraction * loader.num_samples)

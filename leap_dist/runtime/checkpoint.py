@@ -259,6 +259,7 @@ class Checkpoints:
     teacher: fingerprint of the weights that the student imitates.
     claim: on the output folder, if it has been made already.
     marks: of the teacher's weights, part by part.
+    contents, order: what the samples of `layout` are, and the version of the order that they are taken in.
     """
 
     def __init__(
@@ -271,10 +272,11 @@ class Checkpoints:
         marks: Optional[Marks] = None,
         *,
         contents: str = "",
+        order: int = 1,
     ) -> None:
         self.config = config
         self.world = world
-        self.layout, self.contents = layout, contents
+        self.layout, self.contents, self.order = layout, contents, order
         self.teacher = teacher
         self.marks = marks or Marks("teacher.weights")
         self._unconfirmed: Optional[Path] = None
@@ -367,6 +369,12 @@ class Checkpoints:
             saved = {"students": []} | read_run(path)
         except UserError as error:
             raise UserError(f"checkpoint {path}: {error}; {others(path)}") from None
+        order = saved.get("order", 1)  # the first did not say so
+        if order != self.order:
+            raise UserError(
+                f"checkpoint {path}: was saved by a version of leap_dist that takes the samples in another order "
+                f"({order}, here {self.order}); go on with that version, or begin anew in another output"
+            )
         for key, mine in self._identity().items():
             if saved.get(key, mine) != mine:
                 raise UserError(
@@ -447,6 +455,7 @@ class Checkpoints:
             "canonical_nodes": self.config.data.canonical_nodes,
             "data.train": self.layout,
             "data.train's contents": self.contents,
+            "order": self.order,
             "data.image_size": self.config.data.image_size,
             "teacher": self.teacher,
             "students": sorted(self.config.students),

@@ -42,6 +42,7 @@ class SavedRun:
     world_size: int
     saved_at: float = 0.0
     zero_stage: int = 0
+    order: int = 1
     teacher_marks: dict[str, str] = field(default_factory=dict)
     students: list[str] = field(default_factory=list)
     files: dict[str, Mark] = field(default_factory=dict)

@@ -282,6 +282,18 @@ def test_what_the_position_does_not_hold_for_is_refused(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("says", [True, False])
+def test_a_position_in_another_order_of_the_samples_is_refused(says: bool, tmp_path: Path) -> None:
+    """The first order did not say that it was one."""
+    saved = claimed(tmp_path, steps=(7,)) and newest(tmp_path / "checkpoints")
+    if not says:
+        record = json.loads((saved / "run.json").read_text())
+        (saved / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("order", "seal")}))
+    with pytest.raises(UserError, match=r"another order \(1, here 2\); go on with that version") as caught:
+        Checkpoints(config(tmp_path), ONE, "12", "t", order=2).needs_conversion(saved)
+    assert "\n" not in str(caught.value)
+
+
 def test_another_teacher_is_refused(tmp_path: Path) -> None:
     """`teacher.weights` may name another place, but not another teacher."""
     claimed(tmp_path, steps=(7,))
