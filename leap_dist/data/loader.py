@@ -249,11 +249,14 @@ class EvalLoader:
         total = dataset.store.size
         self.num_samples = total if limit is None else min(limit, total)
         # Neighbours lie in one shard: a node that reads through a cache needs few.
-        wanted = np.arange(self.num_samples) if only is None else only
-        positions = np.array_split(wanted, world.size)[world.rank]
-        # Fewer samples than ranks: a model may be collective, so every rank has one; `merge` drops the repeats.
-        positions = positions if len(positions) else wanted[:1]
-        self._positions = [positions[i : i + batch] for i in range(0, len(positions), batch)]
+        self._only, wanted = only, self.num_samples if only is None else len(only)
+        each, longer = divmod(wanted, world.size)
+        self._begin = world.rank * each + min(world.rank, longer)
+        self._end = self._begin + each + (world.rank < longer)
+        if self._begin == self._end:
+            # Fewer samples than ranks: a model may be collective, so every rank has one; `merge` drops the repeats.
+            self._begin, self._end = 0, min(1, wanted)
+        self._batch = batch
         self._dataset = dataset
         self._most_bad = math.ceil(config.max_bad_fraction * self.num_samples)
         self._requests = _Requests()
@@ -285,13 +288,15 @@ class EvalLoader:
 
     def _pass(self) -> Iterator[Request]:
         store = self._dataset.store
-        for positions in self._positions:
+        for begin in range(self._begin, self._end, self._batch):
+            end = min(begin + self._batch, self._end)
+            positions = np.arange(begin, end) if self._only is None else self._only[begin:end]
             ids = positions * store.size // self.num_samples
             yield Request(0, ids, positions, store.shards_of(ids))
 
     def __len__(self) -> int:
         """Batches of this rank; one of which nothing can be read is not delivered."""
-        return len(self._positions)
+        return -(-(self._end - self._begin) // self._batch)
 
 
 def build_eval_loader(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
@@ -13,6 +13,7 @@ import numpy as np
 from leap_dist.config import DIGITS, DataConfig
 from leap_dist.data.classes import CLASSES, UNLABELLED, class_number, explain, translation
 from leap_dist.data.index import INDEX, read_index
+from leap_dist.data.shuffling import key_of, permuted
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, on_first
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from leap_dist.data.store import ShardStore
 
 LOOK_SECONDS = 0.25  # at the labels of each set: all of a small one, some hundreds of a large one
+LOOKS_DRAWN = 1024  # at a time
 ENOUGH = 1000  # without any label among so many, a set has none; of a few, a tenth or a hundredth may have one
 
 log = logging.getLogger(__name__)
@@ -119,8 +121,7 @@ def _look_at_labels(
     None where shards would have to be fetched. UserError if none of many has a label, or `task` cannot train on one.
     """
     until, looked, labels = time.monotonic() + LOOK_SECONDS, 0, set()
-    samples = [] if store.fetches else np.random.RandomState(0).permutation(store.size).tolist()
-    for sample_id in samples:
+    for sample_id in () if store.fetches else _all_over(store.size):
         if time.monotonic() > until or (labels and not task.classes and not thorough):
             break
         try:
@@ -136,6 +137,13 @@ def _look_at_labels(
             f"{name}: none of {looked} samples looked at has a label, and evaluation needs them; set data.val=null"
         )
     return Look(labels, looked == store.size)
+
+
+def _all_over(size: int) -> Iterator[int]:
+    """Every sample of a set of `size` once, in an order of no meaning."""
+    for begin in range(0, size, LOOKS_DRAWN):
+        places = np.arange(begin, min(begin + LOOKS_DRAWN, size))
+        yield from permuted(places, np.full(len(places), size), key_of(np.zeros(len(places), np.int64))).tolist()
 
 
 def _told_of_labels(train: tuple[str, Look], val: tuple[str, Look]) -> list[str]:
