@@ -156,7 +156,7 @@ class DataConfig:
     mixup_group: int = option(8, "images that are mixed among themselves; must divide the micro-batch of a rank")
     mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "normalisation mean, RGB in [0,1]")
     std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "normalisation standard deviation")
-    canonical_nodes: int = option(8, "streaming's num_canonical_nodes: part of the sample order, keep it for a run")
+    canonical_nodes: int = option(8, "parts that shards are dealt to, one node's each: it changes the order, keep it")
     validate_hash: Optional[str] = option(None, "check shards against this hash of the index, e.g. xxh64")
     max_bad_fraction: float = option(
         0.001, "share of the training samples that may be unreadable; beyond it the run stops"

@@ -258,7 +258,7 @@ class _Reading:
         self._folder, self._keep_hash = folder, keep_hash
         self._samples: list[NDArray[np.int64]] = []
         self._kinds: list[NDArray[np.int32]] = []
-        self._known: dict[Columns, int] = {}
+        self._known: dict[tuple[Any, ...], int] = {}  # columns, as `Columns` has them
         self._raw = _Gathered(keep_hash)
         self._packed: Optional[_Gathered] = None  # until a shard is compressed
         self._parents: set[str] = set()
@@ -268,10 +268,10 @@ class _Reading:
 
     def take(self, entries: Sequence[_Entry]) -> None:
         """The next entries of the file."""
-        kinds = [Columns(e.column_names, e.column_encodings, e.column_sizes, e.compression) for e in entries]
+        kinds = [(e.column_names, e.column_encodings, e.column_sizes, e.compression) for e in entries]
         for kind in dict.fromkeys(kinds):
             if kind not in self._known:
-                _check_columns(self._folder, kind)
+                _check_columns(self._folder, Columns(*kind))
                 self._known[kind] = len(self._known)
         raw, packed = [e.raw_data for e in entries], [e.zip_data for e in entries]
         samples = np.array([e.samples for e in entries], np.int64)
@@ -279,7 +279,7 @@ class _Reading:
         self._samples.append(samples)
         self._kinds.append(np.array([self._known[kind] for kind in kinds], np.int32))
         self._raw.take(raw)
-        if self._packed is None and any(kind.compression for kind in self._known):
+        if self._packed is None and any(kind[-1] for kind in self._known):
             self._packed = _Gathered(self._keep_hash)
             self._packed.take([None] * self.shards)
         if self._packed is not None:
@@ -294,13 +294,15 @@ class _Reading:
         sizes = np.array([e.raw_data.bytes for e in entries], np.int64)
         for number in np.flatnonzero(samples * 4 >= sizes).tolist():
             self.refuse(number, f"{samples[number]} samples cannot lie in {sizes[number]} bytes")
-        for number, entry in enumerate(entries):
-            packed = entry.zip_data
-            if (packed is None) != (entry.compression is None):
+        for number, (zipped, compression) in enumerate([(e.zip_data, e.compression) for e in entries]):
+            if (zipped is None) != (compression is None):
                 self.refuse(number, "says half of how it is compressed: both compression and zip_data are needed")
-            for name in (entry.raw_data.basename,) if packed is None else (entry.raw_data.basename, packed.basename):
-                if not (PLAIN_NAME.fullmatch(name) or is_inside(name)):
-                    self.refuse(number, f"basename {_quoted(name)} is no name in the set's own folder")
+        for files in ([e.raw_data for e in entries], [e.zip_data for e in entries]):
+            if all(map(PLAIN_NAME.fullmatch, [f.basename for f in files if f])):
+                continue
+            for number, file in enumerate(files):
+                if file is not None and not is_inside(file.basename):
+                    self.refuse(number, f"basename {_quoted(file.basename)} is no name in the set's own folder")
 
     def refuse(self, number: int, fault: str) -> NoReturn:
         """UserError for an entry of those that are being taken."""
@@ -318,7 +320,7 @@ class _Reading:
         _check_names(self._folder / INDEX, raw, packed)
         self._told.update(raw.sizes.tobytes())
         return ShardIndex(
-            samples, np.concatenate(self._kinds), list(self._known), raw, packed,
+            samples, np.concatenate(self._kinds), [Columns(*kind) for kind in self._known], raw, packed,
             parents=frozenset(self._parents), hashed=frozenset(self._hashed or ()), contents=self._told.hexdigest(),
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ import uuid
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -99,21 +99,24 @@ def listed(folder: Path, parents: Iterable[str]) -> Listing:
     """What lies in these folders below `folder`."""
     keys, sizes = array("Q"), array("q")
     for name, about in files_in(folder, parents):
-        keys.append(key_of_name(os.fsencode(name)))
+        keys.append(key_of_name(name))
         sizes.append(about.st_size)
     order = np.argsort(np.frombuffer(keys, np.uint64))
     return Listing(np.frombuffer(keys, np.uint64)[order], np.frombuffer(sizes, np.int64)[order])
 
 
-def files_in(folder: Path, parents: Iterable[str]) -> Iterator[tuple[str, os.stat_result]]:
+def files_in(folder: Path, parents: Iterable[str]) -> Iterator[tuple[bytes, os.stat_result]]:
     """The regular files in these folders below `folder`, with their names in an index. UserError if one is closed."""
     for parent in sorted(parents):
+        before = os.fsencode(f"{parent}/") if parent else b""
         try:
-            with os.scandir(folder / parent) as entries:
+            with os.scandir(os.fsencode(folder / parent)) as entries:
                 for entry in entries:
-                    with suppress(FileNotFoundError):  # evicted at this moment
+                    try:
                         if entry.is_file():
-                            yield (f"{parent}/{entry.name}" if parent else entry.name), entry.stat()
+                            yield before + entry.name, entry.stat()
+                    except FileNotFoundError:  # evicted at this moment
+                        continue
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:

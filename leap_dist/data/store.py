@@ -227,8 +227,8 @@ class ShardStore:
 
     def _present(self) -> Iterator[tuple[str, os.stat_result]]:
         """The shards in the folder: of what lies there, as far as the cache goes, all but two files are some."""
-        for name, about in files_in(self.folder, self.index.parents):
-            if is_inside(name):
+        for found, about in files_in(self.folder, self.index.parents):
+            if is_inside(name := os.fsdecode(found)):
                 yield name, about
 
     def tidy(self) -> None:
@@ -241,7 +241,7 @@ class ShardStore:
             for name, about in files_in(self.folder / LOCKS, [""]):
                 with suppress(OSError):  # gone meanwhile, or none of ours
                     if about.st_size:
-                        os.close(os.open(self.folder / LOCKS / name, os.O_WRONLY | os.O_TRUNC | OURS))
+                        os.close(os.open(self.folder / LOCKS / os.fsdecode(name), os.O_WRONLY | os.O_TRUNC | OURS))
 
     def check(self) -> None:
         """Raise UserError where the options do not go with the set."""

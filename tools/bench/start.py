@@ -4,11 +4,11 @@ python tools/bench/start.py                                      142 M samples i
 python tools/bench/start.py --shards 2000000 --samples 640       1.28 B
 python tools/bench/start.py --shards 1300 --samples 985          ImageNet-1K
 
-The index is made up; the shards have no content, but the size that it gives. With --remote there are none at all, as
-where they come through a cache. What is measured happens in a process of its own, after its imports: reading and
-checking the index, looking for the shards, the order, the samples of the first batch. CPU seconds hardly depend on what
-else the machine does; `grows` is the peak of the process's memory over what its imports took. Then the process reads
-100,000 samples' places at random, and `reading grows` says by how much its memory has grown meanwhile.
+The index is made up, in folders of 10,000 shards where there are more; the shards have the size that it gives, and no
+content. What is measured happens in a process of its own, after its imports: reading and checking the index, comparing
+the shards' sizes, the order, the samples of the first batch. Nothing is left from an earlier start. CPU seconds hardly
+depend on what else the machine does; `grows` is the peak of the process's memory over what its imports took. Then the
+process reads 100,000 samples at random, and `reading grows` says by how much its memory has grown meanwhile.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ FILES_A_FOLDER = 10_000
 READS = 100_000
 
 
-def write_set(folder: Path, shards: int, samples: int, *, files: bool) -> None:
-    """An index of `shards` shards of `samples` samples, and if `files` is set, shards of the right size."""
+def write_set(folder: Path, shards: int, samples: int) -> None:
+    """An index of `shards` shards of `samples` samples, and files of their size."""
     entry = {
         "column_encodings": ["bytes", "int"], "column_names": ["image", "label"], "column_sizes": [None, 8],
         "compression": None, "format": "mds", "hashes": ["xxh64"], "samples": samples, "size_limit": SHARD_BYTES,
@@ -50,10 +50,9 @@ def write_set(folder: Path, shards: int, samples: int, *, files: bool) -> None:
         for number in range(shards):
             parent = f"{number // FILES_A_FOLDER:05}" if shards > FILES_A_FOLDER else "."
             name = f"shard.{number:05}.mds" if parent == "." else f"{parent}/shard.{number % FILES_A_FOLDER:05}.mds"
-            if files:
-                (folder / parent).mkdir(exist_ok=True)
-                with (folder / name).open("wb") as shard:
-                    shard.truncate(SHARD_BYTES)
+            (folder / parent).mkdir(exist_ok=True)
+            with (folder / name).open("wb") as shard:
+                shard.truncate(SHARD_BYTES)
             raw = {"basename": name, "bytes": SHARD_BYTES, "hashes": {"xxh64": f"{number * 2654435761:016x}"}}
             index.write((", " if number else "") + json.dumps({**entry, "raw_data": raw}, sort_keys=True))
         index.write('], "version": 2}')
@@ -64,11 +63,11 @@ def peak_bytes() -> int:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
-def measure(source: str, cache: str | None, canonical_nodes: int) -> dict[str, float]:
+def measure(source: str, canonical_nodes: int) -> dict[str, float]:
     """From the imports to the first samples that workers are asked for, and what reading at random adds."""
     import leap_dist.data.store  # noqa: F401
 
-    data = DataConfig(train=source, cache=cache, workers=0, canonical_nodes=canonical_nodes)
+    data = DataConfig(train=source, workers=0, canonical_nodes=canonical_nodes)
     before, wall, cpu = peak_bytes(), time.perf_counter(), time.process_time()
     loader = build_train_loader(data, seed=0, micro_batch=32, world=World(0, 1, 0, 1, torch.device("cpu")))
     opened = time.process_time()
@@ -100,22 +99,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shards", type=int, default=250_000)
     parser.add_argument("--samples", type=int, default=568, help="in each shard")
     parser.add_argument("--canonical-nodes", type=int, default=8)
-    parser.add_argument("--remote", action="store_true", help="as through a cache, no shard of which is there")
-    parser.add_argument("--measure", nargs=2, metavar=("SOURCE", "CACHE"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", metavar="SOURCE", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure:
-        source, cache = args.measure
-        print(json.dumps(measure(source, cache or None, args.canonical_nodes)))
+        print(json.dumps(measure(args.measure, args.canonical_nodes)))
         return 0
     with tempfile.TemporaryDirectory(prefix="bench_start-") as folder:
-        source, cache = Path(folder) / "set", f"{folder}/cache" if args.remote else ""
-        source.mkdir()
-        write_set(source, args.shards, args.samples, files=not args.remote)
-        command = [sys.executable, __file__, "--measure", str(source), cache]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        write_set(Path(folder), args.shards, args.samples)
         done = subprocess.run(
-            [*command, "--canonical-nodes", str(args.canonical_nodes)],
-            env=environment, stdout=subprocess.PIPE, check=True,
+            [sys.executable, __file__, "--measure", folder, "--canonical-nodes", str(args.canonical_nodes)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True,
         )  # fmt: skip
     figures = json.loads(done.stdout)
     seconds = ", ".join(f"{key} {figures[key]:.2f} s" for key in ("open", "order", "cpu", "wall"))

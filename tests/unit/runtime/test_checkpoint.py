@@ -288,7 +288,7 @@ def test_a_position_in_another_order_of_the_samples_is_refused(says: bool, tmp_p
     saved = claimed(tmp_path, steps=(7,)) and newest(tmp_path / "checkpoints")
     if not says:
         record = json.loads((saved / "run.json").read_text())
-        (saved / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("order", "seal")}))
+        write_sealed(saved / "run.json", {key: value for key, value in record.items() if key != "order"})
     with pytest.raises(UserError, match=r"another order \(1, here 2\); go on with that version") as caught:
         Checkpoints(config(tmp_path), ONE, "12", "t", order=2).needs_conversion(saved)
     assert "\n" not in str(caught.value)
