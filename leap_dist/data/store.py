@@ -365,8 +365,10 @@ def _ask_for_changes(source: str, folder: Path) -> None:
     except Exception as error:  # as of `_fetch_index`; all of it may be in the cache, and the network away
         log.warning("%s: cannot be asked whether it has changed since it was cached (%s)", source, one_line(error))
         return
-    _check_same(source, latest, folder)
-    latest.unlink()
+    try:
+        _check_same(source, latest, folder)
+    finally:
+        latest.unlink()
     _fetch_classes(source, folder)
 
 
