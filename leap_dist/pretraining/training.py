@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -188,13 +189,17 @@ def _finish_epoch(session: Session, source: Source, bar: tqdm, interrupt: Interr
         session.advance(source.feed.images(batch), batch)
         now = time.monotonic()
         session.seconds, since = session.seconds + now - since, now
-        bar.set_postfix(epoch=epoch + 1, loss=f"{session.loss:.3f}", accuracy=_last_accuracy(session), refresh=False)
+        bar.set_postfix(epoch=epoch + 1, loss=_last_loss(session), accuracy=_last_accuracy(session), refresh=False)
         bar.update(len(batch.labels))
         if interrupt.requested or session.is_save_due():
             session.save()
         if interrupt.requested:
             return False
     return True
+
+
+def _last_loss(session: Session) -> str:
+    return "?" if math.isnan(session.loss) else f"{session.loss:.3f}"  # NaN: not looked at yet
 
 
 def _last_accuracy(session: Session) -> str:
