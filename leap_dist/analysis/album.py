@@ -109,12 +109,12 @@ class Album:
             )
 
     def _save(self, sheet: Any, folder: Path, steps: int) -> None:
-        """A run can do without: where the disk refuses a picture, it says so once and goes on."""
+        """A run can do without: where a picture cannot be written, it says so once and goes on."""
         try:
             if self.is_due(steps):
                 save_sheet(sheet, folder / f"tokens_step_{steps:07d}.png")
             save_sheet(sheet, folder / LATEST)
-        except UserError as error:
+        except (UserError, OSError) as error:
             if not self._told:
                 log.warning("pictures cannot be written (%s); the run goes on without", error)
             self._told = True
