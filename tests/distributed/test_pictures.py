@@ -16,13 +16,13 @@ def assert_unnoticed(
     folder: Path, *overrides: str, processes: int, names: tuple[str, ...] = ("",), **sections: Any
 ) -> None:
     """With pictures and without: the same student, byte by byte, the same losses and decisions."""
-    config = write_config(folder, **{"epochs": 0.5, **sections})
+    config = write_config(folder, **{"epochs": 0.25, **sections})
     with_them, without = folder / "with", folder / "without"
     run_ok(config, f"output={with_them}", "telemetry.pictures_every=5", *overrides, processes=processes)
     run_ok(config, f"output={without}", *overrides, processes=processes)
     for name in names:
         found = sorted(path.name for path in (with_them / name / "pictures").iterdir())
-        assert found == ["tokens.png", "tokens_step_0000005.png", "tokens_step_0000010.png"]
+        assert found == ["tokens.png", "tokens_step_0000005.png"]  # of six steps
         ours, theirs = ((run / name / "student.safetensors").read_bytes() for run in (with_them, without))
         assert ours == theirs
         for tag in ("loss/total", "curriculum/block", "curriculum/cka"):

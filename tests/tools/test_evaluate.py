@@ -421,6 +421,20 @@ def test_a_killed_segmentation_goes_on_to_the_bit(
     assert pixels.shape == (28 + 2 * 272, 6 + 3 * 272, 3)
 
 
+@pytest.mark.slow
+def test_a_head_that_two_ranks_have_trained_is_there_for_both(student: Path, tmp_path: Path) -> None:
+    """Each with its own running statistics: the same command gives the same figures. One rank trains anew."""
+    data = ["--segmentation", str(masked(tmp_path / "set", "ade")), "--segmentation-steps", "20", "--workers", "0"]
+    arguments = [str(student), "segmentation", *data, "--pictures", "--out", str(tmp_path / "out")]
+    found = []
+    for processes in (2, 2, 1):
+        done = finish(fork(TOOL, *arguments, processes=processes))
+        assert done.returncode == 0, done.stdout[-3000:]
+        heads = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "features").glob("head-*.pt")}
+        found.append((results(tmp_path / "out"), heads))
+    assert found[0] == found[1] and len(found[2][1]) == 2
+
+
 def test_pictures_that_cannot_be_are_one_line(student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no image")
