@@ -59,6 +59,7 @@ class Album:
         mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (config.data.mean, config.data.std))
         self._photos = [as_pixels(image * std + mean) for image in self._images]
         self._twins: dict[str, Student] = {}
+        self._drawn = 0
         self._told = False
 
     def is_due(self, steps: int) -> bool:
@@ -68,8 +69,11 @@ class Album:
     def draw(self, teacher: Teacher, sitters: Mapping[str, Sitter], steps: int) -> dict[str, NDArray[np.uint8]]:
         """Draw everyone after `steps` steps and write the files: pictures (H, W, 3) on rank 0, by student. Collective.
 
-        teacher: its target is no shallower than any sitter's block.
+        Nothing, if that has just been done. teacher: its target is no shallower than any sitter's block.
         """
+        if steps == self._drawn:
+            return {}
+        self._drawn = steps
         targets = self._targets(teacher, {sitter.block for sitter in sitters.values()})
         found = {}
         for name, sitter in sitters.items():

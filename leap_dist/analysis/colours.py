@@ -22,6 +22,7 @@ from leap_dist.models import on_grid
 
 RGB = 3
 EDGE = 0.01  # of the reference's tokens at either end of a colour's range: a few outliers would make all others grey
+FINEST = 1e-6  # of the strongest direction: what is weaker may be the rounding of float32 tokens
 
 
 class TokenMap(NamedTuple):
@@ -71,6 +72,8 @@ def principal(tokens: Tensor) -> Tensor:
     else:
         scores = centred @ torch.linalg.eigh(centred.T @ centred)[1]
     strongest = scores.flip(1)[:, :RGB]
+    size = strongest.norm(dim=0)
+    strongest = strongest.where(size > FINEST * size[0], 0)
     largest = strongest.gather(0, strongest.abs().argmax(0, keepdim=True))
     return F.pad(torch.where(largest < 0, -strongest, strongest), (0, RGB - strongest.shape[1]))
 

@@ -51,6 +51,9 @@ def test_pictures_come_every_so_many_steps_and_at_the_end(tmp_path: Path) -> Non
 def test_the_last_step_may_be_one_of_them(tmp_path: Path) -> None:
     trained(tmp_path, stub_config(tmp_path, "telemetry.pictures_every=3", *MOVING))
     assert files(tmp_path) == ["tokens.png", "tokens_step_0000003.png", "tokens_step_0000006.png"]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("tokens/teacher_and_student")] == [2, 5]
     latest, first, last = ((tmp_path / "pictures" / name).read_bytes() for name in files(tmp_path))
     assert latest == last != first
 

@@ -44,6 +44,10 @@ def test_components_are_those_of_the_svd(n: int, d: int) -> None:
 def test_few_directions_leave_columns_of_zeros() -> None:
     found = principal(tokens(30, 2))
     assert found[:, :2].abs().sum() > 0 and not found[:, 2].any()
+    line = torch.arange(30.0)[:, None] * torch.randn(8, generator=torch.Generator().manual_seed(2))
+    for n in (6, 30):  # tokens on a line, fewer than channels and more: what else there is, is rounding
+        found = principal(line[:n])
+        assert found[:, 0].abs().sum() > 0 and not found[:, 1:].any()
     assert not principal(tokens(1, 8)).any() and principal(torch.empty(0, 8)).shape == (0, 3)
 
 
