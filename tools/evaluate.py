@@ -102,6 +102,14 @@ def check(args: argparse.Namespace) -> list[Request]:
     for option in ("segmentation_steps", "knn_k", "probe_epochs", "batch", "image_size"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: at least 1")
+    for option, (given, tasks) in {
+        "scales": (args.scales != [1.0], {"retrieval"}),
+        "images": (args.images, {"pictures"}),
+        "foreground": (args.foreground is not None, {"pictures"}),
+        "pictures": (args.pictures, {"knn", "retrieval", "segmentation"}),
+    }.items():
+        if given and not tasks & set(args.tasks):
+            raise UserError(f"--{option}: only used by {' and '.join(sorted(tasks))}")
     for scale in args.scales:
         if not 0.1 <= scale <= 4:
             raise UserError(f"--scales {scale:g}: from 0.1 to 4")
@@ -179,10 +187,9 @@ def judge_one(args: argparse.Namespace, asked: Request, subject: Subject, world:
     if "retrieval" in args.tasks:
         # LEAP's retrieval resizes bicubically, whatever the probe's protocol.
         published = replace(bench, view=view._replace(bicubic=True, config=loose))
-        scaled = [at_scale(asked, subject, scale, world) for scale in args.scales]
-        benches = [replace(published, subject=one, pooling=Pooling(one.final)) for one in scaled]
-        for folder in args.retrieval:
-            rows += judge_retrieval(benches, open_retrieval(folder, args.distractors))
+        scaled = (at_scale(asked, subject, scale, world) for scale in args.scales)
+        benches = (replace(published, subject=one, pooling=Pooling(one.final)) for one in scaled)
+        rows += judge_retrieval(benches, [open_retrieval(folder, args.distractors) for folder in args.retrieval])
     if "segmentation" in args.tasks:
         for folder in args.segmentation:
             rows += judge_masks(

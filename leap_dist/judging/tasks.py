@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -86,25 +86,33 @@ def _with_labels(found: FeatureSet, of: LabelledSet) -> FeatureSet:
     return known
 
 
-def judge_retrieval(benches: list[Bench], of: RetrievalSet) -> Rows:
-    """mAP and mP@k, Easy, Medium and Hard. Rows on rank 0.
+def judge_retrieval(benches: Iterable[Bench], sets: Sequence[RetrievalSet]) -> Rows:
+    """mAP and mP@k of each set, Easy, Medium and Hard. Rows on rank 0.
 
-    benches: of one model at each of its scales. Features are L2-normalised at every scale, and their sum again.
+    benches: of one model at each of its scales, made as they are asked for: giants need not fit side by side. Features
+    are L2-normalised at every scale, and their sum again.
 
     Raises:
         UserError: an image cannot be read: a ranking needs them all.
     """
-    bench, scales = benches[0], [(each.features(of.queries), each.features(of.database)) for each in benches]
-    if not bench.world.is_main:
-        return []
-    for scale in scales:
-        for found, store in zip(scale, (of.queries, of.database), strict=True):
-            missing = sorted(set(range(store.size)) - set(found.ids.tolist()))
-            if missing:
-                name = store.shard_name(missing[0])
-                raise UserError(f"{store.source}: {name} cannot be read, and a ranking needs it")
+    scales = []
+    for bench in benches:
+        scales.append([(bench.features(of.queries), bench.features(of.database)) for of in sets])
+    rows: Rows = []
+    for of, found in zip(sets, zip(*scales, strict=True), strict=True) if bench.world.is_main else ():
+        rows += _ranked(bench, of, found)
+    return rows
+
+
+def _ranked(bench: Bench, of: RetrievalSet, scales: Sequence[tuple[FeatureSet, FeatureSet]]) -> Rows:
+    """A row for each kind of features. scales: features of queries and of the database at each scale."""
+    pairs = [pair for both in scales for pair in zip(both, (of.queries, of.database), strict=True)]
+    for found, store in pairs:
+        missing = sorted(set(range(store.size)) - set(found.ids.tolist()))
+        if missing:
+            raise UserError(f"{store.source}: {store.shard_name(missing[0])} cannot be read, and a ranking needs it")
     rows, several = [], f", {len(scales)} scales" if len(scales) > 1 else ""
-    for kind, found in bench.kinds(*(one for scale in scales for one in scale)):
+    for kind, found in bench.kinds(*(one for both in scales for one in both)):
         queries, database = (summed([one.features for one in found[side::2]]) for side in (0, 1))
         ranked = rankings(queries, database, bench.world.device)
         rows.append(bench.row(f"retrieval {of.name}", kind + several, **retrieval_scores(ranked, of.truths)))
