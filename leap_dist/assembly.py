@@ -15,6 +15,7 @@ from typing import Optional
 import torch
 from timm.layers import convert_sync_batchnorm
 
+from leap_dist.analysis.album import Album
 from leap_dist.config import DEMO_TEACHER, DIGITS, HUB, RANDOM, Config, DataConfig, matching_head, members
 from leap_dist.curriculum import build_curriculum
 from leap_dist.curriculum.coordinator import Coordinator
@@ -96,6 +97,7 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
         bad_samples=BadSamples(Path(config.output) / BAD_SAMPLES, most_bad, world),
         checkpoints=checkpoints,
         timer=PhaseTimer(world.device),
+        album=Album(replace(config, data=data), world) if config.telemetry.pictures_every else None,
     )
     trainer = Trainer(config, world, parts)
     if resume is not None:

@@ -10,8 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+import torch
 from torch import Tensor
 
+from leap_dist.analysis.album import Album, Sitter
 from leap_dist.config import Config, to_yaml
 from leap_dist.curriculum.coordinator import NonFiniteLoss
 from leap_dist.data import BadSamples
@@ -25,6 +27,7 @@ from leap_dist.runtime.engine import LostScale
 from leap_dist.runtime.files import write_text
 from leap_dist.runtime.progress import Progress
 from leap_dist.runtime.timing import CALIBRATION
+from leap_dist.teacher import Teacher
 from leap_dist.teacher.lookahead import Work
 
 # From the deepest block wanted to images in chunks, each with the features of all blocks up to that.
@@ -171,6 +174,27 @@ class Cohort:
         deepest = max((learner.curriculum.block for learner in self.active.values()), default=0)
         shown = {name: learner.journal.shown for name, learner in self.active.items()}
         bar.step(bar_words(shown, f"{deepest}/{self.span.depth}", bar.columns()))
+
+    def draw(self, album: Album, teacher: Teacher) -> None:
+        """Pictures of those that train, each beside the block that its last step matched. The run's clock stands.
+
+        Collective.
+        """
+        sitters = {
+            name: Sitter(learner.engine, learner.progress.trajectory[-1][1], Path(learner.config.output))
+            for name, learner in self.active.items()
+        }
+        if not sitters:
+            return
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # what is queued is training
+        self.span.clock.pause()
+        deepest = max(sitter.block for sitter in sitters.values())
+        if teacher.block < deepest:  # the run was done when it was resumed
+            teacher.retarget(deepest)
+        for name, picture in album.draw(teacher, sitters, self.progress.step).items():
+            self.learners[name].journal.picture(self.progress.step - 1, "tokens/teacher_and_student", picture)
+        self.span.clock.go_on()
 
     def end_epoch(self) -> None:
         """The curricula's end-of-epoch checks."""

@@ -8,7 +8,7 @@ remedy see `Student.every_layer`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -96,6 +96,25 @@ def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
     except TypeError as error:  # timm's CaiT does not know return_prefix_tokens
         raise UserError(f"{path}: {about['model']} cannot give the tokens of every block") from error
     return Subject(name, size, preprocessing, student.grid, layers, *_last_of(student), student.layer_grids)
+
+
+def exported_at(path: Path, side: int, device: torch.device) -> Callable[[Tensor], Features]:
+    """What an exported student makes of images (B, 3, side, side), of another side than it was trained on: `final` of a
+    `Subject`.
+
+    Position embeddings are resampled by timm's `set_input_size`. UserError if the model takes one size alone.
+    """
+    student = load_student(path, device).requires_grad_(False)
+    student.recipe = replace(student.recipe, resized_to=None)
+    final = torch.no_grad()(student.forward)
+    try:
+        if hasattr(student.backbone, "set_input_size"):
+            student.backbone.set_input_size(img_size=(side, side))
+        final(torch.zeros(1, 3, side, side, device=device))
+    except Exception as error:  # whatever a model raises at a size that it was not made for
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: takes images of one size alone, so it has no other scales ({reason})") from error
+    return final
 
 
 def _last_of(student: Student) -> tuple[Callable[[Tensor], Features], str]:

@@ -158,6 +158,10 @@ def _telemetry_problems(telemetry: TelemetryConfig) -> list[str]:
         first, last = telemetry.profile_steps
         if first > last:
             problems.append(f"telemetry.profile_steps=[{first}, {last}]: must satisfy first <= last")
+    if telemetry.pictures_foreground is not None and not telemetry.pictures_every:
+        problems.append(
+            f"telemetry.pictures_foreground={telemetry.pictures_foreground}: only used with telemetry.pictures_every"
+        )
     return problems
 
 

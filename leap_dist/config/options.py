@@ -217,6 +217,12 @@ class TelemetryConfig:
 
     every: int = option(10, "steps between TensorBoard points")
     spectra_every: int = option(0, "steps between looks at the spectra of student tokens and target; 0 = never")
+    pictures_every: int = option(
+        0, "steps between pictures of what student and target make of four images, and one at the end; 0 = none"
+    )
+    pictures_foreground: Optional[float] = option(
+        None, "share of the first component's range above which a token of them is foreground; null = draw all tokens"
+    )
     progress: bool = option(True, "progress bar on rank 0")
     profile_steps: Optional[tuple[int, int]] = option(
         None, "first and last step of a torch.profiler trace, e.g. [20,30]"

@@ -100,6 +100,8 @@ RANGES = {
     "checkpoint.keep": Range(1, 10**6),
     "telemetry.every": Range(1, _STEPS),
     "telemetry.spectra_every": Range(0, _STEPS),
+    "telemetry.pictures_every": Range(0, _STEPS),
+    "telemetry.pictures_foreground": Range(0, 1, low_open=True, high_open=True),
     "telemetry.profile_steps": Range(0, _STEPS),
     "telemetry.peak_tflops": Range(0, 10**6, low_open=True),
     "evaluation.knn_k": Range(1, 10**6),

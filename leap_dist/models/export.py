@@ -40,13 +40,26 @@ def gathered_state(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
 
 
-def export_student(engine: Any, config: Config, world: World) -> Path:
-    """Write `student.safetensors` and `student.json` to the run folder. Collective.
+def current_state(engine: Any, world: World) -> dict[str, torch.Tensor]:
+    """What an export of the student would hold: on the host of rank 0, empty elsewhere. Collective.
 
     Running statistics of batch norms are the mean over ranks.
     """
     backbone = engine.module.student.backbone
-    state = gathered_state(backbone, world) | mean_running_stats(backbone, world)
+    return gathered_state(backbone, world) | mean_running_stats(backbone, world)
+
+
+def empty_twin(engine: Any) -> Student:
+    """A model like the student in `engine`, on the host and outside of it, for `current_state` to be loaded into.
+
+    Draws random numbers.
+    """
+    return assemble(engine.module.student.recipe)
+
+
+def export_student(engine: Any, config: Config, world: World) -> Path:
+    """Write `student.safetensors` and `student.json` to the run folder. Collective."""
+    state = current_state(engine, world)
     return _write(Path(config.output) / STUDENT, state, engine.module.student, config, world)
 
 
@@ -55,8 +68,7 @@ def export_average(engine: Any, config: Config, world: World) -> Optional[Path]:
     average: Optional[WeightAverage] = engine.module.average
     if average is None:
         return None
-    backbone = engine.module.student.backbone
-    state = gathered_state(backbone, world) | mean_running_stats(backbone, world) | average.whole(world)
+    state = current_state(engine, world) | average.whole(world)
     return _write(Path(config.output) / AVERAGED, state, engine.module.student, config, world)
 
 

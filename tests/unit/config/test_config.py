@@ -50,6 +50,8 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("telemetry.profile_steps=[30,20]", ["telemetry.profile_steps=[30, 20]", "first <= last"]),
         ("telemetry.profile_steps=[-1,20]", ["telemetry.profile_steps=[-1, 20]", "at least 0"]),
         ("telemetry.profile_steps=[20]", ["telemetry.profile_steps=[20]", "two whole numbers or null"]),
+        ("telemetry.pictures_foreground=0.5", ["telemetry.pictures_foreground=0.5", "telemetry.pictures_every"]),
+        ("telemetry.pictures_foreground=1", ["telemetry.pictures_foreground=1", "below 1"]),
         ("telemetry.profile_steps=20", ["telemetry.profile_steps=20", "two whole numbers or null"]),
         ("telemetry.peak_tflops=0", ["telemetry.peak_tflops=0", "above 0"]),
         ("data.crop_pct=1.2", ["data.crop_pct=1.2", "at least 0.01, at most 1"]),
