@@ -33,6 +33,8 @@ OPERATIONAL = (
     "engine.accumulation", "objective.impl", "teacher.compile",
 )  # fmt: skip
 
+ARGUMENTS = ("teacher.kwargs", "student.kwargs")  # mappings whose names with the value null are none
+
 MISFITS = (OmegaConfBaseException, TypeError)  # the latter for a list in a mapping's place
 
 # Stand-ins for the files that a YAML names.
@@ -140,14 +142,22 @@ def _merged(
 
 
 def _resolved(config: Any, known: dict[str, dataclasses.Field]) -> Any:
-    """The dataclass that a merged config stands for; UserError where a required option is missing."""
+    """The dataclass that a merged config stands for; UserError where a required option is missing.
+
+    An argument of a model that is null is none: so a layer takes away what one before it has given.
+    """
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise UserError(f"{missing[0]} is required: {known[missing[0]].metadata['doc']}")
-        return OmegaConf.to_object(config)
+        resolved = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise UserError(str(error).splitlines()[0]) from None
+    for section, name in (key.split(".") for key in ARGUMENTS if key in known):
+        side = getattr(resolved, section)
+        given = {argument: value for argument, value in getattr(side, name).items() if value is not None}
+        resolved = replace(resolved, **{section: replace(side, **{name: given})})
+    return resolved
 
 
 def _with(config: Any, leaves: list[tuple[str, Any]]) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Optional
 
@@ -216,10 +217,16 @@ def _probed(recipe: StudentRecipe) -> Layout:
             if device == "meta" and needs_numbers:
                 continue
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{what} at {size} pixels cannot be used: {reason:.200}") from error
+            raise UserError(f"{what} at {size} pixels cannot be used: {reason:.200}{_way_out(reason)}") from error
     if not maps or maps[-1].ndim != 4:
         raise UserError(f"{what}: has no spatial map, so there are no cells to match")
     return _layout(model, recipe, maps, raw, pooled, normed)
+
+
+def _way_out(reason: str) -> str:
+    """What helps where an argument is one of another model, of the config that this one builds on."""
+    refused = re.search(r"unexpected keyword argument '(\w+)'", reason)
+    return f"; student.kwargs.{refused[1]}=null takes it away" if refused else ""
 
 
 def _looked_at(model: nn.Module, images: Tensor) -> tuple[list[Tensor], Any, Optional[Tensor], bool]:
