@@ -320,6 +320,16 @@ def _widened(recipe: StudentRecipe, width: Optional[int]) -> StudentRecipe:
     raise refusal
 
 
+def widened_parts(recipe: StudentRecipe) -> tuple[str, ...]:
+    """Names of the tensors of a model with wide_last whose shape follows from the width of its last stage."""
+    (name,) = (name for name in _STAGE_WIDTHS if recipe.kwargs.get(name, [None])[-1] == recipe.width)
+    wider = recipe.kwargs | {name: [*recipe.kwargs[name][:-1], 2 * recipe.width]}
+    with torch.device("meta"):
+        mine = timm.create_model(recipe.model, pretrained=False, **recipe.kwargs).state_dict()
+        theirs = timm.create_model(recipe.model, pretrained=False, **wider).state_dict()
+    return tuple(key for key, tensor in mine.items() if tensor.shape != theirs[key].shape)
+
+
 def _stages(kind: type[nn.Module], name: str) -> int:
     """How many widths the argument takes by default; 4 where that does not say."""
     default = inspect.signature(kind.__init__).parameters[name].default

@@ -53,7 +53,7 @@ from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.plain_checkpoint import require_plain
 from leap_dist.runtime.reporting import is_lost_worker
 from leap_dist.runtime.run_lock import Claim, require_shared
-from leap_dist.runtime.running_stats import all_running_stats, restore_running_stats
+from leap_dist.runtime.running_stats import all_buffers, restore_buffers
 from leap_dist.runtime.universal import remove_leftovers, universal_copy
 
 log = logging.getLogger(__name__)
@@ -313,8 +313,8 @@ class Checkpoints:
         fault = ""
         try:
             for name, engine in engines.items():
-                stats = all_running_stats(engine.module, self.world)
-                client = {"leap": states[name], "scaler": _scaler_state(engine), "running_stats": stats}
+                buffers = all_buffers(engine.module, self.world)
+                client = {"leap": states[name], "scaler": _scaler_state(engine), "running_stats": buffers}
                 tag = str(Path(partial.name) / name)
                 with without_crc(), met_by_all(engine):
                     engine.save_checkpoint(str(self.folder), tag=tag, client_state=client, save_latest=False)
@@ -430,7 +430,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {path}: cannot be read (DeepSpeed found no model state in it); {others(path)}")
         if client["scaler"] is not None:
             gradscaler(engine).load_state_dict(client["scaler"])
-        restore_running_stats(engine.module, client.get("running_stats", []), self.world)
+        restore_buffers(engine.module, client.get("running_stats", []), self.world)
         return client["leap"]
 
     def _all_marks(self) -> dict[str, str]:

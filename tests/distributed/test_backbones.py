@@ -74,6 +74,45 @@ def test_every_stage_and_precision_continues_to_the_bit(kind: str, stage: int, p
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(("ranks", "others"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_has_weights_averages_and_running_statistics(
+    kind: str, stage: int, ranks: int, others: int, tmp_path: Path
+) -> None:
+    """A run that is over exports what its last checkpoint holds: all of it, whoever reads it.
+
+    A cut one goes on: the hierarchical student, whose numbers do not depend on who has which image, with the losses of
+    the uncut one but for rounding; batch norms normalise by a rank's own images, so theirs go on another way.
+    """
+    sharding = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
+    config = write_config(
+        tmp_path, student={**KINDS[kind], "ema_decay": 0.5}, engine={"zero_stage": stage, "deepspeed": sharding}
+    )
+    run, cut = tmp_path / "run", tmp_path / "cut"
+    run_ok(config, *SHORT, processes=ranks)
+    cut_at_step_3(run, cut)
+    exported = {path.name: load_file(path) for path in run.glob("student*.safetensors")}
+    assert len(exported) == 2 and all(
+        tensor.isfinite().all() for tensor in exported["student_ema.safetensors"].values()
+    )
+    for name in exported:
+        (run / name).unlink()
+    run_ok(config, *SHORT, "resume=auto", processes=others)
+    for name, tensors in exported.items():
+        again = load_file(run / name)
+        assert again.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, again[key]), (name, key)
+    run_ok(config, *SHORT, f"output={cut}", "resume=auto", processes=others)
+    losses, uncut = scalars(cut, "loss/total"), scalars(run, "loss/total")
+    assert losses.keys() == uncut.keys()
+    if kind == "hierarchical":
+        assert max(abs(losses[step] - uncut[step]) for step in uncut) < 1e-3
+    assert all(tensor.isfinite().all() for name in exported for tensor in load_file(cut / name).values())
+
+
 @pytest.mark.seconds
 def test_batch_norms_are_not_synchronised_without_gpus(tmp_path: Path) -> None:
     config = write_config(tmp_path, student=KINDS["batchnorm"])

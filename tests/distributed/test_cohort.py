@@ -199,6 +199,25 @@ def test_a_student_that_fails_does_not_take_the_others_along(stage: int, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_student_whose_fp16_scale_is_lost_does_not_take_the_others_along(tmp_path: Path) -> None:
+    """A loss so large that its gradients overflow at every scale: the scaler is below 1 after 17 halvings of 65536."""
+    sections = {"engine": {"precision": "fp16"}, "checkpoint": {"every_steps": 5}}
+    config = write_config(tmp_path, students={"sound": {}, "lost": {"objective.feature_weight": 1e30}}, **sections)
+    done = launch(config, processes=1)
+    assert done.returncode == 2, done.stdout[-3000:]
+    said = (
+        r"error: students failed: lost \(step 17: the gradients overflow in fp16 at a loss scale of 0\.5.*done: sound"
+    )
+    assert re.search(said, done.stdout), done.stdout[-2000:]
+    run = tmp_path / "run"
+    about = json.loads((run / "lost" / "summary.json").read_text())["retired"]
+    assert (about["step"], about["weights_of"]) == (17, 15) and (run / "lost" / "student.safetensors").is_file()
+    (tmp_path / "one").mkdir()
+    run_ok(write_config(tmp_path / "one", **sections), processes=1)
+    assert_same(run / "sound", tmp_path / "one" / "run")
+
+
+@pytest.mark.slow
 def test_a_cohort_is_told_to_stop_and_goes_on_as_one(tmp_path: Path) -> None:
     config = write_config(tmp_path, students={"a": {}, "b": {"seed": 1}}, **SAVING, epochs=2)
     process = start(config, processes=2)

@@ -306,6 +306,21 @@ def test_it_starts_from_a_timm_checkpoint_and_from_an_export(tmp_path: Path) -> 
     assert torch.equal(again.backbone.lift[0].weight, student.backbone.lift[0].weight)
 
 
+def test_a_widened_last_stage_starts_anew_and_the_rest_from_the_file(tmp_path: Path) -> None:
+    state = timm.create_model("test_convnext").state_dict()
+    torch.save(state, file := tmp_path / "timm.pth")
+    student = built("test_convnext", 64, remedy="wide_last")
+    untouched = built("test_convnext", 64, remedy="wide_last").backbone.state_dict()
+    warm_start(student, str(file))
+    for name, tensor in student.backbone.state_dict().items():
+        source = state if tensor.shape == state[name].shape else untouched
+        assert torch.equal(tensor, source[name]), name
+        assert source is state or name.startswith(("stages.3.", "norm_pre.", "head.norm.")), name
+    torch.save({key: value for key, value in state.items() if "stages.2" not in key}, file)
+    with pytest.raises(UserError, match=r"lacks stages\.2"):
+        warm_start(student, str(file))
+
+
 def test_a_second_stage_at_a_higher_resolution_resamples_as_timm_does(tmp_path: Path) -> None:
     small = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
     first = build_student(StudentConfig(model="vit_tiny_patch16_224", kwargs=small), 64)
