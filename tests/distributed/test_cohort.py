@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from runs import HANG_S, TINY, finish, launch, run_ok, scalars, start, write_config
 
+LOUD = {"objective": {"feature_weight": 1e6, "cls_weight": 1e6}}
 NO_VIT = dict.fromkeys(TINY["student"]["kwargs"])  # null takes away what the run's own student is given
 # Three unlike students. The convolutional one sees the teacher's grid of 2 x 2 in a map of 16 pixels a cell.
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -200,9 +201,9 @@ def test_a_student_that_fails_does_not_take_the_others_along(stage: int, tmp_pat
 
 @pytest.mark.slow
 def test_a_student_whose_fp16_scale_is_lost_does_not_take_the_others_along(tmp_path: Path) -> None:
-    """A loss so large that its gradients overflow at every scale: the scaler is below 1 after 17 halvings of 65536."""
+    """A loss whose gradients overflow at every scale: torch begins at 65536, and 17 halvings are below 1."""
     sections = {"engine": {"precision": "fp16"}, "checkpoint": {"every_steps": 5}}
-    config = write_config(tmp_path, students={"sound": {}, "lost": {"objective.feature_weight": 1e30}}, **sections)
+    config = write_config(tmp_path, students={"sound": {}, "lost": LOUD}, **sections)
     done = launch(config, processes=1)
     assert done.returncode == 2, done.stdout[-3000:]
     said = (
