@@ -55,7 +55,7 @@ def load(path: Optional[Path], overrides: list[str], check: bool = True) -> Conf
     """
     resolved = merge(Config, path, overrides)
     students = members(resolved)  # also unchecked: their keys and types do not depend on files
-    for problem in _every_problem(students) if check else []:
+    for problem in _every_problem(resolved, students) if check else []:
         raise UserError(problem)
     return resolved
 
@@ -78,10 +78,10 @@ def members(config: Config) -> dict[str, Config]:
     }
 
 
-def _every_problem(students: dict[str, Config]) -> list[str]:
-    """What is wrong with any of the students, and with them in company; what all share is said without a name."""
-    found = {name: problems(config) for name, config in students.items()}
-    shared = set.intersection(*(set(lines) for lines in found.values()))
+def _every_problem(config: Config, students: dict[str, Config]) -> list[str]:
+    """What is wrong with any of the students, and with them in company; what all have from the run bears no name."""
+    found = {name: problems(own) for name, own in students.items()}
+    shared = set(problems(replace(config, students={}))).intersection(*found.values())
     own = [
         f"students.{name}: {line}" if line not in shared else line for name, lines in found.items() for line in lines
     ]

@@ -49,6 +49,7 @@ from leap_dist.runtime.checkpoint_writer import met_by_all
 from leap_dist.runtime.distributed import World, gather_objects, is_lost_peer, on_first, on_main
 from leap_dist.runtime.engine import expect_universal, gradscaler
 from leap_dist.runtime.files import flush, refusal, write_text, writing
+from leap_dist.runtime.frozen import load_frozen, save_frozen
 from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.plain_checkpoint import require_plain
 from leap_dist.runtime.reporting import is_lost_worker
@@ -320,6 +321,8 @@ class Checkpoints:
                     engine.save_checkpoint(str(self.folder), tag=tag, client_state=client, save_latest=False)
                 if (average := _average(engine)) is not None:
                     average.save(partial / name, self.world)
+                if self.config.engine.zero_stage:
+                    save_frozen(engine.module, partial / name, self.world)
             if self.world.is_main:
                 write_text(partial / CONFIG, to_yaml(self.config))
             position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
@@ -415,6 +418,7 @@ class Checkpoints:
                 loaded, client = engine.load_checkpoint(str(files.parent), tag=files.name)
             if (average := _average(engine)) is not None:
                 average.load(path, self.world)
+            load_frozen(engine.module, path, self.world)
         except Exception as error:  # torch, pickle, zip and DeepSpeed each raise their own
             if is_lost_peer(error) or is_lost_worker(error):
                 raise

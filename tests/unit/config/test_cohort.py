@@ -89,6 +89,7 @@ def test_a_difference_names_student_and_option(tmp_path: Path) -> None:
         ({"a": {"student": "vit"}}, r"student \(students.a\): is a section; set one of its keys, e.g. student.model"),
         ({"a": {"optim.lr": "fast"}}, r"optim.lr='fast' \(students.a\): expected a number"),
         ({"a": {"optim.lr": -1}, "b": {}}, "^students.a: optim.lr=-1.0: must be above 0"),
+        ({"a": {"optim.lr": -1}}, "^students.a: optim.lr=-1.0: must be above 0"),
         (
             {
                 "a": {"student.num_classes": 3, "objective.kd_alpha": 0.5},
