@@ -33,7 +33,7 @@ OPERATIONAL = (
     "engine.accumulation", "objective.impl", "teacher.compile",
 )  # fmt: skip
 
-ARGUMENTS = ("teacher.kwargs", "student.kwargs")  # mappings whose names with the value null are none
+ARGUMENTS = ("teacher.kwargs", "student.kwargs")  # mappings in which null takes an argument away
 
 MISFITS = (OmegaConfBaseException, TypeError)  # the latter for a list in a mapping's place
 

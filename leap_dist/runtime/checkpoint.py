@@ -323,8 +323,7 @@ class Checkpoints:
                     average.save(partial / name, self.world)
                 if self.config.engine.zero_stage:
                     save_frozen(engine.module, partial / name, self.world)
-            if self.world.is_main:
-                write_text(partial / CONFIG, to_yaml(self.config))
+            on_main(lambda: write_text(partial / CONFIG, to_yaml(self.config)), self.world)
             position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
             seal(partial, self._identity() | position | {"teacher_marks": marks}, self.world)
             flush(self.folder)

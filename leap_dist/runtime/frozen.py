@@ -12,19 +12,18 @@ import torch
 from torch import nn
 
 from leap_dist.runtime.checkpoint_folder import FROZEN
-from leap_dist.runtime.distributed import World
+from leap_dist.runtime.distributed import World, on_main
 from leap_dist.runtime.files import write_whole
 
 
 def save_frozen(module: nn.Module, folder: Path, world: World) -> None:
-    """Write them whole to a checkpoint's folder, if there are any. Collective."""
+    """Write them whole to a checkpoint's folder, if there are any. UserError on all if the disk refuses. Collective."""
     if frozen := _frozen(module):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(frozen.values())):
             whole = {name: parameter.detach().cpu().clone() for name, parameter in frozen.items() if world.is_main}
-        if world.is_main:
-            write_whole(folder / FROZEN, lambda partial: torch.save(whole, partial))
+        on_main(lambda: write_whole(folder / FROZEN, lambda partial: torch.save(whole, partial)), world)
 
 
 def load_frozen(module: nn.Module, folder: Path, world: World) -> None:
