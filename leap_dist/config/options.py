@@ -53,7 +53,10 @@ class StudentConfig:
     )
     kwargs: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"doc": "further arguments of timm.create_model, e.g. {embed_dim: 192, num_heads: 3}"},
+        metadata={
+            "doc": "further arguments of timm.create_model, e.g. {embed_dim: 192, num_heads: 3}; null takes one away "
+            "that a base has given"
+        },
     )
     weights: str = option(
         NO_WEIGHTS, "what training starts from: none | hub | path of a timm checkpoint or of an earlier run's export"

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 LATEST, CONFIG, RUN = "latest", "config.yaml", "run.json"
 AVERAGE = "weight_average.pt"  # see `leap_dist.runtime.average`
+FROZEN = "frozen.pt"  # see `leap_dist.runtime.frozen`
 NOTHING: Mapping[Path, str] = {}
 _RANKS_PART = re.compile(r"zero_pp_rank_(\d+)_")  # in the names of files that one rank writes, and reads, alone
 
@@ -166,7 +167,7 @@ def _fault_of_engine(path: Path, ranks: int) -> Optional[str]:
     parts = [file for file in files if file.name.endswith("_optim_states.pt")]
     if parts and len(parts) != ranks:
         return f"has the optimizer's parts of {len(parts)} ranks, not of {ranks}"
-    if not any(file.name not in (RUN, CONFIG, AVERAGE) and file not in parts for file in files):
+    if not any(file.name not in (RUN, CONFIG, AVERAGE, FROZEN) and file not in parts for file in files):
         return "has no model states"
     return None
 
