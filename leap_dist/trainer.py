@@ -122,6 +122,7 @@ class Trainer:
         self._retire_spoilt()
         self._save()
         self.checkpoints.confirm()
+        self.cohort.ended("end" if self._done else "stop")
         return self._done
 
     @property
