@@ -218,6 +218,7 @@ class TelemetryConfig:
     every: int = option(10, "steps between TensorBoard points")
     spectra_every: int = option(0, "steps between looks at the spectra of student tokens and target; 0 = never")
     progress: bool = option(True, "progress bar on rank 0")
+    report: bool = option(True, "report.html at the end: the run as one page")
     profile_steps: Optional[tuple[int, int]] = option(
         None, "first and last step of a torch.profiler trace, e.g. [20,30]"
     )
