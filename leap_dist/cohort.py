@@ -17,11 +17,12 @@ from leap_dist.analysis.album import Album, Sitter
 from leap_dist.config import Config, to_yaml
 from leap_dist.curriculum.coordinator import NonFiniteLoss
 from leap_dist.data import BadSamples
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, one_line
 from leap_dist.learner import Learner, Retired
 from leap_dist.models import Features
 from leap_dist.monitoring import Bar
 from leap_dist.monitoring.company import bar_words
+from leap_dist.monitoring.history import History
 from leap_dist.runtime.distributed import World, on_main
 from leap_dist.runtime.engine import LostScale
 from leap_dist.runtime.files import write_text
@@ -50,6 +51,7 @@ class Cohort:
         self.learners = dict(learners)
         self.span = next(iter(learners.values())).span
         self.bar: Optional[Bar] = None
+        self.history: Optional[History] = None
 
     @property
     def active(self) -> dict[str, Learner]:
@@ -84,6 +86,8 @@ class Cohort:
         """Begin to write."""
         if self.world.is_main:
             self.bar = Bar(self.config, self.span.total_steps, self.progress.step)
+            self.history = History(Path(self.config.output))
+            self.history.start(self.world, self.progress.step, self.span.total_steps)
         for name, learner in self.learners.items():
             if name:
                 self._write_config(learner)
@@ -99,11 +103,18 @@ class Cohort:
         self.end_bar()
         for learner in self.learners.values():
             learner.journal.close()
+        if self.history is not None:
+            self.history.close()
 
     def end_bar(self) -> None:
         """The last step is done."""
         if self.bar is not None:
             self.bar.end()
+
+    def ended(self, how: str, why: Optional[str] = None) -> None:
+        """For the history: end, stop or failure, and why."""
+        if self.history is not None:
+            self.history.note(how, step=self.progress.step, **({} if why is None else {"text": one_line(why)}))
 
     def say(self, line: str) -> None:
         """A line on the terminal, on rank 0."""

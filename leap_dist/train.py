@@ -54,6 +54,7 @@ def train(config: Config, interrupt: Interrupt) -> None:
         except Exception as error:
             interrupt.hold()
             heartbeat.explain(error)
+            trainer.cohort.ended("failure", str(error))
             if " step " not in str(error):
                 error.add_note(f"after step {trainer.progress.step}")
             raise

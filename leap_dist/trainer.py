@@ -129,6 +129,7 @@ class Trainer:
         self._save()
         self.checkpoints.confirm()
         self._draw()
+        self.cohort.ended("end" if self._done else "stop")
         return self._done
 
     @property

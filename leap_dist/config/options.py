@@ -227,6 +227,7 @@ class TelemetryConfig:
         None, "share of the first component's range above which a token of them is foreground; null = draw all tokens"
     )
     progress: bool = option(True, "progress bar on rank 0")
+    report: bool = option(True, "report.html at the end: the run as one page")
     profile_steps: Optional[tuple[int, int]] = option(
         None, "first and last step of a torch.profiler trace, e.g. [20,30]"
     )

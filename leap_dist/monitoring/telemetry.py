@@ -120,6 +120,7 @@ class Telemetry:
         }
         self.board.write(lambda writer: writer.add_hparams(options, metrics, run_name="."))
         self.board.write(lambda writer: writer.add_text("result", f"```text\n{results}\n```", summary["steps"]))
+        self.board.write(lambda writer: writer.flush())  # what draws the run's page reads these files
         output = Path(self.config.output)
         try:
             figure = draw(read(output))

@@ -123,10 +123,10 @@ def read_lines(path: Path, shape: Any = dict) -> list[dict[str, Any]]:
         Damaged: one is not; which, and why.
         OSError: it cannot be read.
     """
-    lines = []
+    lines, decoder = [], json.JSONDecoder(object_pairs_hook=_without_repeats)
     for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            line = json.loads(text, object_pairs_hook=_without_repeats)
+            line = decoder.decode(text.decode())
         except (ValueError, RecursionError) as error:
             raise Damaged(f"{path}: cannot be read as JSON lines (line {number}: {str(error)[:100]})") from None
         if fault := misfit(line, shape):

@@ -41,7 +41,7 @@ TINY = {
         "std": [0.5, 0.5, 0.5],
     },
     "optim": {"lr": 2e-3, "batch_reference": None},
-    "telemetry": {"every": 1, "progress": False},
+    "telemetry": {"every": 1, "progress": False, "report": False},
 }
 
 
