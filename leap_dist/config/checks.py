@@ -212,8 +212,13 @@ def _engine_problems(config: Config) -> list[str]:
         )
     if config.student.compile and config.engine.zero_stage == 3:
         problems.append(
-            "student.compile=true with engine.zero_stage=3: DeepSpeed gathers the weights of each layer by hooks, which "
-            "no one graph can hold; use engine.zero_stage=2, or student.compile=false"
+            "student.compile=true with engine.zero_stage=3: DeepSpeed gathers each layer's weights by hooks, which one "
+            "graph cannot hold; use engine.zero_stage=2, or student.compile=false"
+        )
+    if config.student.compile and config.student.sync_batchnorm:
+        problems.append(
+            "student.compile=true with student.sync_batchnorm=true: batch norms that ask other ranks in the forward "
+            "pass fit no one graph; set one of the two to false"
         )
     if config.data.global_batch % config.engine.accumulation:
         problems.append(

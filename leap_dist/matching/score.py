@@ -30,6 +30,11 @@ class CkaEvidence:
     moments: Moments
     weight: Optional[Tensor]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All it holds."""
+        return tuple(self.moments) if self.weight is None else (*self.moments, self.weight)
+
     def merged(self, other: CkaEvidence) -> CkaEvidence:
         return CkaEvidence(cka.merge(self.moments, other.moments), self.weight)
 
@@ -51,6 +56,11 @@ class CosineEvidence:
         """From matching tokens (..., Dt)."""
         mean, count = cka.mean_cosine(projected, teacher), projected.shape[:-1].numel()
         return cls(torch.stack([mean * count, mean.new_full((), count)]))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All it holds."""
+        return (self.totals,)
 
     def merged(self, other: CosineEvidence) -> CosineEvidence:
         return CosineEvidence(self.totals + other.totals)
