@@ -181,6 +181,8 @@ def test_a_student_that_cannot_be_compiled_is_one_line(graphs: Counter[str]) -> 
     student.backbone.blocks[0].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
     objective = Objective(student, 20, (4, 4), ObjectiveConfig())
     objective.compile_student("aot_eager")
-    with pytest.raises(UserError, match="torch cannot compile student.model=vit_tiny.*use student.compile=false") as it:
+    with pytest.raises(
+        UserError, match=r"torch cannot compile student\.model=vit_tiny.*use student.compile=false"
+    ) as it:
         objective(torch.randn(2, 3, 16, 16), [random_features((4, 4))])
     assert "\n" not in str(it.value)
