@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Optional
 
 import torch
@@ -21,9 +21,14 @@ class Feed:
         self._mean, self._std = config.mean, config.std
         self._device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._finish: Optional[Callable[..., Tensor]] = None
         # What Triton cannot be built for, torch cannot compile for.
-        compiles = device.type == "cuda" and obstacle(device, None, torch.float32, torch.float32) is None
-        self._finish = torch.compile(finish, dynamic=False) if compiles else None
+        if device.type == "cuda" and obstacle(device, None, torch.float32, torch.float32) is None:
+            self.compile()
+
+    def compile(self) -> None:
+        """Have torch compile what is left of augmentation, into a few kernels, each over the whole batch."""
+        self._finish = torch.compile(finish, dynamic=False)
 
     def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, their images on the device. The next one is copied while the last one given is worked on."""

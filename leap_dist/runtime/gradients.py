@@ -25,6 +25,7 @@ class Gradients:
             trained = [p for p in engine.module.parameters() if p.requires_grad and p.numel()]
             dtypes = dict.fromkeys(p.dtype for p in trained)
             self._groups = [[p for p in trained if p.dtype == dtype] for dtype in dtypes]
+            engine.enable_backward_allreduce = False
 
     def add(self, loss: Tensor) -> None:
         """Add those of a micro-batch's loss; with the last of a step all become their means over ranks. Collective."""
