@@ -176,6 +176,14 @@ def test_a_compiled_student_learns_the_same(graphs: Counter[str], targets: int, 
     assert graphs["unique_graphs"] == 1
 
 
+def test_students_that_are_alike_share_what_was_compiled(graphs: Counter[str]) -> None:
+    for count, width in ((1, 12), (1, 12), (2, 8)):
+        objective = Objective(small_student(embed_dim=width), 20, (4, 4), ObjectiveConfig())
+        objective.compile_student("eager")
+        objective(torch.randn(2, 3, 16, 16), [random_features((4, 4))])
+        assert graphs["unique_graphs"] == count
+
+
 def test_a_student_that_cannot_be_compiled_is_one_line(graphs: Counter[str]) -> None:
     student = small_student()
     student.backbone.blocks[0].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
