@@ -268,7 +268,7 @@ class Learner:
 
     def _score(self, evidence: Evidence) -> Tensor:
         with torch.no_grad(), self.timer.phase("match"):
-            return evidence.score(self.config.curriculum.reduction, self.world.size, self._summed)
+            return self.engine.module.score(evidence, self.config.curriculum.reduction, self.world.size, self._summed)
 
     def _summed(self, tensor: Tensor) -> Tensor:
         with self.timer.phase("communication"):

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from leap_dist.config import ObjectiveConfig, matching_head
 from leap_dist.errors import UserError
+from leap_dist.matching.cka import linear_cka
 from leap_dist.matching.heads import build_head
 from leap_dist.matching.losses import soft_distillation
-from leap_dist.matching.score import Evidence
+from leap_dist.matching.score import Evidence, LinearCka, Summed
 from leap_dist.models import Features, Student, on_grid
 from leap_dist.runtime.average import WeightAverage
 
@@ -73,6 +74,7 @@ class Objective(nn.Module):
         student.freeze_unreached(config.cls_weight > 0)
         self.average: Optional[WeightAverage] = None  # of the student's weights; begun when they are in an engine
         self._compiled: Optional[Callable[[Tensor], list[Features]]] = None
+        self._linear_cka: LinearCka = linear_cka
 
     def forward(
         self, images: Tensor, targets: list[Features], with_evidence: bool = False, labels: Optional[Tensor] = None
@@ -99,8 +101,14 @@ class Objective(nn.Module):
 
         The heads stay outside: so neither evidence nor the target block has a graph of its own, and their time can be
         told from the student's. Outside of training, with other shapes and for one batch, the student runs as it is.
+        The score from moments is compiled too, which is little arithmetic in fifty launches.
         """
         self._compiled = torch.compile(self._views, fullgraph=True, dynamic=False, backend=backend)
+        self._linear_cka = torch.compile(linear_cka, fullgraph=True, dynamic=False, backend=backend)
+
+    def score(self, evidence: Evidence, reduction: str, ranks: int, summed: Summed) -> Tensor:
+        """Of evidence over all ranks, as `Evidence` has it."""
+        return evidence.score(reduction, ranks, summed, self._linear_cka)
 
     def after_step(self) -> None:
         """What follows an optimizer step: the average of the weights moves."""
@@ -137,8 +145,8 @@ class Objective(nn.Module):
             evidence += [found] if found is not None else []
             if self.config.cls_weight:
                 cls_losses.append((self.cls_head or head)(view.cls, target.cls)[0])
-        patch = torch.stack(patch_losses).mean()
-        cls = torch.stack(cls_losses).mean() if cls_losses else torch.zeros_like(patch)
+        patch = _mean(patch_losses)
+        cls = _mean(cls_losses) if cls_losses else torch.zeros_like(patch)
         return {"patch": patch, "cls": cls}, evidence
 
     def _supervised_terms(self, logits: Tensor, labels: Tensor, teacher_logits: Optional[Tensor]) -> dict[str, Tensor]:
@@ -156,3 +164,8 @@ class Objective(nn.Module):
                 "images are not of the size it was built for"
             )
         return on_grid(tokens, self.student.grid, self.teacher_grid)
+
+
+def _mean(losses: list[Tensor]) -> Tensor:
+    """Of 0-d losses; the one itself saves launches."""
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()

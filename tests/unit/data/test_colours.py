@@ -160,6 +160,6 @@ def test_compiled_colours_are_few_kernels_and_the_same_pixels() -> None:
     torch.compiler.reset()
     metrics.reset()
     compiled = torch.compile(finish, dynamic=False, fullgraph=True)(*crops, mean, std)
-    assert 0 < metrics.generated_kernel_count <= 4 * ROUNDS
+    assert 0 < metrics.generated_kernel_count <= 40  # 16 with torch 2.14; the eager functions launch 200
     difference = (compiled - recolour(crops)).abs()
     assert difference.max() < 4 and (difference > 0.01).float().mean() < 0.01

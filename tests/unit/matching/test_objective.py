@@ -167,13 +167,13 @@ def test_a_compiled_student_learns_the_same(graphs: Counter[str], targets: int, 
                 match = one(images, features, step % 2 == 0)
             assert len(match.evidence) == (targets if step % 2 == 0 else 0)
             match.loss.backward()
-            found.append(match.loss)
+            found.append([match.loss, *(one.score(item, "exact", 1, torch.clone) for item in match.evidence)])
         torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
         for got, wanted in zip(compiled.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-2, atol=1e-2 * wanted.grad.abs().max().item())
     with torch.no_grad():
         compiled.eval()(torch.randn(5, 3, 16, 16), [random_features((4, 4), batch=5) for _ in range(targets)], True)
-    assert graphs["unique_graphs"] == 1
+    assert graphs["unique_graphs"] == 2  # the student's, and that of the score
 
 
 def test_students_that_are_alike_share_what_was_compiled(graphs: Counter[str]) -> None:
