@@ -122,6 +122,8 @@ def build_parts(
     timer = PhaseTimer(world.device)
     objective = build_objective(config, spec, fresh)
     engine = build_engine(config, objective, build_optimizer(config.optim, objective), batch)
+    if config.student.compile:
+        objective.compile_student()
     if config.student.ema_decay:
         objective.average = WeightAverage(objective.student.backbone, config.student.ema_decay)
     return StudentParts(

@@ -30,7 +30,7 @@ OPERATIONAL = (
     "data.max_bad_fraction", "teacher.weights", "student.weights",
     "teacher.placement", "teacher.stages", "teacher.microbatches", "teacher.rebalance", "teacher.memory_budget",
     "engine.silence_s",
-    "engine.accumulation", "objective.impl", "teacher.compile",
+    "engine.accumulation", "objective.impl", "student.compile", "teacher.compile",
 )  # fmt: skip
 
 ARGUMENTS = ("teacher.kwargs", "student.kwargs")  # mappings in which null takes an argument away

@@ -68,6 +68,9 @@ class StudentConfig:
         None, "pixels of a side that one token stands for, which picks the stage, e.g. 16; null = the deepest stage"
     )
     ema_decay: float = option(0.0, "average its weights over the steps with this decay, for a second export; 0 = off")
+    compile: bool = option(
+        False, "torch.compile its part of a training step, as one graph; not with engine.zero_stage=3"
+    )
     sync_batchnorm: bool = option(False, "batch norms normalise by the images of all ranks; on GPUs only")
     num_classes: int = option(0, "outputs of a classifier on the kept features; 0 = none")
     seed: Optional[int] = option(

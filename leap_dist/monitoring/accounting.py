@@ -34,8 +34,8 @@ VARIANTS = {"MIG", "Laptop", "Max-Q", "Ti", "SUPER", "D", "NVL"}
 PARTS = ("teacher", "student", "match")
 # What a step's seconds depend on among what may change when a run goes on.
 TIMED_BY = (
-    "engine.accumulation", "objective.impl", "teacher.compile", "teacher.memory_budget", "teacher.microbatches",
-    "teacher.placement", "teacher.rebalance", "teacher.stages",
+    "engine.accumulation", "objective.impl", "student.compile", "teacher.compile", "teacher.memory_budget",
+    "teacher.microbatches", "teacher.placement", "teacher.rebalance", "teacher.stages",
 )  # fmt: skip
 
 

@@ -259,12 +259,16 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def gather_rows(row: Tensor, world: World) -> Tensor:
-    """Stack every rank's 1-D host tensor `row` to (size, len), over the control group. Blocks the host only."""
+    """Stack every rank's 1-D host tensor `row` to (size, len), over the control group. Blocks the host only.
+
+    Rank 0 collects and hands out: gloo's own all_gather passes every row round the ring, 2 (size - 1) waits in a row.
+    """
     if world.control is None:
         return row[None]
-    rows = [torch.empty_like(row) for _ in range(world.size)]
-    dist.all_gather(rows, row, group=world.control)
-    return torch.stack(rows)
+    rows = collect(row, world)
+    table = torch.stack(rows) if rows else row.new_empty(world.size, *row.shape)
+    dist.broadcast(table, group_src=0, group=world.control)
+    return table
 
 
 def checked_gather(label: str, row: list[float], world: World) -> Tensor:
