@@ -154,7 +154,7 @@ class Trainer:
                 self.cohort.choose_start(lambda last, batches=batches: self._swept(batches, last))
             self.trained = self._next_work(batches, following)
             self.cohort.step(self.trained)
-            if self._is_save_due(self.progress.step, self.config.checkpoint.every_steps):
+            if _is_save_due(self.progress.step, self.config.checkpoint.every_steps):
                 self._settle(interrupt)
                 self._save()
             if self.album is not None and self.album.is_due(self.progress.step):
@@ -165,7 +165,7 @@ class Trainer:
         if self.progress.step_in_epoch < self.steps_per_epoch or not self.cohort.active:
             return
         self.cohort.end_epoch()
-        if self._is_save_due(self.progress.epoch, self.config.checkpoint.every_epochs):
+        if _is_save_due(self.progress.epoch, self.config.checkpoint.every_epochs):
             self._save()
         self._evaluate()
 
@@ -282,10 +282,6 @@ class Trainer:
                 if not self.config.students or weights_are_finite(learner.engine, self.world):
                     learner.evaluate()
 
-    @staticmethod
-    def _is_save_due(count: int, every: int) -> bool:
-        return every > 0 and count % every == 0
-
     def _draw(self) -> None:
         """Pictures of the students as they stand, if there are to be any. Collective."""
         if self.album is not None and not self.stopping:
@@ -303,3 +299,7 @@ class Trainer:
             return
         self.checkpoints.save(self.cohort.engines, self.progress.step, self.cohort.state_dicts())
         self.saved_step = self.progress.step
+
+
+def _is_save_due(count: int, every: int) -> bool:
+    return every > 0 and count % every == 0
