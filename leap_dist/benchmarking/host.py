@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from PIL import Image
 
 from leap_dist.benchmarking.harness import stopwatch
 from leap_dist.benchmarking.launches import OTHER, Counts, counted, showing_kernels
-from leap_dist.benchmarking.steps import aim, build_conducted, conduct, held_teacher
+from leap_dist.benchmarking.steps import HeldTeacher, aim, build_conducted, conduct, held_teacher
 from leap_dist.config import Config
 from leap_dist.data import Batch
 from leap_dist.data.batch import Request
@@ -36,20 +37,34 @@ PARTS = (OTHER, *(phase for phase in PHASES if phase not in ("data", "decide", "
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One target block. launches, reads: of a step; parts: launches by phase of the step, `PARTS`; host_ms: median over
-    rounds of the process' own time, on a GPU of the step's.
+    """One target block. launches, reads: of a step; parts: launches by phase of the step, `PARTS`.
+
+    host_ms: of a step, median over rounds: the process' own time, and on a GPU the step's; device_ms: within the step
+    that was counted, those in which a GPU worked.
     """
 
     block: int
     launches: int
     reads: int
     host_ms: float
+    device_ms: Optional[float]
     parts: dict[str, int]
 
 
-def measure(config: Config, world: World, blocks: Sequence[int], *, rounds: int, steps: int) -> list[Row]:
-    """A row for each 1-indexed block. Time is taken in rounds over the blocks, so that a busy moment hits all alike."""
-    teacher = held_teacher(config, world.device)[1]
+def measure(
+    config: Config,
+    world: World,
+    blocks: Sequence[int],
+    *,
+    rounds: int,
+    steps: int,
+    teacher: Optional[HeldTeacher] = None,
+) -> list[Row]:
+    """A row for each 1-indexed block. Time is taken in rounds over the blocks, so that a busy moment hits all alike.
+
+    teacher: None: the config's.
+    """
+    teacher = teacher or held_teacher(config, world.device)[1]
     trainer = build_conducted(config, world, teacher, raw_batch(config))
     _as_on_a_gpu(trainer)
     timers = [trainer.timer, *(learner.timer for learner in trainer.cohort.learners.values())]
@@ -95,6 +110,7 @@ def row(block: int, counts: Counts, times: Sequence[float]) -> Row:
         launches=counts.launches.total(),
         reads=counts.reads.total(),
         host_ms=statistics.median(times) if times else float("nan"),
+        device_ms=counts.device_ms,
         parts={part: counts.launches[part] for part in PARTS},
     )
 

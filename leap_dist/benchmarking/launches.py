@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -28,7 +28,8 @@ _COMPILED = re.compile(r"(graph_\d+_)?(cpp|triton)_.*(fused|kernel|tem)")  # Ind
 _BOOKKEEPING = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "resize_", "resize_as_",
     "set_", "set_data", "is_pinned", "record_stream", "resolve_conj", "resolve_neg", "result_type", "can_cast",
-    "_unsafe_view", "is_same_size", "sym_size", "sym_stride", "sym_numel", "_has_compatible_shallow_copy_type", "_local_scalar_dense",
+    "_unsafe_view", "is_same_size", "sym_size", "sym_stride", "sym_numel", "_has_compatible_shallow_copy_type",
+    "_local_scalar_dense",
 }  # fmt: skip
 # One kernel to a GPU; on a CPU they are registered as made of others.
 _WHOLE = ("copy_", "convolution", "convolution_backward", "_foreach_", "_fused_")
@@ -44,10 +45,12 @@ class Counts:
     """launches, reads: by the named range that they lie in, the innermost of those asked for.
 
     Without a GPU no reads are counted outside the ranges: there values may have been the host's all along.
+    device_ms: milliseconds in which a GPU worked on anything; None without one.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
     reads: Counter[str] = field(default_factory=Counter)
+    device_ms: Optional[float] = None
 
 
 @contextmanager
@@ -57,13 +60,27 @@ def counted(ranges: Iterable[str] = ()) -> Iterator[Counts]:
     Compiled code shows its kernels on a CPU only where it was compiled inside `showing_kernels`.
     """
     counts, names = Counts(), frozenset(ranges)
-    on_gpu = torch.cuda.is_available()
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as recorder:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities) as recorder:
         yield counts
-    look = _count_calls if on_gpu and torch.cuda.is_initialized() else _count_operations
-    for event in recorder.events():
-        if event.cpu_parent is None and event.device_type == torch.autograd.DeviceType.CPU:
-            look(event, OTHER, names, counts)
+    events = recorder.events()
+    by_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    on_gpu = len(by_host) < len(events)
+    for event in by_host:
+        if event.cpu_parent is None:
+            (_count_calls if on_gpu else _count_operations)(event, OTHER, names, counts)
+    if on_gpu:
+        spans = [event.time_range for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        counts.device_ms = covered([(span.start, span.end) for span in spans]) / 1e3
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """How much of a line spans cover, (begin, end), where they overlap once."""
+    total, end = 0.0, float("-inf")
+    for begin, until in sorted(spans):
+        total += max(0.0, until - max(begin, end))
+        end = max(end, until)
+    return total
 
 
 @contextmanager
