@@ -144,7 +144,9 @@ def rank(arguments: list[str]) -> None:
     from leap_dist.runtime.distributed import initialise
 
     folder, dry, session = Path(arguments[0]), bool(arguments[1]), arguments[2]
-    world = initialise(backend="gloo")  # NCCL refuses two ranks on one device
+    # NCCL refuses two ranks on one device. LOCAL_RANK, 0 on both, is the device's number to us and to DeepSpeed.
+    world = initialise(backend="gloo")
+    world = replace(world, local_rank=world.rank)
     found: dict[str, Any] = {}
     for name, overrides in VARIANTS.items():
         output = folder / f"{name.replace(' ', '-')}-{session}"

@@ -64,6 +64,7 @@ class Float8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         numbers, scale = quantised(linear.weight.detach())
         self.weight = nn.Parameter(numbers.view(torch.uint8), requires_grad=False)
         self.scale = nn.Parameter(scale.t().contiguous(), requires_grad=False)
@@ -83,6 +84,11 @@ class Float8Linear(nn.Module):
         )
         product = product if self.bias is None else product + self.bias
         return product.unflatten(0, tokens.shape[:-1])
+
+    def emptied(self) -> nn.Linear:
+        """The layer that this was made of, without memory."""
+        bias = self.bias is not None
+        return nn.Linear(self.in_features, self.out_features, bias, device="meta").requires_grad_(False)
 
 
 class Float8Blocks:
@@ -126,8 +132,7 @@ class Float8Blocks:
         for name in self._layers[index]:
             layer = block.get_submodule(name)
             if isinstance(layer, Float8Linear):
-                (dout, din), bias = layer.weight.shape, layer.bias is not None
-                block.set_submodule(name, nn.Linear(din, dout, bias, device="meta").requires_grad_(False))
+                block.set_submodule(name, layer.emptied())
 
     @torch.no_grad()
     def _judge(self, index: int) -> None:

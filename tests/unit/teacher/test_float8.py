@@ -201,3 +201,14 @@ def test_where_there_is_no_fp8_a_run_is_refused_in_a_line(monkeypatch: pytest.Mo
         check_device(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     check_device(torch.device("cuda"))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_turn_too() -> None:
+    compiled, plain = (teacher(dtype="fp8", fp8_bound=0.9, compile=compile) for compile in (True, False))
+    for block in (1, 3):
+        compiled.retarget(block)
+        plain.retarget(block)
+        found, right = (which.features(images()).patch.float() for which in (compiled, plain))
+        assert F.cosine_similarity(found, right, dim=-1).min() > 0.99
+    assert in_float8(compiled) == [True, True, True, False]
