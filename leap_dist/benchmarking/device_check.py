@@ -20,6 +20,7 @@ from typing import Any, Optional
 
 GRACE_S = 3  # for a part that is told to end, before it is killed
 DRY_PATIENCE = 10  # a dry run's limits are so many times as long: it is to end, not to be quick
+FINDING = "finding.json"  # in a part's folder
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 
 
@@ -110,7 +111,7 @@ class Check:
     def _run(self, part: Part) -> Result:
         folder = (self._logs / part.name).resolve()
         folder.mkdir(exist_ok=True)
-        found, log = folder / "finding.json", folder / "log.txt"
+        found, log = folder / FINDING, folder / "log.txt"
         found.unlink(missing_ok=True)
         limit = min(part.limit * self._patience, self._ends - time.monotonic())
         begin = time.monotonic()

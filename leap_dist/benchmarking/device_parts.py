@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leap_dist.benchmarking.device_check import Finding, Part
+from leap_dist.benchmarking.device_check import FINDING, Finding, Part, hand_over
 from leap_dist.benchmarking.device_runs import demo, resume, two_ranks
 from leap_dist.benchmarking.drawn import DrawnBackbone
 from leap_dist.benchmarking.harness import interleaved, quantiles, versions
@@ -242,8 +242,12 @@ def teachers(dry: bool, folder: Path) -> Finding:
                 rows.append(row | _rates(model, size, batch, dtype, compiled, device))
             except Exception as error:  # a dtype that fails does not hide what the others give
                 rows.append(row | {"error": repr(error)[:200]})
-            print(rows[-1], flush=True)
+            hand_over(_of_teachers(rows), folder / FINDING)  # a giant takes long, and may be cut
             torch.cuda.empty_cache()
+    return _of_teachers(rows)
+
+
+def _of_teachers(rows: list[dict[str, Any]]) -> Finding:
     giant = [row for row in rows if "giant" in row["teacher"] and row["dtype"] == "bf16"]
     best = max((row.get("images/s at the last", 0.0) for row in giant), default=0.0)
     failures = [f"ViT-g at {best:.0f} images/s, below {VIT_G_RATE:.0f}"] * (bool(giant) and best < VIT_G_RATE)

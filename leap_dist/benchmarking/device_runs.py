@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from leap_dist.benchmarking.device_check import Finding, hand_over
+from leap_dist.benchmarking.device_check import FINDING, Finding, hand_over
 
 ROOT = Path(__file__).resolve().parents[2]
 README_ACCURACY = 0.90  # the demo's kNN on the mean patch token is 95 % on CPUs
@@ -124,7 +124,7 @@ def two_ranks(dry: bool, folder: Path) -> Finding:
     while any(one.poll() is None for one in ranks):
         time.sleep(0.1)
         if found.is_file():
-            hand_over(_judged(json.loads(found.read_text())), folder / "finding.json")
+            hand_over(_judged(json.loads(found.read_text())), folder / FINDING)
     if any(one.returncode for one in ranks) and not found.is_file():
         raise RuntimeError("the ranks failed before the first run was done")
     return _judged(json.loads(found.read_text()))

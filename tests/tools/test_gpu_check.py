@@ -51,6 +51,7 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], says: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # its own limits add up to more than the usual
 def test_a_dry_run_goes_through_all_parts_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "dry.md"
     done = gpu_check("--dry", "--out", str(out))
