@@ -40,7 +40,14 @@ class TeacherConfig:
         0, "1: the teacher works on the next batch while the student trains; an advance comes one step later"
     )
     compile: bool = option(False, "torch.compile each block; once for all of them where they are alike")
-    dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "weights and arithmetic of the teacher")
+    dtype: Literal["fp32", "bf16", "fp16", "fp8"] = option(
+        "fp32",
+        "weights and arithmetic of the teacher; fp8: bf16, but for the linear layers of every block that `fp8_bound` "
+        "allows, on GPUs that have FP8",
+    )
+    fp8_bound: float = option(
+        0.999, "dtype=fp8: a block whose final-normed tokens have a mean cosine below this with bf16's stays in bf16"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,6 +56,7 @@ RANGES = {
     "teacher.stages": Range(1, 2**16),
     "teacher.microbatches": Range(1, 2**20),
     "teacher.memory_budget": Range(0, 10**6, low_open=True),
+    "teacher.fp8_bound": Range(-1, 1),
     "student.num_classes": Range(0, 10**6),
     "student.seed": Range(0, 2**32 - 1),
     "objective.feature_weight": Range(0, 10**6),

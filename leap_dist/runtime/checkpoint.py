@@ -68,7 +68,7 @@ STUDENT = (
 # Beginnings of what no other run can go on with, see `Checkpoints.needs_conversion`.
 ANOTHER_RUN = (
     *STUDENT, "seed", "engine.zero_stage", "engine.precision", "data.global_batch", "data.canonical_nodes",
-    "data.image_size", "teacher.model", "teacher.kwargs", "teacher.dtype",
+    "data.image_size", "teacher.model", "teacher.kwargs", "teacher.dtype", "teacher.fp8_bound",
 )  # fmt: skip
 
 

@@ -73,15 +73,18 @@ def normalise_environment() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-def initialise() -> World:
-    """Join the process group (NCCL on CUDA, gloo on CPU) through DeepSpeed and return this rank's `World`."""
+def initialise(backend: Optional[str] = None) -> World:
+    """Join the process group through DeepSpeed and return this rank's `World`.
+
+    backend: None: NCCL on CUDA, gloo on CPU. gloo on CUDA lets ranks share a device, slowly.
+    """
     normalise_environment()
     import deepspeed  # seconds to import: only once the config is known to be good
 
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     check_gpus(local_rank)
     if uses_gpus():
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        device, backend = torch.device("cuda", local_rank), backend or "nccl"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
