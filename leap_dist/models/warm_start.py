@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from leap_dist.models.backbone import family, is_family
 from leap_dist.models.own_student import is_own
 from leap_dist.models.student_base import Student
 from leap_dist.models.weight_files import read_weights
+from leap_dist.runtime.files import read_json
 
 _EXPORT = "student.safetensors"  # as `export_student` leaves it in a run's folder
 
@@ -105,15 +105,15 @@ def _check_record(student: Student, path: Path, what: str) -> bool:
     """Whether `path` is an export of this package. UserError where it is one of another student."""
     record = path.with_suffix(".json")
     try:
-        about = json.loads(record.read_text())
+        about = read_json(record)
         theirs = about["model"], about["remedy"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     recipe = student.recipe
     if theirs not in ((recipe.model, recipe.remedy), (recipe.model, "none")):
         raise UserError(
-            f"{what}: is an export of student.model={theirs[0]} with student.remedy={theirs[1]}; this run has "
-            f"{recipe.model} and {recipe.remedy}"
+            f"{what}: is an export of student.model={theirs[0]!s:.100} with student.remedy={theirs[1]!s:.100}; this "
+            f"run has {recipe.model} and {recipe.remedy}"
         )
     return theirs[1] == recipe.remedy
 

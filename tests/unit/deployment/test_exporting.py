@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import leap_dist
 from exports import exported
+from killed import killed_everywhere
 from leap_dist.config import StudentConfig
 from leap_dist.deployment.comparing import differences, require_close
 from leap_dist.deployment.exporting import Order, export
@@ -58,7 +59,7 @@ def student(family: str, remedy: str, folder: Path) -> Path:
 
 
 def order(run: Path, **given: object) -> Order:
-    standard = {"data": None, "bound": None, "images": 8, "half": False, "int8": False}
+    standard = {"shown": None, "bound": None, "images": 8, "half": False, "int8": False}
     return Order(leap_dist.load(run), weights_file(run), run / "export", **standard | given)
 
 
@@ -170,6 +171,40 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path) -> None:
     assert [path.name for path in (run / "export").iterdir()] == ["hub"]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_kill_at_any_moment_leaves_the_earlier_export_or_the_new_one(tmp_path: Path) -> None:
+    """Before each operation on a file; and what killed exports leave is gone after the next one."""
+    run = exported(tmp_path / "run")
+    given = order(run)
+    export(given, "hub")
+    folder = run / "export" / "hub"
+    earlier = contents(folder)
+    newer = replace(given, weights=weights_file(exported(tmp_path / "newer")))  # its name is the card's title
+    found = []
+    for number in killed_everywhere(lambda: export(newer, "hub"), run / "export"):
+        found.append(contents(folder) == earlier)
+        assert found[-1] or contents(folder)["README.md"] == earlier["README.md"].replace(b"# run", b"# newer"), number
+        assert contents(folder).keys() == earlier.keys()
+    assert len(found) > 10 and found == sorted(found, reverse=True), "the earlier one, then the new one"
+    assert [path.name for path in (run / "export").iterdir()] == ["hub"]
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_the_earlier_file_or_the_new_one(tmp_path: Path) -> None:
+    run = exported(tmp_path / "run")
+    path, given, found = run / "export" / "student.onnx", order(run), []
+    export(given, "onnx")  # what is imported now is imported in no child
+    path.write_bytes(b"earlier")
+    for _ in killed_everywhere(lambda: export(given, "onnx"), run / "export"):
+        found.append(path.read_bytes() == b"earlier")
+        assert found[-1] or onnx_runner(path)(torch.zeros(1, 3, 32, 32))
+    assert len(found) > 5 and found == sorted(found, reverse=True)
+    assert [path.name for path in (run / "export").iterdir()] == ["student.onnx"]
+
+
 @torch.no_grad()
 def test_outputs_that_are_off_are_told_and_refused(tmp_path: Path) -> None:
     model, images = leap_dist.load(exported(tmp_path / "run")), torch.randn(2, 3, 32, 32)
@@ -199,11 +234,11 @@ def test_an_export_that_is_too_far_off_is_not_kept(tmp_path: Path) -> None:
 def test_half_and_8_bit_files_are_near(tmp_path: Path) -> None:
     from leap_dist.config import DataConfig
     from leap_dist.data import resolve
-    from leap_dist.deployment.images import ALONE
+    from leap_dist.deployment.images import ALONE, Shown
 
     run = exported(tmp_path / "run", mean=[0.5] * 3, std=[0.5] * 3)
     data = resolve(DataConfig(train="digits", val="digits", image_size=32, workers=0), tmp_path, ALONE)
-    runners = export(order(run, data=data, images=32, half=True, int8=True), "onnx")
+    runners = export(order(run, shown=Shown(data, False), images=32, half=True, int8=True), "onnx")
     assert runners.keys() == {"onnx", "fp16", "int8"}
     sizes = {name: (run / "export" / f"student{end}").stat().st_size for name, end in
              {"onnx": ".onnx", "fp16": ".fp16.onnx", "int8": ".int8.onnx"}.items()}  # fmt: skip
