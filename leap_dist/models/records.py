@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import timm
 from safetensors import safe_open
@@ -171,12 +171,18 @@ def parts_of(path: Path) -> int:
         return MOST_PARTS + 20 * len(file.keys())
 
 
-def require_weights_of(model: nn.Module, path: Path) -> None:
-    """UserError unless the safetensors at `path` have the names and shapes of `model`, which may be without memory."""
+def require_weights_of(model: nn.Module, path: Path, *, added: Optional[tuple[str, ...]] = None) -> None:
+    """UserError unless the safetensors at `path` have the names and shapes of `model`, which may be without memory.
+
+    added: how names of parts begin that `model` does not have yet; then it may have others that are not in the file.
+    """
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     with safe_open(path, "pt") as file:
         there = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
-    if wrong := sorted(name for name in expected.keys() | there.keys() if expected.get(name) != there.get(name)):
+    names = expected.keys() | there.keys()
+    if added is not None:
+        names = {name for name in there if not name.startswith(added)}
+    if wrong := sorted(name for name in names if expected.get(name) != there.get(name)):
         name = wrong[0]
         raise UserError(
             f"not the weights of its record: {name:.100} is {there.get(name, 'missing')} there, "

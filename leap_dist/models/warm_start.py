@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from leap_dist.config import HUB, NO_WEIGHTS
 from leap_dist.errors import UserError
 from leap_dist.models.backbone import family, is_family
+from leap_dist.models.map_student import ADDED
 from leap_dist.models.own_student import is_own
 from leap_dist.models.student_base import Student
 from leap_dist.models.weight_files import read_weights
@@ -90,7 +91,7 @@ def _filter_of(model: nn.Module) -> Optional[Callable[[dict[str, Any], nn.Module
 def _new_parts(student: Student) -> tuple[str, ...]:
     """Beginnings of the names of what a remedy has put in, which a checkpoint of the plain model has not."""
     if student.recipe.map_at:
-        return ("lift.", "mean_head.")
+        return ADDED
     last = f"blocks.{student.depth - 1}."
     return {"none": (), "lift": ("norm.",), "wide_last": (last, "norm.", "fc_norm.")}[student.recipe.remedy]
 
