@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,20 +12,22 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from leap_dist.config import load
 from leap_dist.deployment import images as pictures
 from leap_dist.deployment.comparing import Runner, described, differences, require_close
 from leap_dist.deployment.hub_folder import write_hub_folder
+from leap_dist.deployment.images import CONFIG
 from leap_dist.deployment.loaded import WEIGHTS, Distilled
 from leap_dist.deployment.onnx_file import BOUNDS, onnx_runner, versions, write_half, write_int8, write_onnx
 from leap_dist.deployment.program_file import program_runner, write_program
 from leap_dist.deployment.speed import images_per_second
 from leap_dist.deployment.transformers_folder import write_transformers_folder
 from leap_dist.errors import UserError
+from leap_dist.monitoring.comparison import SUMMARY, read_summary
 from leap_dist.runtime.files import flush, scratch_folder, take_place
 
 CHECKED = 64  # images that an export is compared on
 FORMATS = ("onnx", "hub", "transformers", "pt2")
-SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def export(order: Order, kind: str) -> dict[str, Runner]:
     folder = order.out / kind
     with whole_folder(folder) as part:
         if kind == "hub":
-            write_hub_folder(order.model, order.weights.absolute().parent.name, part, _summary(order.weights.parent))
+            run = order.weights.absolute().parent
+            write_hub_folder(order.model, run.name, part, read_summary(run / SUMMARY), _training(run))
         else:
             write_transformers_folder(order.model, part)
     print(f"{folder}: written")
@@ -148,9 +150,18 @@ def _accuracies(order: Order, runners: dict[str, Runner]) -> str:
     return f"kNN on {order.shown.data.val}: " + ", ".join(f"{name} {value:.1%}" for name, value in found.items())
 
 
-def _summary(folder: Path) -> Optional[dict[str, Any]]:
-    path = folder / SUMMARY
-    return json.loads(path.read_text()) if path.is_file() else None
+def _training(folder: Path) -> dict[str, Any]:
+    """How the student in `folder` was trained, as far as it is known: of its run's config, or its cohort's."""
+    place = next((place for place in (folder, folder.parent) if (place / CONFIG).is_file()), None)
+    if place is None:
+        return {}
+    config = load(place / CONFIG, [], check=False)
+    return {
+        "teacher": config.teacher.model,
+        "curriculum": config.curriculum.mode,
+        "augmentation": config.data.augment,
+        "images a step": config.data.global_batch,
+    }
 
 
 @contextmanager

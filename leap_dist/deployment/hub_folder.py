@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from timm.models import save_for_hf
 
@@ -56,8 +56,14 @@ def is_plain(model: Distilled) -> bool:
     return recipe.remedy == "none" and not (recipe.mean_head or recipe.reduction or is_own(recipe.model))
 
 
-def write_hub_folder(model: Distilled, title: str, folder: Path, summary: Optional[dict[str, Any]]) -> None:
-    """Fill the empty `folder`. title: of the card; summary: of the student's run, if there is one."""
+def write_hub_folder(
+    model: Distilled, title: str, folder: Path, summary: dict[str, Any], training: dict[str, Any]
+) -> None:
+    """Fill the empty `folder`.
+
+    title: of the card; summary: of the student's run, empty if there is none; training: what else is known of how it
+    was trained, by words.
+    """
     recipe = model.student.recipe
     save_for_hf(
         model.student.backbone, str(folder), safe_serialization=True, model_args=_arguments(recipe.kwargs),
@@ -65,7 +71,7 @@ def write_hub_folder(model: Distilled, title: str, folder: Path, summary: Option
     )  # fmt: skip
     _forget_origin(folder / "config.json")
     write_json(folder / "student.json", model.record)
-    (folder / "README.md").write_text(_card(model, title, summary))
+    (folder / "README.md").write_text(_card(model, title, summary, training))
     (folder / WEIGHTS).chmod(0o644)  # it comes with its owner's rights alone
 
 
@@ -96,15 +102,17 @@ def _pretrained(model: Distilled) -> dict[str, Any]:
     }
 
 
-def _card(model: Distilled, name: str, summary: Optional[dict[str, Any]]) -> str:
+def _card(model: Distilled, name: str, summary: dict[str, Any], training: dict[str, Any]) -> str:
     about, plain = model.record, is_plain(model)
     what = f"A `{about['model']}` of timm."
     if not plain:
         what += " It has parts that timm does not know, so leap_dist loads it; `student.json` says which."
     own = f', own="{about["model"]}"' if is_own(about["model"]) else ""
-    accuracies = {key: value for key, value in (summary or {}).items() if key.endswith(("knn", "probe", "top1"))}
-    rows = [f"| {key.replace('_', ' ')} | {value:.1%} |" for key, value in accuracies.items() if value is not None]
-    rows += [f"| {words} | {_figure(key, summary[key])} |" for key, words in FIGURES.items() if key in (summary or {})]
+    figures = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
+    accuracies = {key: value for key, value in figures.items() if key.endswith(("knn", "probe", "top1"))}
+    rows = [f"| {key.replace('_', ' ')} | {value:.1%} |" for key, value in accuracies.items()]
+    rows += [f"| {words} | {value} |" for words, value in training.items()]
+    rows += [f"| {words} | {_figure(key, figures[key])} |" for key, words in FIGURES.items() if key in figures]
     rows += [f"| parameters | {sum(parameter.numel() for parameter in model.parameters()):,} |"]
     return CARD.format(
         library="timm" if plain else "leap_dist", title=name, what=what, rows="\n".join(rows),

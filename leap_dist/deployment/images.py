@@ -37,26 +37,26 @@ class Shown:
 
 def shown_to(spec: ImageSpec, folder: Path, train: Optional[str], val: Optional[str]) -> Optional[Shown]:
     """The shards of the run in `folder` or its parent, or those named, for a student of `spec`; None if none."""
-    found = DataConfig(train="") if train is None else DataConfig(train=train)
-    if train is None:
-        for place in (folder, folder.parent):
-            if (place / CONFIG).is_file():
-                found = load(place / CONFIG, [], check=False).data
-                break
-            if (place / RECIPE).is_file():
-                found = load_recipe(place / RECIPE, [], check=False).data
-                break
-    if not found.train:
-        return None
+    found, place = _of_run(folder) if train is None else (DataConfig(train=train), folder)
     if DIGITS in (found.train, found.val):
-        found = resolve(found, folder, ALONE)
-    if train is None and not Path(found.train).is_dir():
-        return None  # the run was made elsewhere
+        found = resolve(found, place, ALONE)
+    if not found.train or (train is None and not Path(found.train).is_dir()):
+        return None  # there is no run, or it was made elsewhere
     data = replace(
         found, val=val if val is not None else found.val, image_size=spec.image_size, mean=tuple(spec.mean),
         std=tuple(spec.std), crop_pct=spec.crop_pct, workers=0,
     )  # fmt: skip
     return Shown(data, spec.interpolation == "bicubic")
+
+
+def _of_run(folder: Path) -> tuple[DataConfig, Path]:
+    """The data of the run or the teacher's training in `folder` or its parent, and which; without any, no shards."""
+    for place in (folder, folder.parent):
+        if (place / CONFIG).is_file():
+            return load(place / CONFIG, [], check=False).data, place
+        if (place / RECIPE).is_file():
+            return load_recipe(place / RECIPE, [], check=False).data, place
+    return DataConfig(train=""), folder
 
 
 def batches(shown: Shown, count: int, what: str) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ from killed import killed_everywhere
 from leap_dist.config import StudentConfig
 from leap_dist.deployment.comparing import differences, require_close
 from leap_dist.deployment.exporting import Order, export
+from leap_dist.deployment.images import shown_to
 from leap_dist.deployment.loaded import weights_file
 from leap_dist.deployment.onnx_file import onnx_runner
 from leap_dist.errors import UserError
@@ -94,6 +95,10 @@ def test_a_program_gives_torchs_outputs_and_a_classifiers(tmp_path: Path) -> Non
 def test_a_hub_folder_is_loaded_by_timm_and_by_leap_dist(tmp_path: Path) -> None:
     run = exported(tmp_path / "run")
     (run / "summary.json").write_text(json.dumps({"student_knn": 0.871, "teacher_flops_saved": 0.25}))
+    config = (
+        "teacher: {model: vit_giant}\nstudent: {model: any}\ndata: {train: gone, augment: leap, global_batch: 384}\n"
+    )
+    (run / "config.yaml").write_text(config)
     export(order(run), "hub")
     folder, images = run / "export" / "hub", torch.randn(2, 3, 32, 32)
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -103,6 +108,7 @@ def test_a_hub_folder_is_loaded_by_timm_and_by_leap_dist(tmp_path: Path) -> None
     assert plain.pretrained_cfg["mean"] == [0.4, 0.5, 0.6] and plain.pretrained_cfg["crop_pct"] == 0.8
     card = (folder / "README.md").read_text()
     assert "| student knn | 87.1% |" in card and "| teacher FLOPs saved | 25.0% |" in card
+    assert all(row in card for row in ("| teacher | vit_giant |", "| augmentation | leap |", "| images a step | 384 |"))
     assert "license" not in (folder / "config.json").read_text()  # of timm's own weights of that name
 
 
@@ -118,7 +124,7 @@ def test_timms_training_script_can_fine_tune_a_hub_folder(classes: int, tmp_path
     )  # fmt: skip
     seen = timm.data.resolve_data_config({}, model=model)
     told = ("input_size", "interpolation", "mean", "std", "crop_pct")
-    assert [seen[key] for key in told] == [(3, 32, 32), "bilinear", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), 0.8]
+    assert [seen[key] for key in told] == [(3, 32, 32), "bilinear", [0.4, 0.5, 0.6], [0.2, 0.3, 0.4], 0.8]
     mine, before = leap_dist.load(run).student.backbone, dict(model.named_parameters())
     for name, tensor in mine.named_parameters():
         assert name.startswith("head.") or torch.equal(before[name], tensor), name
@@ -202,12 +208,12 @@ def test_a_kill_at_any_moment_leaves_the_earlier_export_or_the_new_one(tmp_path:
     export(given, "hub")
     folder = run / "export" / "hub"
     earlier = contents(folder)
-    newer = replace(given, weights=weights_file(exported(tmp_path / "newer")))  # its name is the card's title
+    newer = replace(given, weights=weights_file(exported(tmp_path / "newer")))  # the card has its name
+    card = earlier["README.md"].replace(b"# run", b"# newer").replace(b"local-dir:run", b"local-dir:newer")
     found = []
     for number in killed_everywhere(lambda: export(newer, "hub"), run / "export"):
         found.append(contents(folder) == earlier)
-        assert found[-1] or contents(folder)["README.md"] == earlier["README.md"].replace(b"# run", b"# newer"), number
-        assert contents(folder).keys() == earlier.keys()
+        assert found[-1] or contents(folder) == earlier | {"README.md": card}, number
     assert len(found) > 10 and found == sorted(found, reverse=True), "the earlier one, then the new one"
     assert [path.name for path in (run / "export").iterdir()] == ["hub"]
 
@@ -248,6 +254,19 @@ def test_an_export_that_is_too_far_off_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"student\.onnx: its .* off torch's"):
         export(order(run, bound=1e-12), "onnx")
     assert not list((run / "export").iterdir())
+
+
+@pytest.mark.parametrize("folder", ["run", "run/tiny"])
+def test_a_run_or_a_student_of_a_cohort_is_shown_the_runs_images(folder: str, tmp_path: Path) -> None:
+    """Through its own eyes: the record's pixels, not the config's."""
+    run = exported(tmp_path / folder, interpolation="bicubic")
+    config = "teacher: {model: any}\nstudent: {model: any}\ndata: {train: digits, val: digits, image_size: 64}\n"
+    (tmp_path / "run" / "config.yaml").write_text(config)
+    model = leap_dist.load(run)
+    shown = shown_to(model.spec, run, None, None)
+    assert shown.bicubic and shown.data.image_size == 32 and shown.data.mean == (0.4, 0.5, 0.6)
+    assert Path(shown.data.train).is_relative_to(tmp_path / "run")
+    assert shown_to(model.spec, tmp_path, None, None) is None
 
 
 @pytest.mark.slow
