@@ -16,6 +16,7 @@ import leap_dist
 from exports import exported
 from killed import killed_everywhere
 from leap_dist.config import StudentConfig
+from leap_dist.deployment import onnx_file
 from leap_dist.deployment.comparing import differences, require_close
 from leap_dist.deployment.exporting import Order, export
 from leap_dist.deployment.images import shown_to
@@ -246,6 +247,14 @@ def test_outputs_that_are_off_are_told_and_refused(tmp_path: Path) -> None:
     off["cls"][0, 0] = np.nan
     with pytest.raises(UserError, match="its cls are inf off"):
         require_close(differences(model, lambda _: off, [images]), 1e9, "x.onnx")
+
+
+def test_weights_that_one_onnx_file_cannot_hold_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_file, "LARGEST", 1000)
+    run = exported(tmp_path / "run")
+    with pytest.raises(UserError, match=r"--to onnx: .* GiB of weights.*--to pt2 takes any"):
+        export(order(run), "onnx")
+    assert not list((run / "export").iterdir())
 
 
 @pytest.mark.seconds
