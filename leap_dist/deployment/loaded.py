@@ -84,7 +84,9 @@ def weights_file(path: str | Path, ema: bool = False) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"{path}: no {' or '.join(names)} there; the end of a run writes its student's")
+    below = sorted(str(found.parent) for found in folder.glob(f"*/{names[0]}"))  # of a run with several students
+    hint = f"did you mean {' or '.join(below[:3])}?" if below else "the end of a run writes its student's"
+    raise FileNotFoundError(f"{path}: no {' or '.join(names)} there; {hint}")
 
 
 def load_distilled(

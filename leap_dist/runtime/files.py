@@ -19,7 +19,7 @@ from typing import IO, Any, Optional
 from leap_dist.errors import UserError
 
 PROBE_BYTES = 1 << 20
-SCRATCH = ".leap-"
+SCRATCH = ".leap-scratch-"
 MOST_JSON_BYTES = 64 << 20  # the index of 8 TB of shards
 # What a disk answers where it takes no more, or nothing at all.
 REFUSALS = {
@@ -97,11 +97,10 @@ def _held(folder: Path) -> Optional[int]:
 
 
 def take_place(new: Path, at: Path) -> None:
-    """Let the folder `new` take the place of `at`, if there is anything, of the same file system; the old one is `new`
-    then.
+    """Let the folder `new` take the place of `at`, on the same file system. What was there is called `new` then.
 
-    A kill leaves the one or the other. Where the file system cannot exchange two names, as NFS, there is a moment
-    between the two steps.
+    A kill leaves the one or the other. Where the file system cannot exchange two names, as NFS, a kill may come between
+    two steps.
     """
     if not at.exists():
         new.rename(at)

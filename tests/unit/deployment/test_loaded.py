@@ -67,6 +67,10 @@ def test_a_file_a_folder_and_the_average(tmp_path: Path) -> None:
         leap_dist.load(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match=r"no student_ema\.safetensors"):
         leap_dist.load(exported(tmp_path / "other"), ema=True)
+    for name in ("tiny", "small"):
+        exported(tmp_path / "cohort" / name)
+    with pytest.raises(FileNotFoundError, match=r"did you mean \S+cohort/small or \S+cohort/tiny\?"):
+        leap_dist.load(tmp_path / "cohort")
 
 
 @pytest.mark.seconds
