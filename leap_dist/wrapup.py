@@ -140,8 +140,8 @@ def _earlier_summary(path: Path) -> dict[str, Any]:
         return {}
     earlier, fault = read_sealed(path)
     if fault:
-        log.warning("%s is %s: what it said is worked out anew", path, fault.split()[-1])
-    return earlier if not fault else {}
+        log.warning("%s %s: what it said is worked out anew", path, fault)
+    return earlier
 
 
 def _shared_times(trainer: Trainer) -> dict[str, dict[str, Any]]:

@@ -21,8 +21,8 @@ from leap_dist.config import NO_WEIGHTS, RANDOM, DataConfig, StudentConfig, Teac
 from leap_dist.errors import UserError
 from leap_dist.models import Features, Student, build_student, load_student, on_grid, warm_start
 from leap_dist.models.backbone import Unbuildable, is_family, sketch
-from leap_dist.models.records import read_record
-from leap_dist.runtime.integrity import check_recorded, record_of
+from leap_dist.models.records import image_spec, read_record
+from leap_dist.runtime.integrity import record_of
 from leap_dist.teacher import build_teacher
 from leap_dist.teacher.weights import fingerprint
 
@@ -64,26 +64,14 @@ class Subject:
         return [on_grid(tokens, own, grid).flatten(0, 1) for tokens, own in zip(maps, grids, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What a record says of the images that its model takes."""
-
-    image_size: int
-    mean: list[float]
-    std: list[float]
-    crop_pct: float = Preprocessing.crop_pct
-
-
 def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
     """A student that a run exported: `student.safetensors` with its .json beside it. UserError if they do not load."""
     record = record_of(path)
     try:
         about = read_record(record)
-        check_recorded(path, _Seen)
-        preprocessing = Preprocessing(
-            tuple(about["mean"]), tuple(about["std"]), about.get("crop_pct", Preprocessing.crop_pct)
-        )
-        size, student = about["image_size"], load_student(path, device).requires_grad_(False)
+        images = image_spec(about, record)
+        preprocessing = Preprocessing(tuple(images.mean), tuple(images.std), images.crop_pct)
+        size, student = images.image_size, load_student(path, device).requires_grad_(False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} and {record.name} are no exported student ({error!r:.160})") from error
 

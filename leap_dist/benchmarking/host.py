@@ -96,7 +96,11 @@ def measure(
 
 
 def _as_on_a_gpu(trainer: Trainer) -> None:
-    """LARS goes over lists of tensors, as timm's does by itself where they are on a GPU."""
+    """LARS goes over lists of tensors, as timm's does by itself there, and with a compiled student colours are compiled
+    too, as they are wherever Triton is.
+    """
+    if trainer.config.student.compile:
+        trainer.feed.compile()
     for learner in trainer.cohort.learners.values():
         for group in learner.engine.optimizer.param_groups:
             if "foreach" in group:

@@ -272,6 +272,11 @@ class EvaluationConfig:
     every_epochs: int = option(0, "epochs between evaluations by kNN while training; 0 = only at the end")
     quick_images: int = option(5_000, "images of data.train, and of data.val, that these evaluations use at most")
 
+    @property
+    def interpolation(self) -> Literal["bilinear", "bicubic"]:
+        """How images are resized, antialiased in any case."""
+        return "bicubic" if self.protocol == "leap" else "bilinear"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

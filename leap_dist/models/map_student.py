@@ -25,6 +25,8 @@ from leap_dist.models.backbone import Unbuildable
 from leap_dist.models.features import Features
 from leap_dist.models.student_base import Student, StudentRecipe, widening
 
+ADDED = ("lift.", "mean_head.")  # how the names of parts begin that `add_parts` puts in
+_MOST_ON_CPU = 1024  # pixels of a side of an image that a model is run on for a look, where it needs numbers
 _MOST_PREFIX = 16  # class, distillation and register tokens before the cells
 # Names of the argument by which timm's constructors take the widths of all stages.
 _STAGE_WIDTHS = ("dims", "embed_dims", "channels")
@@ -207,6 +209,10 @@ def probe(recipe: StudentRecipe) -> Layout:
 def _probed(recipe: StudentRecipe) -> Layout:
     what, size = f"student.model={recipe.model}", recipe.map_at
     for device in ("meta", "cpu"):
+        if device == "cpu" and size > _MOST_ON_CPU:
+            raise UserError(
+                f"{what} at {size} pixels cannot be used: at more than {_MOST_ON_CPU} it would take too long"
+            )
         try:
             with torch.device(device), torch.no_grad():
                 model = timm.create_model(recipe.model, pretrained=False, **recipe.kwargs)

@@ -138,7 +138,7 @@ class Student(nn.Module):
 
     def about(self) -> dict[str, Any]:
         """For `student.json`: what the recipe does not say. cls: how the class token was made."""
-        return {"cls": "token" if self.has_cls else None, "grid": list(self.grid)}
+        raise NotImplementedError
 
     def sized(self, images: Tensor) -> Tensor:
         """Images (B,3,H,W) at the student's own size, by antialiased bicubic resizing, if it has one."""

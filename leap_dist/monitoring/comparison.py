@@ -18,7 +18,6 @@ import numpy as np
 from leap_dist.errors import UserError
 from leap_dist.monitoring.board import read_points
 from leap_dist.runtime.integrity import check_named, read_lines, read_sealed
-from leap_dist.runtime.schema import misfit
 
 LEDGER, SUMMARY, BOARD, VALIDATION = "curriculum.jsonl", "summary.json", "tensorboard", "evaluation.jsonl"
 SCORES = ("curriculum/cka", "curriculum/cosine")
@@ -187,14 +186,9 @@ def read_summary(path: Path) -> dict[str, Any]:
     """Of a run folder; empty where it is not there. UserError for what is not what was written."""
     if not path.is_file():
         return {}
-    try:
-        summary, fault = read_sealed(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    summary, fault = read_sealed(path, shape=_Summary)
     if fault:
-        raise UserError(f"{path} is {fault.split()[-1]}; remove it, and resume=auto writes it anew")
-    if fault := misfit(summary, _Summary):
-        raise UserError(f"{path} is no run's summary ({fault})")
+        raise UserError(f"{path} {fault}; remove it, and resume=auto writes it anew")
     return summary
 
 

@@ -41,6 +41,7 @@ from leap_dist.data import (
 from leap_dist.errors import UserError
 from leap_dist.evaluation.held_out import BATCH
 from leap_dist.models import outline
+from leap_dist.models.records import images_of
 from leap_dist.monitoring import bar_interval
 from leap_dist.pretraining.initial import initialise
 from leap_dist.pretraining.recipe import TeacherRecipe, changes, load_recipe
@@ -48,6 +49,7 @@ from leap_dist.pretraining.session import Session
 from leap_dist.runtime.distributed import World, uses_gpus
 from leap_dist.runtime.files import write_text
 from leap_dist.runtime.integrity import write_recorded
+from leap_dist.runtime.provenance import provenance
 from leap_dist.runtime.reporting import STDERR
 from leap_dist.runtime.signals import Interrupt
 from leap_dist.teacher.record import CLASSES
@@ -95,6 +97,7 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
         data.val, data, batch=min(BATCH, data.global_batch), world=world, numbered_as=data.train
     )
     _check_recipe(output / RECIPE, recipe)
+    provenance()  # of the code that runs, before hours go by
     session = Session(recipe, model, len(loader), loader.layout, output / CHECKPOINT, contents=loader.contents)
     session.restore()
     write_text(output / RECIPE, to_yaml(recipe))
@@ -250,14 +253,11 @@ def _record(session: Session, names: Optional[Mapping[str, int]]) -> dict[str, A
         "model": recipe.model,
         "kwargs": _kwargs(recipe),
         **({} if names is None else {CLASSES: dict(names)}),
-        "image_size": recipe.data.image_size,
-        "mean": list(recipe.data.mean),
-        "std": list(recipe.data.std),
-        "crop_pct": recipe.data.crop_pct,
+        **images_of(recipe.data, recipe.data.image_size),
         "val_accuracy": session.history[-1]["val_accuracy"],
         "finished": _is_finished(session),
         "train_seconds": session.seconds,
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        **provenance(),
         "history": session.history,
         "recipe": dataclasses.asdict(recipe),
     }

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, Optional
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, gather_objects
 from leap_dist.runtime.integrity import FILES, Mark, fault_in, mark_of, read_sealed, write_sealed
-from leap_dist.runtime.schema import misfit
 
 log = logging.getLogger(__name__)
 
@@ -234,14 +233,9 @@ def read_run(path: Path) -> dict[str, Any]:
     file = path / RUN
     if not file.is_file():
         raise UserError(f"has no {RUN}")
-    try:
-        saved, fault = read_sealed(file, marked=FILES)
-    except OSError as error:
-        raise UserError(f"has a {RUN} that cannot be read ({error.strerror})") from None
+    saved, fault = read_sealed(file, marked=FILES, shape=SavedRun)
     if fault:
-        raise UserError(f"has {fault} {RUN}")
-    if fault := misfit(saved, SavedRun):
-        raise UserError(f"has a {RUN} that is none ({fault})")
+        raise UserError(f"has a {RUN} that {fault}")
     return saved
 
 
