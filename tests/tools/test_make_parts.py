@@ -324,6 +324,8 @@ def test_twenty_kills_of_parts_and_merges_lose_and_double_nothing(tmp_path: Path
             time.sleep(dice.uniform(2, 4))
             merging.kill()
             merging.wait()
+            assert make_shards("--merge", out) == 0
+            assert tree_bytes(out) == expected
             shutil.rmtree(out)
     for number in (1, 2, 3):
         assert make_shards(tmp_path / "src", out, "--part", f"{number}/3", *options, workers=2) == 0

@@ -85,8 +85,10 @@ def _open_class_folders(root: Path, folder: Path, workers: int, listing: Listing
     taken = [os.path.realpath(folder / name) for name in classes]
     inner: list[set[str]] = []  # of every class, the folders in it that its images lie in; "" for itself
     for label, found in enumerate(parallel(partial(_class_files, folder, taken), classes, workers)):
-        listing.add((os.path.relpath(path, root) for path, _ in found.files), [size for _, size in found.files], label)
-        inside = (os.path.relpath(path, folder / classes[label]) for path, _ in found.files)
+        home = folder / classes[label]
+        inside = [path[len(str(home)) + 1 :] for path, _ in found.files]
+        beginning = os.path.join(os.path.relpath(home, root), "")  # once: relpath takes longer than listing an image
+        listing.add((beginning + path for path in inside), [size for _, size in found.files], label)
         inner.append({path.partition(os.sep)[0] if os.sep in path else "" for path in inside})
         left_out += found.left_out
     _tell_of_nested(folder, inner)
