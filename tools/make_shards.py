@@ -122,6 +122,8 @@ def planned(options: argparse.Namespace, scratch: Path) -> tuple[AnyPlan, Iterat
     print(f"listing {source}", flush=True)
     stream = open_stream(source, int(PIECE_SHARDS * options.shard_mib * 2**20), options.root)
     if stream is not None:
+        if options.layout:
+            raise UserError(f"--layout {options.layout}: {source} holds no class folders")
         streamed = plan_stream(stream, recipe, wanted)
         return streamed, streamed.describe()
     images = open_source(source, options.workers, options.layout, scratch)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from leap_dist.data.classes import INDEX
 from leap_dist.data.sharding import (
     MOST_PARTS,
     QUARANTINE,
@@ -24,7 +25,6 @@ from leap_dist.data.sharding import (
     read_part_index,
     sole_writer,
 )
-from leap_dist.data.shards import INDEX
 from leap_dist.errors import UserError
 from leap_dist.runtime.files import read_regular, writing
 

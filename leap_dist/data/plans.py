@@ -23,6 +23,7 @@ from leap_dist.data.classes import MOST_CLASSES
 from leap_dist.data.pixels import open_rgb
 from leap_dist.data.sources import WHOLE, Images, Lost, Piece, Sample, Stream, counted
 from leap_dist.data.sources.spool import Spool
+from leap_dist.data.sources.tree import ONE_CLASS
 from leap_dist.errors import UserError
 
 JPEG_QUALITY = 90
@@ -30,7 +31,6 @@ JPEG_BYTES_PER_PIXEL = 0.4  # for the plan; ImageNet at quality 90 has 0.33
 SAMPLE_OVERHEAD = 16  # bytes MDS adds to an image: its offset, its size, its label
 SHUFFLED = 1 << 24  # images that are shuffled with each other: all of ImageNet-21k. It takes 0.7 GB
 AT_ONCE = 1 << 20  # numbers of a long array
-ONE_CLASS = "all"  # of images that have none
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,15 @@ class AnyPlan(ABC):
     """What the writer of shards asks of a plan.
 
     classes: name -> label, None where labels are all that is known. unit: of weights, as it is shown. size_limit: bytes
-    at which the shard of a piece ends and another begins; None: a piece is one shard.
+    at which the shard of a piece ends and another begins; None: a piece is one shard. repairable: an image that does
+    not decode may be mended before the same command goes on.
     """
 
     recipe: Recipe
     classes: Optional[Mapping[str, int]]
     unit: str
     size_limit: Optional[int]
+    repairable: bool
 
     @property
     @abstractmethod
@@ -159,6 +161,7 @@ class Plan(AnyPlan):
     shards: Shards
     unit = "image"
     size_limit = None
+    repairable = True
 
     @property
     def splits(self) -> list[str]:
@@ -182,8 +185,8 @@ class Plan(AnyPlan):
 
     def left_out(self, split: str, images: Images) -> dict[str, int]:
         """Why `images`, all those of a split, are in no shard, and how many; a split may be left out whole."""
-        unlabelled = sum(int((~_known(images, labels)).sum()) for (labels,) in _parts(images.labels))
-        unwanted = sum(int((labels < 0).sum()) for (labels,) in _parts(self.labels[split])) - unlabelled
+        unlabelled = sum(int((~_known(images, labels)).sum()) for labels in _stretches(images.labels))
+        unwanted = sum(int((labels < 0).sum()) for labels in _stretches(self.labels[split])) - unlabelled
         return {reason: n for reason, n in (("without a label", unlabelled), ("of other classes", unwanted)) if n}
 
     def samples(self, piece: Shard, left_out: Counter[str]) -> Iterator[Sample]:
@@ -229,19 +232,18 @@ def _digest(images: Images, labels: np.ndarray) -> str:
     for number, name in enumerate(images.names):
         digest.update((b"\n" if number else b"") + name.encode(errors="surrogateescape"))
     for array in (labels, images.sizes):
-        for (part,) in _parts(array):
+        for part in _stretches(array):
             digest.update(part.astype("<i8").tobytes())
     return digest.hexdigest()
 
 
-def _parts(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Arrays of one length, a part at a time: what is computed from them shall not be as long as they are."""
-    for start in range(0, len(arrays[0]), AT_ONCE):
-        yield tuple(array[start : start + AT_ONCE] for array in arrays)
+def _stretches(array: np.ndarray) -> Iterator[np.ndarray]:
+    """An array, AT_ONCE of it at a time: what is computed from it shall not be as long as it is."""
+    return (array[start : start + AT_ONCE] for start in range(0, len(array), AT_ONCE))
 
 
 def _labelled(labels: np.ndarray) -> int:
-    return sum(int((part >= 0).sum()) for (part,) in _parts(labels))
+    return sum(int((part >= 0).sum()) for part in _stretches(labels))
 
 
 def _known(images: Images, labels: np.ndarray) -> np.ndarray:
@@ -290,7 +292,7 @@ def _relabelled(images: Images, classes: Mapping[str, int], scratch: Optional[Pa
     """Labels in `classes`; -1 where the image's class, or any label, is absent."""
     table = np.array([classes.get(name, -1) for name in images.classes] + [-1], dtype=np.int64)
     new = Spool(np.int64, scratch)
-    for (labels,) in _parts(images.labels):
+    for labels in _stretches(images.labels):
         new.extend(table[np.where(_known(images, labels), labels, len(images.classes))])
     return new.array()
 
@@ -342,6 +344,7 @@ class StreamedPlan(AnyPlan):
     recipe: Recipe
     table: Optional[Mapping[int, int]] = None
     classes: Optional[Mapping[str, int]] = None
+    repairable = False
 
     @property
     def unit(self) -> str:

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
-from leap_dist.data.classes import CLASSES
+from leap_dist.data.classes import CLASSES, INDEX
 from leap_dist.data.names import printable
 from leap_dist.data.parallel import end_if_orphaned, parallel
 from leap_dist.data.plans import AnyPlan
-from leap_dist.data.shards import COLUMNS, HASH, INDEX
+from leap_dist.data.shards import COLUMNS, HASH
 from leap_dist.data.sources import WHOLE, Lost, counted
 from leap_dist.data.sources.images import SPLITS
 from leap_dist.errors import UserError
@@ -149,7 +149,8 @@ class ShardWriter:
     def _samples(self, piece: Any, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The images that can be read and decoded. `record` gets their number, and what is said of the others.
 
-        What could not be read may only have been out of reach, and is to be tried again; what does not decode is not.
+        What could not be read may only have been out of reach: its piece is to be written again. In a stream what does
+        not decode stays so: nearly every piece has such images, and a kill would cost all of them.
         """
         left_out: Counter[str] = Counter()
         for sample in self.plan.samples(piece, left_out):
@@ -165,7 +166,7 @@ class ShardWriter:
                 content = sample.read()
                 data = self.plan.recipe.encode(content)
             except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ...
-                record["retry"] |= content is None and isinstance(error, OSError)
+                record["retry"] |= self.plan.repairable or (content is None and isinstance(error, OSError))
                 # Without the address of the object in memory, which some messages have.
                 reason = re.sub(r"\s*<[^>]*>", "", f"{type(error).__name__}: {error}")
                 record["bad"].append([printable(sample.name), printable(" ".join(reason.split())), 1])

@@ -220,6 +220,7 @@ def test_bad_images_of_tars_are_counted_and_what_is_too_much_stops(
         ("changed", "was begun from other images"),
         ("classes", "classes cat \\(1 in all\\) are wanted but not in the set, whose classes are numbers"),
         ("half labelled", "split 'train' has no labels, which other splits have"),
+        ("layout", "--layout classes: .*/src holds no class folders"),
         ("no split", "neither its name nor its folder's says which split it is of"),
         ("both", "holds both tars, such as .*00000.tar, and parquet files with images"),
     ],
@@ -238,6 +239,8 @@ def test_mistakes_with_tars_end_in_one_line(
     elif case == "classes":
         (tmp_path / "list").write_text("cat\n3\n")
         options = ["--classes", tmp_path / "list"]
+    elif case == "layout":
+        options = ["--layout", "classes"]
     elif case == "half labelled":
         write_tars(source, tars=1, prefix="val-")
     elif case == "no split":
