@@ -228,7 +228,7 @@ class _Walk:
         kind = "image" if f".{end}" in EXTENSIONS else end
         if kind not in ("image", *LABELS):
             if kind != "txt":  # the caption
-                self._left_out[printable(f".{end}"[:20]) if dot else NO_EXTENSION] += 1
+                self._left_out[_kind(end) if dot else NO_EXTENSION] += 1
             return Member(key, end, None, "")
         return self._read(entry, key, end, kind)
 
@@ -250,6 +250,12 @@ class _Walk:
             return Member(key, end, None, f"cannot be read: {error.strerror}")
         whole = len(content) == entry.size
         return Member(key, end, content if whole else None, "its tar is cut")
+
+
+def _kind(end: str) -> str:
+    """What a file that is left out is counted as. For WebDataset `a.12.jpg` is the file `12.jpg` of the sample `a`."""
+    *more, last = end.split(".")
+    return f"{'names with several dots, ' if more else ''}.{printable(last[:10])}"
 
 
 class _Headers:
