@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 # The demo runs two processes, on CPU or on two GPUs; a machine with a single GPU gets one.
 DEMO_PROCESSES ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || echo 2)
 
-.PHONY: demo test test-fast test-slow lint bench docs tensorboard setup clean
+.PHONY: demo test test-fast test-slow test-gpu lint bench docs tensorboard setup clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,12 @@ test-fast: setup  ## what takes a second or so each at most, for the loop at the
 
 test-slow: setup  ## the slow tests only
 	OMP_NUM_THREADS=1 $(PYTEST) -m slow
+
+# Whole runs and kernels on CUDA. NVML: asking whether there is a GPU must not begin to use it, or ranks could not fork.
+test-gpu: setup  ## kernels and the suite's whole runs on CUDA; skips what needs more GPUs than there are
+	DS_ACCELERATOR=cuda PYTORCH_NVML_BASED_CUDA_CHECK=1 $(BIN)/python -m pytest -q -m "not slow" \
+		tests/kernels tests/unit/teacher/test_lookahead.py $(addprefix tests/distributed/test_,$(addsuffix .py,\
+		backbones cohort demo equivalence evaluated_epochs modes replay reset resume supervised_runs))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,6 +9,6 @@ kernel_packages = ["leap_kernels", *(f"leap_kernels.{name}" for name in find_pac
 
 setup(
     packages=[*find_packages(include=["leap_dist", "leap_dist.*"]), *kernel_packages],
-    package_data={"leap_dist.data": ["*.txt"]},
+    package_data={"leap_dist.data": ["*.txt"], "leap_dist.report": ["*.html", "*.css"]},
     package_dir={"leap_kernels": "kernels"},
 )

@@ -15,6 +15,7 @@ from typing import Optional
 import torch
 from timm.layers import convert_sync_batchnorm
 
+from leap_dist.analysis.album import Album
 from leap_dist.config import DEMO_TEACHER, DIGITS, HUB, RANDOM, Config, DataConfig, matching_head, members
 from leap_dist.curriculum import build_curriculum
 from leap_dist.curriculum.coordinator import Coordinator
@@ -97,6 +98,7 @@ def build_trainer(config: Config, world: World, claim: Claim) -> tuple[Config, T
         bad_samples=BadSamples(Path(config.output) / BAD_SAMPLES, most_bad, world),
         checkpoints=checkpoints,
         timer=PhaseTimer(world.device),
+        album=Album(replace(config, data=data), world) if config.telemetry.pictures_every else None,
     )
     trainer = Trainer(config, world, parts)
     if resume is not None:
@@ -121,6 +123,8 @@ def build_parts(
     timer = PhaseTimer(world.device)
     objective = build_objective(config, spec, fresh)
     engine = build_engine(config, objective, build_optimizer(config.optim, objective), batch)
+    if config.student.compile:
+        objective.compile_student()
     if config.student.ema_decay:
         objective.average = WeightAverage(objective.student.backbone, config.student.ema_decay)
     return StudentParts(
@@ -179,7 +183,7 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device, batch: i
     """
     student: Student = build_student(config.student, config.data.image_size, spec.dim, torch.device("meta"))
     if student.recipe.map_at:
-        build_student(config.student, config.data.image_size, spec.dim)  # which tries it on one image
+        student = build_student(config.student, config.data.image_size, spec.dim)  # which tries it on one image
     if config.curriculum.mode == "all_layers" and student.depth not in (0, spec.depth):
         raise UserError(
             f"curriculum.mode=all_layers: needs equal depths, student.model={config.student.model} has {student.depth} "
@@ -191,7 +195,8 @@ def check_pair(config: Config, spec: TeacherSpec, device: torch.device, batch: i
             f"objective.kd_alpha={config.objective.kd_alpha} with curriculum.block={config.curriculum.block}: the "
             f"teacher has logits at its last block only, which is {spec.depth}"
         )
-    check_batchnorm(config, student, device, batch)
+    check_batchnorm(config, student, device)
+    check_training(config, student, batch)
     check_widths(matching_head(config.objective, config.student.remedy), student.width, spec.dim)
     products, targets = DTYPES[config.engine.precision], DTYPES[config.teacher.dtype]
     check_impl(config.objective.impl, student.width, products, targets, device)
@@ -229,13 +234,19 @@ def check_class_order(config: Config, world: World) -> None:
         log.warning("objective.kd_alpha=%s: %s", config.objective.kd_alpha, told)
 
 
-def check_batchnorm(config: Config, student: Student, device: torch.device, batch: int) -> None:
-    """Raise UserError where batch norms cannot be synchronised, or have one image to go by."""
-    if running_stats(student) and batch == 1:
+def check_training(config: Config, student: Student, batch: int) -> None:
+    """Raise UserError where a student cannot train on micro-batches of `batch` images a rank."""
+    together = config.data.global_batch // config.engine.accumulation if config.student.sync_batchnorm else batch
+    if running_stats(student) and together == 1:
         raise UserError(
             f"data.global_batch={config.data.global_batch}: one image a rank and micro-batch, and the batch "
             f"norms of student.model={config.student.model} need more"
         )
+    student.check_trains(min(together, 2))
+
+
+def check_batchnorm(config: Config, student: Student, device: torch.device) -> None:
+    """Raise UserError where batch norms cannot be synchronised as asked for."""
     if not config.student.sync_batchnorm:
         return
     if not running_stats(student):

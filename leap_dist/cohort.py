@@ -10,21 +10,25 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+import torch
 from torch import Tensor
 
+from leap_dist.analysis.album import Album, Sitter
 from leap_dist.config import Config, to_yaml
 from leap_dist.curriculum.coordinator import NonFiniteLoss
 from leap_dist.data import BadSamples
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, one_line
 from leap_dist.learner import Learner, Retired
 from leap_dist.models import Features
 from leap_dist.monitoring import Bar
 from leap_dist.monitoring.company import bar_words
+from leap_dist.monitoring.history import History
 from leap_dist.runtime.distributed import World, on_main
 from leap_dist.runtime.engine import LostScale
 from leap_dist.runtime.files import write_text
 from leap_dist.runtime.progress import Progress
 from leap_dist.runtime.timing import CALIBRATION
+from leap_dist.teacher import Teacher
 from leap_dist.teacher.lookahead import Work
 
 # From the deepest block wanted to images in chunks, each with the features of all blocks up to that.
@@ -47,6 +51,7 @@ class Cohort:
         self.learners = dict(learners)
         self.span = next(iter(learners.values())).span
         self.bar: Optional[Bar] = None
+        self.history: Optional[History] = None
 
     @property
     def active(self) -> dict[str, Learner]:
@@ -81,6 +86,8 @@ class Cohort:
         """Begin to write."""
         if self.world.is_main:
             self.bar = Bar(self.config, self.span.total_steps, self.progress.step)
+            self.history = History(Path(self.config.output))
+            self.history.start(self.world, self.progress.step, self.span.total_steps)
         for name, learner in self.learners.items():
             if name:
                 self._write_config(learner)
@@ -96,11 +103,18 @@ class Cohort:
         self.end_bar()
         for learner in self.learners.values():
             learner.journal.close()
+        if self.history is not None:
+            self.history.close()
 
     def end_bar(self) -> None:
         """The last step is done."""
         if self.bar is not None:
             self.bar.end()
+
+    def ended(self, how: str, why: Optional[str] = None) -> None:
+        """For the history: end, stop or failure, and why."""
+        if self.history is not None:
+            self.history.note(how, step=self.progress.step, **({} if why is None else {"text": one_line(why)}))
 
     def say(self, line: str) -> None:
         """A line on the terminal, on rank 0."""
@@ -171,6 +185,27 @@ class Cohort:
         deepest = max((learner.curriculum.block for learner in self.active.values()), default=0)
         shown = {name: learner.journal.shown for name, learner in self.active.items()}
         bar.step(bar_words(shown, f"{deepest}/{self.span.depth}", bar.columns()))
+
+    def draw(self, album: Album, teacher: Teacher) -> None:
+        """Pictures of those that train, each beside the block that its last step matched. The run's clock stands.
+
+        Collective.
+        """
+        sitters = {
+            name: Sitter(learner.engine, learner.progress.trajectory[-1][1], Path(learner.config.output))
+            for name, learner in self.active.items()
+        }
+        if not sitters:
+            return
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # what is queued is training
+        self.span.clock.pause()
+        deepest = max(sitter.block for sitter in sitters.values())
+        if teacher.block < deepest:  # the run was done when it was resumed
+            teacher.retarget(deepest)
+        for name, picture in album.draw(teacher, sitters, self.progress.step).items():
+            self.learners[name].journal.picture(self.progress.step - 1, "tokens/teacher_and_student", picture)
+        self.span.clock.go_on()
 
     def end_epoch(self) -> None:
         """The curricula's end-of-epoch checks."""

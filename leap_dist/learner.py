@@ -25,9 +25,11 @@ from leap_dist.evaluation import Validation
 from leap_dist.matching import Calibration, Evidence, Match, reset_heads
 from leap_dist.models import StepFlops
 from leap_dist.monitoring import Accountant, Bar, Costs, Journal, configured_peaks, memory_bytes
+from leap_dist.runtime.aside import Aside
 from leap_dist.runtime.distributed import World, device_name, on_first, sum_over_ranks
 from leap_dist.runtime.draws import Draws
 from leap_dist.runtime.engine import check_scale, update_numbers
+from leap_dist.runtime.gradients import Gradients
 from leap_dist.runtime.host_copy import HostCopy
 from leap_dist.runtime.optim import lr_factor, peak_lr
 from leap_dist.runtime.progress import Progress
@@ -113,6 +115,7 @@ class Learner:
         self.config = config
         self.world = world
         self.engine = parts.engine
+        self.gradients = Gradients(parts.engine, config.engine.zero_stage, world)
         self.coordinator = parts.coordinator
         self.curriculum = parts.coordinator.curriculum
         self.validation = parts.validation
@@ -133,6 +136,7 @@ class Learner:
         self.pending: Optional[Pending] = None
         self._current: Optional[_Current] = None
         self._draws = Draws(world.device)
+        self._aside = Aside(world.device)
         self._ledger: list[bytes] = []  # on rank 0, the lines known to the checkpoint
 
     # -- from session to session --------------------------------------------------------------------------------------
@@ -233,7 +237,7 @@ class Learner:
                 means = self._sent(torch.stack(current.losses).mean(0), *current.evidence)
                 self.pending = Pending(current.step, current.blocks[-1], current.lr, list(match.terms), means)
             with self.timer.phase("student.backward"):
-                self.engine.backward(match.loss)
+                self.gradients.add(match.loss)
             with self.timer.phase("optimizer"):
                 self.engine.step()
             if last:
@@ -256,14 +260,15 @@ class Learner:
 
     def _sent(self, losses: Tensor, evidence: Optional[Evidence] = None) -> HostCopy:
         """Send own loss, mean losses, score and the last update to the host. losses: own, loss first. Collective."""
-        means = self._summed(losses.clone()) / self.world.size
-        score = losses.new_full((), math.nan) if evidence is None else self._score(evidence)
-        update = update_numbers(self.engine, losses)
-        return HostCopy(torch.cat([losses[:1], means, score[None].to(losses), update]))
+        update = update_numbers(self.engine, losses)  # not aside: the step's own update will write to the loss scale
+        with self._aside.work([losses, update, *(() if evidence is None else evidence.tensors)]):
+            means = self._summed(losses.clone()) / self.world.size
+            score = losses.new_full((), math.nan) if evidence is None else self._score(evidence)
+            return HostCopy(torch.cat([losses[:1], means, score[None].to(losses), update]))
 
     def _score(self, evidence: Evidence) -> Tensor:
         with torch.no_grad(), self.timer.phase("match"):
-            return evidence.score(self.config.curriculum.reduction, self.world.size, self._summed)
+            return self.engine.module.score(evidence, self.config.curriculum.reduction, self.world.size, self._summed)
 
     def _summed(self, tensor: Tensor) -> Tensor:
         with self.timer.phase("communication"):

@@ -33,11 +33,14 @@ def train(config: Config, interrupt: Interrupt) -> None:
     from leap_dist.assembly import build_trainer  # torch and DeepSpeed: seconds, only for a config that holds
     from leap_dist.runtime.distributed import initialise, shutdown
     from leap_dist.runtime.heartbeat import Heartbeat
+    from leap_dist.runtime.provenance import provenance
     from leap_dist.runtime.run_lock import Claim
     from leap_dist.wrapup import wrap_up
 
     world = initialise()
     reporting.report_to_stderr(logging.INFO if world.is_main else logging.WARNING)
+    if world.is_main:
+        provenance()  # of the code that runs, before hours go by
     claim = Claim(Path(config.output), world)
     with Heartbeat(world, config.engine.silence_s, reporting.give_up, interrupt) as heartbeat, claim:
         config, trainer = build_trainer(config, world, claim)
@@ -54,6 +57,7 @@ def train(config: Config, interrupt: Interrupt) -> None:
         except Exception as error:
             interrupt.hold()
             heartbeat.explain(error)
+            trainer.cohort.ended("failure", str(error))
             if " step " not in str(error):
                 error.add_note(f"after step {trainer.progress.step}")
             raise

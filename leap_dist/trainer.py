@@ -14,6 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from leap_dist.analysis.album import Album
 from leap_dist.cohort import Cohort
 from leap_dist.config import Config
 from leap_dist.data import BadSamples, Batch, Feed, TrainLoader, draw_mix, soft_labels
@@ -37,7 +38,10 @@ CALIBRATION_CHUNK = 32  # images at a time against all blocks: 32 x 256 x 1536 x
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; `leap_dist.assembly` puts them together. students: by name, see `Cohort`."""
+    """What a run is made of; `leap_dist.assembly` puts them together. students: by name, see `Cohort`.
+
+    album: with `telemetry.pictures_every`.
+    """
 
     teacher: Teacher
     students: Mapping[str, StudentParts]
@@ -45,6 +49,7 @@ class Parts:
     bad_samples: BadSamples
     checkpoints: Checkpoints
     timer: PhaseTimer
+    album: Optional[Album] = None
 
 
 class Trainer:
@@ -59,6 +64,7 @@ class Trainer:
         self.feed = Feed(config.data, world.device)
         self.checkpoints = parts.checkpoints
         self.timer = parts.timer
+        self.album = parts.album
         self.clock = RunClock()
         self.accumulation = config.engine.accumulation
         self.steps_per_epoch = len(parts.loader) // self.accumulation
@@ -122,6 +128,8 @@ class Trainer:
         self._retire_spoilt()
         self._save()
         self.checkpoints.confirm()
+        self._draw()
+        self.cohort.ended("end" if self._done else "stop")
         return self._done
 
     @property
@@ -146,15 +154,18 @@ class Trainer:
                 self.cohort.choose_start(lambda last, batches=batches: self._swept(batches, last))
             self.trained = self._next_work(batches, following)
             self.cohort.step(self.trained)
-            if self._is_save_due(self.progress.step, self.config.checkpoint.every_steps):
+            if _is_save_due(self.progress.step, self.config.checkpoint.every_steps):
                 self._settle(interrupt)
                 self._save()
+            if self.album is not None and self.album.is_due(self.progress.step):
+                self._settle(interrupt)  # a student that this retires is not drawn
+                self._draw()
             self.profiler.before(self.progress.step)
         self._settle(interrupt)
         if self.progress.step_in_epoch < self.steps_per_epoch or not self.cohort.active:
             return
         self.cohort.end_epoch()
-        if self._is_save_due(self.progress.epoch, self.config.checkpoint.every_epochs):
+        if _is_save_due(self.progress.epoch, self.config.checkpoint.every_epochs):
             self._save()
         self._evaluate()
 
@@ -271,9 +282,10 @@ class Trainer:
                 if not self.config.students or weights_are_finite(learner.engine, self.world):
                     learner.evaluate()
 
-    @staticmethod
-    def _is_save_due(count: int, every: int) -> bool:
-        return every > 0 and count % every == 0
+    def _draw(self) -> None:
+        """Pictures of the students as they stand, if there are to be any. Collective."""
+        if self.album is not None and not self.stopping:
+            self.cohort.draw(self.album, self.teacher)
 
     def _keep(self) -> None:
         """Save, and let a resumed run start from that without waiting for the next loss, if the weights are finite."""
@@ -287,3 +299,7 @@ class Trainer:
             return
         self.checkpoints.save(self.cohort.engines, self.progress.step, self.cohort.state_dicts())
         self.saved_step = self.progress.step
+
+
+def _is_save_due(count: int, every: int) -> bool:
+    return every > 0 and count % every == 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.config import Config
+from leap_dist.errors import UserError
 from leap_dist.evaluation import KINDS, FeatureSet, HeldOut, Pooling, evaluate, protocol_of
 from leap_dist.learner import Learner
 from leap_dist.matching import linear_cka_of_features
@@ -20,6 +21,7 @@ from leap_dist.models import Student, export_average, export_student, load_stude
 from leap_dist.monitoring import table
 from leap_dist.monitoring.company import Member, company, company_table
 from leap_dist.monitoring.comparison import LEDGER, SUMMARY, VALIDATION
+from leap_dist.report import REPORT, write_report
 from leap_dist.runtime.distributed import World, gather_objects, on_main
 from leap_dist.runtime.engine import micro_batch
 from leap_dist.runtime.files import write_text
@@ -99,6 +101,19 @@ def _report(summaries: dict[str, dict[str, Any]], config: Config, world: World, 
         text, folder = company_table(found), Path(config.output)
         on_main(lambda: (write_sealed(folder / "cohort.json", found), write_text(folder / "cohort.md", text)), world)
         trainer.cohort.say(f"{text}\nrun folder: {config.output}")
+    if config.telemetry.report:
+        on_main(lambda: _draw_pages(Path(config.output)), world)
+
+
+def _draw_pages(output: Path) -> None:
+    """`report.html` of the run and of each of its students. Results are written and said by now, and a page is none:
+    whatever goes wrong with it is a line.
+    """
+    try:
+        write_report(output)
+    except Exception as error:
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        log.warning("no %s: %s; python tools/report.py %s makes it from the files there", REPORT, reason, output)
 
 
 def _member(learner: Learner) -> Member:
@@ -125,8 +140,8 @@ def _earlier_summary(path: Path) -> dict[str, Any]:
         return {}
     earlier, fault = read_sealed(path)
     if fault:
-        log.warning("%s is %s: what it said is worked out anew", path, fault.split()[-1])
-    return earlier if not fault else {}
+        log.warning("%s %s: what it said is worked out anew", path, fault)
+    return earlier
 
 
 def _shared_times(trainer: Trainer) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ FLOORS = [
     {"trainer"},
     {"cohort"},
     {"learner"},
-    {"analysis"},
+    {"analysis", "report"},
     {"evaluation", "matching", "monitoring", "teacher"},
     {"curriculum", "data", "models"},
     {"runtime"},

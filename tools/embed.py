@@ -30,7 +30,10 @@ def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser.add_argument("--ema", action="store_true", help="the student with averaged weights")
     parser.add_argument("--own", metavar="MODULE:FUNCTION", help="of a student that is a module of your own")
     parser.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
-    parser.add_argument("--workers", type=int, default=4, help="processes a rank that read images (default: 4)")
+    cores = min(4, len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--workers", type=int, default=cores, help="processes a rank that read images (default: 4, or a core each)"
+    )
     options = parser.parse_args(argv)
     if not (1 <= options.batch <= 1 << 16 and 0 <= options.workers <= 256):
         parser.error("--batch must be at least 1, and --workers from 0 to 256")

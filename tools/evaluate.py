@@ -12,11 +12,14 @@ MODEL is one of
     PATH/config.yaml                  the teacher of a run, as its config names it
     NAME, NAME=random, NAME=FILE      a timm model with its pretrained, with random or with a file's weights
 
-TASK is one or more of knn, probe, retrieval, segmentation, robustness and, beside these, compare: the teacher of the
-run that MODEL is, by the same code. --beside MODEL adds any other model to the table.
+TASK is one or more of knn, probe, retrieval, segmentation, robustness, pictures and, beside these, compare: the
+teacher of the run that MODEL is, by the same code. --beside MODEL adds any other model. The task pictures draws the
+tokens of --images as colours, all models side by side; --pictures has the other tasks draw what they find.
+
+    python tools/evaluate.py runs/leap pictures compare --images dog.jpg holiday/ --out runs/leap/seen
 
 Also under torchrun or deepspeed, on several processes. The same command continues what was killed: features lie in
-OUT/features, or in --cache. OUT gets results.json and table.txt. docs/evaluation.md explains the tasks.
+OUT/features, or in --cache. OUT gets results.json, table.txt and pictures/. docs/evaluation.md explains the tasks.
 """
 
 from __future__ import annotations
@@ -29,20 +32,22 @@ from typing import TYPE_CHECKING, Any, Optional
 from leap_dist.config import DataConfig, EvaluationConfig, is_remote
 from leap_dist.errors import UserError
 from leap_dist.judging.command import leave, status_of
-from leap_dist.judging.requests import Request, named_apart, open_subjects, request
+from leap_dist.judging.requests import Request, at_scale, named_apart, open_subjects, request
 
 if TYPE_CHECKING:
     from leap_dist.analysis import Subject
+    from leap_dist.judging.pictures import Portrait
     from leap_dist.judging.tasks import Rows
     from leap_dist.runtime.distributed import World
 
-TASKS = ("knn", "probe", "retrieval", "segmentation", "robustness", "compare")
+TASKS = ("knn", "probe", "retrieval", "segmentation", "robustness", "pictures", "compare")
 NEEDS = {
     "knn": ("train", "test"),
     "probe": ("train", "test"),
     "retrieval": ("retrieval",),
     "segmentation": ("segmentation",),
     "robustness": ("train", "robustness"),
+    "pictures": ("images",),
 }
 RUN_CONFIG = "config.yaml"
 KINDS = ("cls", "patch", "cls_patch")
@@ -64,12 +69,16 @@ def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add("--test", help="labelled images that they are judged on, likewise")
     add("--retrieval", type=Path, nargs="+", default=[], help="revisited sets: folders with gnd_NAME.pkl and jpg/")
     add("--distractors", type=Path, help="folder of further database images, such as the million of revisitop1m")
+    add("--scales", type=float, nargs="+", default=[1.0], help="of retrieval, such as 1 0.7071 0.5 (default: 1)")
     add("--segmentation", type=Path, nargs="+", default=[], help="ADE20K or VOC 2012, as downloaded")
     add(
         "--segmentation-blocks", type=int, choices=(1, 4), default=1, help="blocks whose tokens the head sees, the last"
     )
     add("--segmentation-steps", type=int, default=10_000, help="steps of the head, 16 crops each (default: 10000)")
     add("--robustness", type=Path, nargs="+", default=[], help="ImageNet-V2, -A, -R, -Sketch, -C as downloaded")
+    add("--images", type=Path, nargs="+", default=[], help="of the task pictures: files, or folders of them")
+    add("--foreground", type=float, help="of the task pictures: leave the rest black, such as 0.5 (default: draw all)")
+    add("--pictures", action="store_true", help="draw neighbours, retrieved images and segmentations to OUT/pictures")
     add("--protocol", choices=("swept", "leap"), default="swept", help="as evaluation.protocol (default: swept)")
     add("--features", nargs="+", choices=KINDS, help="as evaluation.features (default: all there are)")
     add("--knn-k", type=int, default=20, help="neighbours that kNN asks (default: 20)")
@@ -93,6 +102,21 @@ def check(args: argparse.Namespace) -> list[Request]:
     for option in ("segmentation_steps", "knn_k", "probe_epochs", "batch", "image_size"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: at least 1")
+    for option, (given, tasks) in {
+        "scales": (args.scales != [1.0], {"retrieval"}),
+        "images": (args.images, {"pictures"}),
+        "foreground": (args.foreground is not None, {"pictures"}),
+        "pictures": (args.pictures, {"knn", "retrieval", "segmentation"}),
+    }.items():
+        if given and not tasks & set(args.tasks):
+            raise UserError(f"--{option}: only used by {' and '.join(sorted(tasks))}")
+    for scale in args.scales:
+        if not 0.1 <= scale <= 4:
+            raise UserError(f"--scales {scale:g}: from 0.1 to 4")
+    if len(set(args.scales)) < len(args.scales):
+        raise UserError("--scales: each once")
+    if args.foreground is not None and not 0 < args.foreground < 1:
+        raise UserError(f"--foreground {args.foreground:g}: above 0 and below 1")
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: at least 0")
     for option in ("train", "test"):
@@ -113,24 +137,32 @@ def check(args: argparse.Namespace) -> list[Request]:
 def evaluate(args: argparse.Namespace) -> None:
     """From the command line to the folder of results."""
     requests = named_apart(check(args), teacher="compare" in args.tasks)
+    from leap_dist.judging.pictures import draw_tokens, image_paths, opened, portrait
     from leap_dist.runtime.distributed import initialise, shutdown
 
+    squares = opened(image_paths(args.images)) if "pictures" in args.tasks else []
     world = initialise()
     rows: Rows = []
+    portraits: list[Portrait] = []
     for asked in requests:  # one at a time: two giants need not fit side by side
         (subject,) = open_subjects([asked], args.image_size, world)
-        rows += judge_one(args, subject, world)
+        rows += judge_one(args, asked, subject, world)
         if world.is_main:
             write(rows, args)
+            portraits += [portrait(subject, squares, world)] if squares else []
+    if portraits:
+        reference = len(portraits) - 1 if "compare" in args.tasks else 0
+        draw_tokens(args.out, squares, portraits, reference, args.foreground)
     if world.is_main:
-        print(f"{table(rows)}\n\n{args.out}")
+        print(f"{table(rows)}\n\n{args.out}" if rows else args.out)
     shutdown()
 
 
-def judge_one(args: argparse.Namespace, subject: Subject, world: World) -> Rows:
+def judge_one(args: argparse.Namespace, asked: Request, subject: Subject, world: World) -> Rows:
     """All tasks of one model. Collective; rows on rank 0."""
     from leap_dist.evaluation import Pooling, protocol_of
     from leap_dist.judging.features import View
+    from leap_dist.judging.pictures import FOLDER
     from leap_dist.judging.segmentation import open_masked
     from leap_dist.judging.sets import open_labelled, open_retrieval
     from leap_dist.judging.tasks import Bench, judge_labelled, judge_masks, judge_retrieval, judge_robustness
@@ -145,19 +177,19 @@ def judge_one(args: argparse.Namespace, subject: Subject, world: World) -> Rows:
     )  # fmt: skip
     loose = replace(data, cache=None)
     cache = args.cache or args.out / "features"
-    bench = Bench(
-        subject, Pooling(subject.final), View(data, protocol_of(options).bicubic, args.batch, cache), options, world
-    )
-    # LEAP's retrieval resizes bicubically, whatever the probe's protocol.
-    published = replace(bench, view=bench.view._replace(bicubic=True, config=loose))
+    view = View(data, protocol_of(options).bicubic, args.batch, cache)
+    bench = Bench(subject, Pooling(subject.final), view, options, world, args.out / FOLDER if args.pictures else None)
     rows: Rows = []
     train = open_labelled(args.train, ("train",), data, world) if args.train else None
     if train is not None and {"knn", "probe"} & set(args.tasks):
         test = open_labelled(args.test, ("val", "test"), data, world)
         rows += judge_labelled(bench, train, test, args.tasks)
     if "retrieval" in args.tasks:
-        for folder in args.retrieval:
-            rows += judge_retrieval(published, open_retrieval(folder, args.distractors))
+        # LEAP's retrieval resizes bicubically, whatever the probe's protocol.
+        published = replace(bench, view=view._replace(bicubic=True, config=loose))
+        scaled = (at_scale(asked, subject, scale, world) for scale in args.scales)
+        benches = (replace(published, subject=one, pooling=Pooling(one.final)) for one in scaled)
+        rows += judge_retrieval(benches, [open_retrieval(folder, args.distractors) for folder in args.retrieval])
     if "segmentation" in args.tasks:
         for folder in args.segmentation:
             rows += judge_masks(

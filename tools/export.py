@@ -51,14 +51,14 @@ def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Export, and say what was written."""
     from leap_dist.deployment.exporting import Order, export, speeds  # torch and timm: seconds
-    from leap_dist.deployment.images import data_of
+    from leap_dist.deployment.images import shown_to
     from leap_dist.deployment.loaded import load_distilled, weights_file
 
     weights = weights_file(options.model, options.ema)
     model = load_distilled(weights, own=options.own)
     order = Order(
         model, weights, options.out or weights.parent / "export",
-        data_of(weights.parent, model.record, options.train, options.val), options.tolerance, options.images,
+        shown_to(model.spec, weights.parent, options.train, options.val), options.tolerance, options.images,
         options.fp16, options.int8,
     )  # fmt: skip
     runners = export(order, options.to)

@@ -27,7 +27,7 @@ CONTENTS = {
         "teachers",
         "scaling",
     ],
-    "Look": ["profiling", "analysis", "evaluation", "sweeps"],
+    "Look": ["report", "profiling", "analysis", "evaluation", "sweeps"],
     "Evidence": ["evidence", "benchmarks/README", "benchmarks/*"],
     "Inside": ["design", "kernels", "/CHANGELOG"],
 }

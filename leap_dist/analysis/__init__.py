@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from leap_dist.analysis.blocks import BlockReport, report_blocks, report_table, write_report
 from leap_dist.analysis.results import Analysis, last_block_table, write_tables
-from leap_dist.analysis.subjects import Preprocessing, Subject, exported_subject, native_image_size, timm_subject
+from leap_dist.analysis.subjects import (
+    Preprocessing,
+    Subject,
+    exported_at,
+    exported_subject,
+    native_image_size,
+    timm_subject,
+)
 from leap_dist.analysis.summary import token_summary
 from leap_dist.analysis.survey import SurveyOptions, survey
 
@@ -18,6 +25,7 @@ __all__ = [
     "Preprocessing",
     "Subject",
     "SurveyOptions",
+    "exported_at",
     "exported_subject",
     "last_block_table",
     "native_image_size",

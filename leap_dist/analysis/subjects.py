@@ -8,7 +8,7 @@ remedy see `Student.every_layer`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -21,8 +21,8 @@ from leap_dist.config import NO_WEIGHTS, RANDOM, DataConfig, StudentConfig, Teac
 from leap_dist.errors import UserError
 from leap_dist.models import Features, Student, build_student, load_student, on_grid, warm_start
 from leap_dist.models.backbone import Unbuildable, is_family, sketch
-from leap_dist.models.records import read_record
-from leap_dist.runtime.integrity import check_recorded, record_of
+from leap_dist.models.records import image_spec, read_record
+from leap_dist.runtime.integrity import record_of
 from leap_dist.teacher import build_teacher
 from leap_dist.teacher.weights import fingerprint
 
@@ -64,26 +64,14 @@ class Subject:
         return [on_grid(tokens, own, grid).flatten(0, 1) for tokens, own in zip(maps, grids, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What a record says of the images that its model takes."""
-
-    image_size: int
-    mean: list[float]
-    std: list[float]
-    crop_pct: float = Preprocessing.crop_pct
-
-
 def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
     """A student that a run exported: `student.safetensors` with its .json beside it. UserError if they do not load."""
     record = record_of(path)
     try:
         about = read_record(record)
-        check_recorded(path, _Seen)
-        preprocessing = Preprocessing(
-            tuple(about["mean"]), tuple(about["std"]), about.get("crop_pct", Preprocessing.crop_pct)
-        )
-        size, student = about["image_size"], load_student(path, device).requires_grad_(False)
+        images = image_spec(about, record)
+        preprocessing = Preprocessing(tuple(images.mean), tuple(images.std), images.crop_pct)
+        size, student = images.image_size, load_student(path, device).requires_grad_(False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} and {record.name} are no exported student ({error!r:.160})") from error
 
@@ -96,6 +84,25 @@ def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
     except TypeError as error:  # timm's CaiT does not know return_prefix_tokens
         raise UserError(f"{path}: {about['model']} cannot give the tokens of every block") from error
     return Subject(name, size, preprocessing, student.grid, layers, *_last_of(student), student.layer_grids)
+
+
+def exported_at(path: Path, side: int, device: torch.device) -> Callable[[Tensor], Features]:
+    """What an exported student makes of images (B, 3, side, side), of another side than it was trained on: `final` of a
+    `Subject`.
+
+    Position embeddings are resampled by timm's `set_input_size`. UserError if the model takes one size alone.
+    """
+    student = load_student(path, device).requires_grad_(False)
+    student.recipe = replace(student.recipe, resized_to=None)
+    final = torch.no_grad()(student.forward)
+    try:
+        if hasattr(student.backbone, "set_input_size"):
+            student.backbone.set_input_size(img_size=(side, side))
+        final(torch.zeros(1, 3, side, side, device=device))
+    except Exception as error:  # whatever a model raises at a size that it was not made for
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: takes images of one size alone, so it has no other scales ({reason})") from error
+    return final
 
 
 def _last_of(student: Student) -> tuple[Callable[[Tensor], Features], str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from leap_dist.benchmarking.harness import stopwatch
-from leap_dist.benchmarking.steps import aim, build_conducted, conduct, held_teacher, random_images
+from leap_dist.benchmarking.steps import aim, batch_of, build_conducted, conduct, held_teacher, random_images
 from leap_dist.config import Config
 from leap_dist.learner import Retired
 from leap_dist.runtime.distributed import World
@@ -45,7 +45,7 @@ def measure_company(config: Config, world: World, students: int, *, rounds: int,
     config = replace(config, students=seeds, output=output)
     images = random_images(config, world.device)
     _, teacher = held_teacher(config, world.device)
-    trainer = build_conducted(config, world, teacher, images)
+    trainer = build_conducted(config, world, teacher, batch_of(images))
     names = list(trainer.cohort.learners)
     times: dict[str, list[float]] = defaultdict(list)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from leap_dist.benchmarking.harness import peak_watch, stopwatch
-from leap_dist.benchmarking.steps import aim, build_conducted, conduct, held_teacher, random_images
+from leap_dist.benchmarking.steps import aim, batch_of, build_conducted, conduct, held_teacher, random_images
 from leap_dist.config import Config, flat
 from leap_dist.errors import UserError
 from leap_dist.models import step_flops
@@ -71,7 +71,7 @@ def measure(
 ) -> tuple[dict[int, Memory], dict[int, list[Sample]]]:
     """Memory of each 1-indexed block, with none deeper than it loaded; then its samples by round, with all loaded."""
     growing = build_teacher(config.teacher, config.data.image_size, world.device)
-    trainer = build_conducted(config, world, growing, random_images(config, world.device))
+    trainer = build_conducted(config, world, growing, batch_of(random_images(config, world.device)))
     memory: dict[int, Memory] = {}
     samples: dict[int, list[Sample]] = {block: [] for block in blocks}
 

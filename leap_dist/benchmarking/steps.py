@@ -96,10 +96,9 @@ class Conducted:
     decision on the step before, teacher, student, optimizer. Raises Finished at the end of the script.
     """
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, batch: Batch) -> None:
         self.script: Iterator[None] = iter(())
-        count = len(images)
-        self._batch = Batch(images, torch.zeros(count, dtype=torch.long), torch.arange(count), torch.arange(count))
+        self._batch = batch
 
     def __len__(self) -> int:
         return STEPS_PER_EPOCH
@@ -114,21 +113,29 @@ class Conducted:
         """Nothing to release."""
 
 
-def build_conducted(config: Config, world: World, teacher: ReplicatedTeacher, images: Tensor) -> Trainer:
-    """A trainer whose run `conduct` conducts; everything but loader and teacher is a run's own."""
+def batch_of(images: Tensor) -> Batch:
+    """Finished images (B, 3, S, S) as a loader's batch."""
+    count = len(images)
+    return Batch(images, torch.zeros(count, dtype=torch.long), torch.arange(count), torch.arange(count))
+
+
+def build_conducted(config: Config, world: World, teacher: ReplicatedTeacher, batch: Batch) -> Trainer:
+    """A trainer whose run `conduct` conducts, on the same batch at every step; everything but loader and teacher is a
+    run's own.
+    """
+    size = len(batch.ids)
     spec = describe_teacher(config.teacher, config.data.image_size)
     students = members(config)
     for own in students.values():
-        check_pair(own, spec, world.device, len(images))
+        check_pair(own, spec, world.device, size)
     parts = Parts(
         teacher=Exchangeable(teacher),
         students={
-            name: build_parts(own, world, spec, None, step_flops(own), own.data, len(images))
-            for name, own in students.items()
+            name: build_parts(own, world, spec, None, step_flops(own), own.data, size) for name, own in students.items()
         },
-        loader=Conducted(images),
+        loader=Conducted(batch),
         bad_samples=BadSamples(Path(config.output) / "bad_samples.jsonl", 0, world),
-        checkpoints=Checkpoints(config, world, layout=str(len(images)), teacher=teacher.fingerprint),
+        checkpoints=Checkpoints(config, world, layout=str(size), teacher=teacher.fingerprint),
         timer=PhaseTimer(world.device),
     )
     return Trainer(config, world, parts)

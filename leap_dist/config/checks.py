@@ -158,6 +158,10 @@ def _telemetry_problems(telemetry: TelemetryConfig) -> list[str]:
         first, last = telemetry.profile_steps
         if first > last:
             problems.append(f"telemetry.profile_steps=[{first}, {last}]: must satisfy first <= last")
+    if telemetry.pictures_foreground is not None and not telemetry.pictures_every:
+        problems.append(
+            f"telemetry.pictures_foreground={telemetry.pictures_foreground}: only used with telemetry.pictures_every"
+        )
     return problems
 
 
@@ -209,6 +213,16 @@ def _engine_problems(config: Config) -> list[str]:
         problems.append(
             f"engine.precision=fp16 with engine.zero_stage={config.engine.zero_stage}: DeepSpeed 0.19 clips these "
             "gradients before it takes the loss scale off them; use engine.precision=bf16 or engine.zero_stage=0"
+        )
+    if config.student.compile and config.engine.zero_stage == 3:
+        problems.append(
+            "student.compile=true with engine.zero_stage=3: DeepSpeed gathers each layer's weights by hooks, which one "
+            "graph cannot hold; use engine.zero_stage=2, or student.compile=false"
+        )
+    if config.student.compile and config.student.sync_batchnorm:
+        problems.append(
+            "student.compile=true with student.sync_batchnorm=true: batch norms that ask other ranks in the forward "
+            "pass fit no one graph; set one of the two to false"
         )
     if config.data.global_batch % config.engine.accumulation:
         problems.append(

@@ -13,7 +13,7 @@ SEED = "student.seed"  # what the short `seed` of a student stands for
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
 # Folders and files that a run folder has beside its students' own.
 TAKEN = ("bad_samples.jsonl", "checkpoints", "cohort.json", "cohort.md", "config.yaml", "data", "demo-teacher",
-         "tensorboard")  # fmt: skip
+         "history.jsonl", "report.html", "tensorboard")  # fmt: skip
 
 
 def checked_students(value: Any, source: str, known: Collection[str]) -> dict[str, dict[str, Any]]:

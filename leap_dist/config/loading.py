@@ -30,8 +30,10 @@ OPERATIONAL = (
     "data.max_bad_fraction", "teacher.weights", "student.weights",
     "teacher.placement", "teacher.stages", "teacher.microbatches", "teacher.rebalance", "teacher.memory_budget",
     "engine.silence_s",
-    "engine.accumulation", "objective.impl", "teacher.compile",
+    "engine.accumulation", "objective.impl", "student.compile", "teacher.compile",
 )  # fmt: skip
+
+ARGUMENTS = ("teacher.kwargs", "student.kwargs")  # mappings in which null takes an argument away
 
 MISFITS = (OmegaConfBaseException, TypeError)  # the latter for a list in a mapping's place
 
@@ -53,7 +55,7 @@ def load(path: Optional[Path], overrides: list[str], check: bool = True) -> Conf
     """
     resolved = merge(Config, path, overrides)
     students = members(resolved)  # also unchecked: their keys and types do not depend on files
-    for problem in _every_problem(students) if check else []:
+    for problem in _every_problem(resolved, students) if check else []:
         raise UserError(problem)
     return resolved
 
@@ -76,10 +78,10 @@ def members(config: Config) -> dict[str, Config]:
     }
 
 
-def _every_problem(students: dict[str, Config]) -> list[str]:
-    """What is wrong with any of the students, and with them in company; what all share is said without a name."""
-    found = {name: problems(config) for name, config in students.items()}
-    shared = set.intersection(*(set(lines) for lines in found.values()))
+def _every_problem(config: Config, students: dict[str, Config]) -> list[str]:
+    """What is wrong with any of the students, and with them in company; what all have from the run bears no name."""
+    found = {name: problems(own) for name, own in students.items()}
+    shared = set(problems(replace(config, students={}))).intersection(*found.values())
     own = [
         f"students.{name}: {line}" if line not in shared else line for name, lines in found.items() for line in lines
     ]
@@ -140,14 +142,22 @@ def _merged(
 
 
 def _resolved(config: Any, known: dict[str, dataclasses.Field]) -> Any:
-    """The dataclass that a merged config stands for; UserError where a required option is missing."""
+    """The dataclass that a merged config stands for; UserError where a required option is missing.
+
+    An argument of a model that is null is none: so a layer takes away what one before it has given.
+    """
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise UserError(f"{missing[0]} is required: {known[missing[0]].metadata['doc']}")
-        return OmegaConf.to_object(config)
+        resolved = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise UserError(str(error).splitlines()[0]) from None
+    for section, name in (key.split(".") for key in ARGUMENTS if key in known):
+        side = getattr(resolved, section)
+        given = {argument: value for argument, value in getattr(side, name).items() if value is not None}
+        resolved = replace(resolved, **{section: replace(side, **{name: given})})
+    return resolved
 
 
 def _with(config: Any, leaves: list[tuple[str, Any]]) -> Any:

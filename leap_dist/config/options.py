@@ -40,7 +40,14 @@ class TeacherConfig:
         0, "1: the teacher works on the next batch while the student trains; an advance comes one step later"
     )
     compile: bool = option(False, "torch.compile each block; once for all of them where they are alike")
-    dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "weights and arithmetic of the teacher")
+    dtype: Literal["fp32", "bf16", "fp16", "fp8"] = option(
+        "fp32",
+        "weights and arithmetic of the teacher; fp8: bf16, but for the linear layers of every block that `fp8_bound` "
+        "allows, on GPUs that have FP8",
+    )
+    fp8_bound: float = option(
+        0.999, "dtype=fp8: a block whose final-normed tokens have a mean cosine below this with bf16's stays in bf16"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,10 @@ class StudentConfig:
     )
     kwargs: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"doc": "further arguments of timm.create_model, e.g. {embed_dim: 192, num_heads: 3}"},
+        metadata={
+            "doc": "further arguments of timm.create_model, e.g. {embed_dim: 192, num_heads: 3}; null takes one away "
+            "that a base has given"
+        },
     )
     weights: str = option(
         NO_WEIGHTS, "what training starts from: none | hub | path of a timm checkpoint or of an earlier run's export"
@@ -65,6 +75,9 @@ class StudentConfig:
         None, "pixels of a side that one token stands for, which picks the stage, e.g. 16; null = the deepest stage"
     )
     ema_decay: float = option(0.0, "average its weights over the steps with this decay, for a second export; 0 = off")
+    compile: bool = option(
+        False, "torch.compile its part of a training step, as one graph; not with engine.zero_stage=3"
+    )
     sync_batchnorm: bool = option(False, "batch norms normalise by the images of all ranks; on GPUs only")
     num_classes: int = option(0, "outputs of a classifier on the kept features; 0 = none")
     seed: Optional[int] = option(
@@ -217,7 +230,14 @@ class TelemetryConfig:
 
     every: int = option(10, "steps between TensorBoard points")
     spectra_every: int = option(0, "steps between looks at the spectra of student tokens and target; 0 = never")
+    pictures_every: int = option(
+        0, "steps between pictures of what student and target make of four images, and one at the end; 0 = none"
+    )
+    pictures_foreground: Optional[float] = option(
+        None, "share of the first component's range above which a token of them is foreground; null = draw all tokens"
+    )
     progress: bool = option(True, "progress bar on rank 0")
+    report: bool = option(True, "report.html at the end: the run as one page")
     profile_steps: Optional[tuple[int, int]] = option(
         None, "first and last step of a torch.profiler trace, e.g. [20,30]"
     )
@@ -251,6 +271,11 @@ class EvaluationConfig:
     )
     every_epochs: int = option(0, "epochs between evaluations by kNN while training; 0 = only at the end")
     quick_images: int = option(5_000, "images of data.train, and of data.val, that these evaluations use at most")
+
+    @property
+    def interpolation(self) -> Literal["bilinear", "bicubic"]:
+        """How images are resized, antialiased in any case."""
+        return "bicubic" if self.protocol == "leap" else "bilinear"
 
 
 @dataclass(frozen=True, kw_only=True)

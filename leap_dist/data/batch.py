@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -43,3 +44,40 @@ class Batch(NamedTuple):
     positions: Tensor
     bad: tuple[BadSample, ...] = ()
     ready: Optional[torch.cuda.Event] = None
+
+
+class Packed(NamedTuple):
+    """A batch as one block of bytes, to be handed from a loader worker to its rank: each tensor that travels by itself
+    takes a file descriptor, a mapping and a pinned copy of its own.
+
+    memory: uint8. parts: dtype and shape of the tensors that lie in it one after another, as `_parts` has them.
+    """
+
+    memory: Tensor
+    parts: list[tuple[torch.dtype, tuple[int, ...]]]
+    bad: tuple[BadSample, ...]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Packed:
+        """In memory that a worker shares with its rank."""
+        tensors = _parts(batch)
+        sizes = [tensor.nbytes for tensor in tensors]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8).share_memory_()
+        for part, tensor in zip(memory.split(sizes), tensors, strict=True):
+            part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return cls(memory, [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors], batch.bad)
+
+    def batch(self) -> Batch:
+        """What was packed; its tensors are views."""
+        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in self.parts]
+        labels, ids, positions, *colours, images = (
+            part.view(dtype).view(shape)
+            for part, (dtype, shape) in zip(self.memory.split(sizes), self.parts, strict=True)
+        )
+        return Batch(Crops(images, *colours) if colours else images, labels, ids, positions, tuple(self.bad))
+
+
+def _parts(batch: Batch) -> list[Tensor]:
+    """The tensors of a batch, those of the widest numbers first, so that all lie aligned."""
+    images = (batch.images.colours, batch.images.pixels) if isinstance(batch.images, Crops) else (batch.images,)
+    return [batch.labels, batch.ids, batch.positions, *images]

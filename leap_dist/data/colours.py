@@ -75,7 +75,7 @@ def draw_colours(random: np.random.Generator) -> np.ndarray:
 def recolour(crops: Crops) -> Tensor:
     """Change colours: (B, 3, S, S) float32, whole numbers from 0 to 255, on the device of the pixels."""
     x = crops.pixels.to(torch.float32, memory_format=torch.contiguous_format)
-    parameters, table = _on(x.device, crops.colours)[:, :, None, None, None], crops.colours.tolist()
+    parameters, table = on_device(x.device, crops.colours)[:, :, None, None, None], crops.colours.tolist()
     for i in range(ROUNDS):
         rows = [number for number, row in enumerate(table) if row[-1] == i]
         if rows:
@@ -93,7 +93,21 @@ def normalise_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor
     return x
 
 
-def _on(device: torch.device, host: Tensor) -> Tensor:
+def finish(pixels: Tensor, colours: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """`recolour` and `normalise_` of (B, 3, S, S) uint8, its colours (B, 10) on the same device.
+
+    Every sample goes through every operation, and keeps what is meant for it. So nothing is chosen on the host, and
+    torch can compile the whole into a few kernels, where a GPU would be sent two hundred.
+    """
+    x, columns = pixels.float(), colours[:, :, None, None, None]
+    for i in range(ROUNDS):
+        x = torch.where(columns[:, -1] == i, _hue_shifted(x, columns[:, 2 * ROUNDS]), x)
+        x = _blended(x, columns[:, i], columns[:, ROUNDS + i])
+    scales = zip(x.unbind(1), mean, std, strict=True)
+    return torch.stack([channel * (1 / (255 * s)) - m / s for channel, m, s in scales], 1)
+
+
+def on_device(device: torch.device, host: Tensor) -> Tensor:
     """A small tensor on its way to the device; from pageable memory the host might wait for the stream."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
@@ -103,11 +117,9 @@ def _blend(x: Tensor, factor: Tensor, kind: Tensor, kinds: set[float]) -> None:
     rest = 1 - factor
     other: list[Tensor] = []
     if kinds != {BRIGHTNESS}:
-        luma = (x[:, :1] * LUMA[0]).add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:], alpha=LUMA[2]).floor_()
+        luma = _luma(x)
         if CONTRAST in kinds:
-            # In float64 a sum of whole numbers is exact, and so the same in a batch of any size.
-            flat = luma.mean((2, 3), keepdim=True, dtype=torch.float64).float()
-            other.append(flat.mul_(rest * (kind == CONTRAST)))
+            other.append(_flat(luma).mul_(rest * (kind == CONTRAST)))
         if SATURATION in kinds:
             other.append(luma.mul_(rest * (kind == SATURATION)))
     x.mul_(factor)
@@ -116,11 +128,27 @@ def _blend(x: Tensor, factor: Tensor, kind: Tensor, kinds: set[float]) -> None:
     x.clamp_(0, 255).floor_()
 
 
+def _blended(x: Tensor, factor: Tensor, kind: Tensor) -> Tensor:
+    """`_blend` of every kind."""
+    rest, luma = 1 - factor, _luma(x)
+    x = x * factor + _flat(luma) * (rest * (kind == CONTRAST)) + luma * (rest * (kind == SATURATION))
+    return x.clamp(0, 255).floor()
+
+
+def _luma(x: Tensor) -> Tensor:
+    return (x[:, :1] * LUMA[0]).add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:], alpha=LUMA[2]).floor_()
+
+
+def _flat(luma: Tensor) -> Tensor:
+    """Its mean over each image. In float64 a sum of whole numbers is exact, and so the same in a batch of any size."""
+    return luma.mean((2, 3), keepdim=True, dtype=torch.float64).float()
+
+
 def _shift_rows(x: Tensor, shift: Tensor, rows: list[int]) -> None:
     """Shift the hues of some rows of the batch, in place."""
     if len(rows) == len(x):
         return _shift_hue(x, shift)
-    chosen = _on(x.device, torch.tensor(rows))
+    chosen = on_device(x.device, torch.tensor(rows))
     part = x.index_select(0, chosen)
     _shift_hue(part, shift.index_select(0, chosen))
     x.index_copy_(0, chosen, part)
@@ -144,3 +172,14 @@ def _shift_hue(x: Tensor, shift: Tensor) -> None:
     x.mul_(v.abs().sub_(3)).add_(3).copysign_(v).add_(2 * shift).abs_().clamp_(2, 4)
     half.mul_(FULL)
     torch.sub(least.mul_(FULL).add_(half, alpha=4), x.mul_(half), out=x).floor_()
+
+
+def _hue_shifted(x: Tensor, shift: Tensor) -> Tensor:
+    """`_shift_hue` of a copy, in the same steps."""
+    least, half = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    half = (half - least) * 0.5
+    u = (x - (least + half)) / half.clamp(min=0.5)
+    v = u.roll(-1, 1) - u.roll(-2, 1)
+    u = ((u * (v.abs() - 3) + 3).copysign(v) + 2 * shift).abs().clamp(2, 4)
+    half = half * FULL
+    return ((least * FULL).add(half, alpha=4) - u * half).floor()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Optional
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch
-from leap_dist.data.colours import Crops, normalise_, recolour
+from leap_dist.data.colours import Crops, finish, normalise_, on_device, recolour
+from leap_kernels.feature_match import obstacle
 
 
 class Feed:
@@ -20,6 +21,14 @@ class Feed:
         self._mean, self._std = config.mean, config.std
         self._device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._finish: Optional[Callable[..., Tensor]] = None
+        # What Triton cannot be built for, torch cannot compile for.
+        if device.type == "cuda" and obstacle(device, None, torch.float32, torch.float32) is None:
+            self.compile()
+
+    def compile(self) -> None:
+        """Have torch compile what is left of augmentation, into a few kernels, each over the whole batch."""
+        self._finish = torch.compile(finish, dynamic=False)
 
     def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, their images on the device. The next one is copied while the last one given is worked on."""
@@ -38,6 +47,9 @@ class Feed:
         """(B, 3, S, S) float32, normalised; until now they were bytes, a quarter of that size."""
         self._receive(batch)
         if isinstance(batch.images, Crops):
+            if self._finish is not None:
+                pixels, colours = batch.images.pixels, on_device(self._device, batch.images.colours)
+                return self._finish(pixels, colours, self._mean, self._std)
             return normalise_(recolour(batch.images), self._mean, self._std)
         if batch.images.dtype == torch.uint8:
             return normalise_(batch.images.float(), self._mean, self._std)

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, get_worker_info
 
 from leap_dist.config import DataConfig
-from leap_dist.data.batch import Batch, Request
+from leap_dist.data.batch import Batch, Packed, Request
 from leap_dist.data.classes import UNLABELLED
-from leap_dist.data.colours import Crops
 from leap_dist.data.order import VERSION, EpochOrder, Share
 from leap_dist.data.transforms import Whole, eval_transform, train_transform
 from leap_dist.errors import UserError
@@ -39,10 +38,11 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 ASKED_AT_ONCE = 8192  # samples of the order: a call costs as much for one as for some hundreds
 
 
-def _guarded(batches: Iterable[Batch], source: str) -> Iterator[Batch]:
-    """Pass batches on, and turn what a loader worker died of into one clear line."""
+def _guarded(batches: Iterable[Packed | Batch], source: str) -> Iterator[Batch]:
+    """Unpack batches and pass them on, and turn what a loader worker died of into one clear line."""
     try:
-        yield from batches
+        for batch in batches:
+            yield batch.batch() if isinstance(batch, Packed) else batch
     except UserError as error:
         # DataLoader re-raises from a frame that holds the exception: a cycle around the loader and its workers, which
         # take 10 s to end when the garbage collector finds them instead of `close`.
@@ -87,18 +87,13 @@ class _Requests:
         return iter(self.pending)
 
 
-def _shared(batch: Batch) -> Batch:
-    """A batch, which the dataset has collated, in the memory that its worker shares with the rank.
+def _shared(batch: Batch) -> Batch | Packed:
+    """A batch, which the dataset has collated; from a worker in one piece of the memory that it shares with the rank.
 
     The worker's queue would move it there by itself, but in a thread whose fault nobody hears of: without room the rank
     would wait for the batch until `data.timeout_s`.
     """
-    if get_worker_info() is None:
-        return batch
-    pixels = batch.images.pixels if isinstance(batch.images, Crops) else batch.images
-    for tensor in (pixels, batch.labels, batch.ids, batch.positions):
-        tensor.share_memory_()
-    return batch
+    return batch if get_worker_info() is None else Packed.of(batch)
 
 
 def _data_loader(

@@ -14,7 +14,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM")  # PIL's words
 MOST_PIXELS = 2**26  # 8192 x 8192; the largest image of ImageNet-1K has 6 x 10^7. Decoded it takes 256 MiB
@@ -54,6 +54,8 @@ def open_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise TooManyPixels(f"{error}".partition(",")[0]) from None
+    except UnidentifiedImageError:  # PIL names the buffer, by an address
+        raise UnidentifiedImageError("cannot identify image file") from None
     most = min(MOST_OF.get(image.format or "", MOST_PIXELS), MOST_DEEP if is_deep(image) else MOST_PIXELS)
     if image.width * image.height > most:
         raise TooManyPixels(f"{image.width} x {image.height} pixels, at most {most} are decoded; store it smaller")

@@ -7,7 +7,7 @@ from typing import Optional
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from leap_dist.config import DataConfig
 from leap_dist.data.batch import Batch, Request
@@ -58,7 +58,7 @@ class ImageDataset(Dataset):
                     continue
                 rows.append(self._stand_in(sample_id, request.epoch, fault))
             kept.append(row)
-        images, labels = default_collate(rows) if rows else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+        images, labels = _collated(rows)
         ids, positions = (torch.from_numpy(column[kept]) for column in (request.ids, request.positions))
         return Batch(images, labels, ids, positions, tuple(bad))
 
@@ -91,6 +91,16 @@ class ImageDataset(Dataset):
         raise UserError(
             f"{self.store.source}: sample {sample_id} {fault}; nor can any of {STAND_INS} others be read"
         ) from None
+
+
+def _collated(rows: list[tuple[Tensor | Crops, int]]) -> tuple[Tensor | Crops, Tensor]:
+    """Images and labels of a batch, in this process's own memory."""
+    images, labels = [image for image, _ in rows], torch.tensor([label for _, label in rows], dtype=torch.int64)
+    if not rows:
+        return torch.empty(0), labels
+    if isinstance(images[0], Crops):
+        return Crops(*(torch.stack(parts) for parts in zip(*images, strict=True))), labels
+    return torch.stack(images), labels
 
 
 def open_dataset(

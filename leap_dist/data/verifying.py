@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 from leap_dist.data.classes import CLASSES
 from leap_dist.data.columns import ShardReader
@@ -39,33 +40,44 @@ def stored_shards(out: Path) -> list[StoredShard]:
 
     What was to be written is known from sharding.json, if tools/make_shards.py wrote `out`.
     """
-    folders = [path.parent for path in (out / INDEX, *sorted(out.glob(f"*/{INDEX}"))) if path.exists()]
+    planned = _planned(out / RUN) if (out / RUN).exists() else None
+    if planned is None:
+        folders = [path.parent for path in (out / INDEX, *sorted(out.glob(f"*/{INDEX}"))) if path.exists()]
+    else:  # a set that was made in parts has indices of these as well
+        folders = [out / split for split in planned if (out / split / INDEX).exists()]
     if not folders:
-        raise UserError(f"neither {out} nor a folder in it has an {INDEX}: no shards, or not all of them yet")
+        parts = next(out.glob("part-*-of-*.json"), None)
+        hint = "its parts are to be merged first: --merge" if parts else "no shards, or not all of them yet"
+        raise UserError(f"neither {out} nor a folder in it has an {INDEX}: {hint}")
     indices = [(folder, read_index(folder, HASH)) for folder in folders]
     shards = [StoredShard(folder, index, number) for folder, index in indices for number in range(len(index))]
-    if (out / RUN).exists():
-        planned = _planned(out / RUN)
+    if planned is not None:
         _check_planned(out, planned, shards)
     return shards
 
 
-def _planned(path: Path) -> dict[str, int]:
-    """How many images each split should have, as sharding.json says. UserError if it says no such thing."""
+def _planned(path: Path) -> dict[str, Optional[int]]:
+    """How many images each split should have, as sharding.json says; None where that was not known beforehand.
+
+    UserError if it says no such thing.
+    """
     try:
-        planned = {split: plan["images"] for split, plan in read_json(path)["splits"].items()}
+        planned = {split: plan.get("images") for split, plan in read_json(path)["splits"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error!r:.200}") from None
-    if not all(type(images) is int and (split == WHOLE or is_inside(split)) for split, images in planned.items()):
+    counts = (type(images) is int or images is None for images in planned.values())
+    if not all(counts) or not all(split == WHOLE or is_inside(split) for split in planned):
         raise UserError(f"{path}: a number of images is expected for every split")
     return planned
 
 
-def _check_planned(out: Path, planned: dict[str, int], shards: list[StoredShard]) -> None:
+def _check_planned(out: Path, planned: dict[str, Optional[int]], shards: list[StoredShard]) -> None:
     """Compare the indices with the number of images that each split should have."""
     for split in planned:
         if not (out / split / INDEX).exists():
             raise UserError(f"{out / split / INDEX} is missing, though {RUN} lists the split")
+    if None in planned.values():
+        return
     left_out = 0
     if (out / QUARANTINE).exists():
         with open(out / QUARANTINE, newline="", encoding="utf-8") as file:

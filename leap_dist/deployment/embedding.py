@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -117,6 +117,8 @@ def _begin(plan: Plan, identity: dict[str, Any]) -> None:
         raise UserError(
             f"{plan.parts}: holds pieces of other images or another student; remove it, or name another --out"
         )
+    if not noted.is_file() and any(not path.name.startswith(".") for path in plan.parts.glob("*")):
+        raise UserError(f"{plan.parts}: exists and holds no pieces, which go there until they are joined")
     plan.parts.mkdir(parents=True, exist_ok=True)
     write_json(noted, identity)
 
@@ -159,6 +161,13 @@ def _pieces(plan: Plan) -> Iterator[Any]:
         yield pq.read_table(_file(plan, piece))
 
 
+def _publish(plan: Plan, path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file among the pieces, with which goes away what a kill leaves of it; then it is put at `path`."""
+    whole = plan.parts / path.name
+    write_whole(whole, write)
+    whole.replace(path)
+
+
 def _joined(plan: Plan, out: Path) -> tuple[int, int]:
     """One file of the rows that have features, a row group a piece, and the list of those that have none, in place of
     the pieces. Returns how many there are of each.
@@ -176,10 +185,13 @@ def _joined(plan: Plan, out: Path) -> tuple[int, int]:
                 writer.write_table(table.filter(known).select(schema.names))
                 bad.extend(table.filter(table["features"].is_null()).select(["path", "reason"]).to_pylist())
 
-    write_whole(out, write)
+    _publish(plan, out, write)
     listed = out.with_name(f"{out.name}.bad.jsonl")
     listed.unlink(missing_ok=True)
     if bad:
-        write_whole(listed, lambda partial: Path(partial).write_text("".join(json.dumps(row) + "\n" for row in bad)))
+        _publish(plan, listed, lambda partial: partial.write_text("".join(json.dumps(row) + "\n" for row in bad)))
+    for path in plan.parts.iterdir():  # what says of whom the pieces are goes last
+        if path.name != ABOUT:
+            path.unlink()
     shutil.rmtree(plan.parts)
     return len(plan.files) - len(bad), len(bad)

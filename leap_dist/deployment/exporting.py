@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,27 +12,29 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from leap_dist.config import DataConfig
+from leap_dist.config import load
 from leap_dist.deployment import images as pictures
 from leap_dist.deployment.comparing import Runner, described, differences, require_close
 from leap_dist.deployment.hub_folder import write_hub_folder
+from leap_dist.deployment.images import CONFIG
 from leap_dist.deployment.loaded import WEIGHTS, Distilled
 from leap_dist.deployment.onnx_file import BOUNDS, onnx_runner, versions, write_half, write_int8, write_onnx
 from leap_dist.deployment.program_file import program_runner, write_program
 from leap_dist.deployment.speed import images_per_second
 from leap_dist.deployment.transformers_folder import write_transformers_folder
 from leap_dist.errors import UserError
+from leap_dist.monitoring.comparison import SUMMARY, read_summary
+from leap_dist.runtime.files import flush, scratch_folder, take_place
 
 CHECKED = 64  # images that an export is compared on
 FORMATS = ("onnx", "hub", "transformers", "pt2")
-SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
 class Order:
     """What is to be exported, and how.
 
-    weights: the student's file; out: folder of what is written; data: shards to check and calibrate on, None for noise;
+    weights: the student's file; out: folder of what is written; shown: images to check and calibrate on, None: noise;
     bound: largest difference that is let pass, None for the format's own; images: for calibration and kNN;
     half, int8: write these ONNX files too.
     """
@@ -43,7 +42,7 @@ class Order:
     model: Distilled
     weights: Path
     out: Path
-    data: Optional[DataConfig]
+    shown: Optional[pictures.Shown]
     bound: Optional[float]
     images: int
     half: bool
@@ -65,7 +64,8 @@ def export(order: Order, kind: str) -> dict[str, Runner]:
     folder = order.out / kind
     with whole_folder(folder) as part:
         if kind == "hub":
-            write_hub_folder(order.model, order.weights.absolute().parent.name, part, _summary(order.weights.parent))
+            run = order.weights.absolute().parent
+            write_hub_folder(order.model, run.name, part, read_summary(run / SUMMARY), _training(run))
         else:
             write_transformers_folder(order.model, part)
     print(f"{folder}: written")
@@ -94,11 +94,10 @@ def _onnx(order: Order) -> dict[str, Runner]:
         _kept(order, files["fp16"], partial(write_half, single), "fp16")
     if order.int8:
         files["int8"] = order.out / f"{stem}.int8.onnx"
-        shown = pictures.batches(_shards(order, "--int8"), order.images, "calibrating")
-        _kept(order, files["int8"], partial(write_int8, single, batches=shown), "int8")
+        _kept(order, files["int8"], partial(write_int8, single, batches=_calibration(order)), "int8")
     runners = {name: onnx_runner(path) for name, path in files.items()}
     smaller = {name: runner for name, runner in runners.items() if name != "onnx"}
-    if smaller and order.data is not None and order.data.val is not None:
+    if smaller and order.shown is not None and order.shown.data.val is not None:
         print(_accuracies(order, smaller))
     return runners
 
@@ -111,47 +110,58 @@ def _pt2(order: Order) -> dict[str, Runner]:
 
 def _kept(order: Order, path: Path, write: Callable[..., None], precision: str) -> None:
     """Write to a place of its own, compare with torch, then put it at `path`."""
-    with tempfile.TemporaryDirectory(dir=order.out, prefix=".export-") as folder:
-        candidate = Path(folder) / path.name
+    with scratch_folder(order.out) as folder:
+        candidate = folder / path.name
         write(path=candidate)
         runner = program_runner(candidate, order.model) if path.suffix == ".pt2" else onnx_runner(candidate)
         found = differences(order.model, runner, _checked_on(order))
         require_close(found, order.bound or BOUNDS[precision], str(path))
         about = "" if path.suffix == ".pt2" else f", {versions(candidate)}"
         size = candidate.stat().st_size / 2**20
+        flush(folder)
         candidate.replace(path)
     print(f"{path}: {size:.1f} MiB{about}; against torch, on {_said_of(order)}:\n{described(found)}")
 
 
 def _checked_on(order: Order) -> Iterator[Tensor]:
-    if order.data is not None:
-        yield from pictures.batches(order.data, CHECKED, "checking")
+    if order.shown is not None:
+        yield from pictures.batches(order.shown, CHECKED, "checking")
         return
-    size = order.model.record["image_size"]
+    size = order.model.spec.image_size
     yield torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def _said_of(order: Order) -> str:
-    return "noise, for no images were found: --train SHARDS" if order.data is None else f"images of {order.data.train}"
+    shown = order.shown
+    return "noise, for no images were found: --train SHARDS" if shown is None else f"images of {shown.data.train}"
 
 
-def _shards(order: Order, what: str) -> DataConfig:
-    if order.data is None:
-        raise UserError(f"{what} needs images of the kind that the student will see: --train SHARDS")
-    return order.data
+def _calibration(order: Order) -> Iterator[Tensor]:
+    if order.shown is None:
+        raise UserError("--int8 needs images of the kind that the student will see: --train SHARDS")
+    return pictures.batches(order.shown, order.images, "calibrating")
 
 
 def _accuracies(order: Order, runners: dict[str, Runner]) -> str:
     models: dict[str, Any] = {"torch": pictures.pooled_by(order.model)}
     for name, runner in runners.items():
         models[name] = lambda images, runner=runner: torch.from_numpy(runner(images)["pooled"])
-    found = pictures.knn(models, order.data, order.images)
-    return f"kNN on {order.data.val}: " + ", ".join(f"{name} {value:.1%}" for name, value in found.items())
+    found = pictures.knn(models, order.shown, order.images)
+    return f"kNN on {order.shown.data.val}: " + ", ".join(f"{name} {value:.1%}" for name, value in found.items())
 
 
-def _summary(folder: Path) -> Optional[dict[str, Any]]:
-    path = folder / SUMMARY
-    return json.loads(path.read_text()) if path.is_file() else None
+def _training(folder: Path) -> dict[str, Any]:
+    """How the student in `folder` was trained, as far as it is known: of its run's config, or its cohort's."""
+    place = next((place for place in (folder, folder.parent) if (place / CONFIG).is_file()), None)
+    if place is None:
+        return {}
+    config = load(place / CONFIG, [], check=False)
+    return {
+        "teacher": config.teacher.model,
+        "curriculum": config.curriculum.mode,
+        "augmentation": config.data.augment,
+        "images a step": config.data.global_batch,
+    }
 
 
 @contextmanager
@@ -162,10 +172,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and not ((folder / WEIGHTS).is_file() and (folder / "config.json").is_file()):
         raise UserError(f"{folder}: exists and is no earlier export; name another --out")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
-        part = Path(scratch) / folder.name
+    with scratch_folder(folder.parent) as scratch:
+        part = scratch / folder.name
         part.mkdir()
         yield part
-        if folder.exists():
-            folder.rename(Path(scratch) / "replaced")
-        shutil.move(part, folder)
+        flush(scratch)
+        take_place(part, folder)

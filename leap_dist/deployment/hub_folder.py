@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from timm.models import save_for_hf
 
@@ -56,16 +56,22 @@ def is_plain(model: Distilled) -> bool:
     return recipe.remedy == "none" and not (recipe.mean_head or recipe.reduction or is_own(recipe.model))
 
 
-def write_hub_folder(model: Distilled, title: str, folder: Path, summary: Optional[dict[str, Any]]) -> None:
-    """Fill the empty `folder`. title: of the card; summary: of the student's run, if there is one."""
-    recipe, about = model.student.recipe, model.record
+def write_hub_folder(
+    model: Distilled, title: str, folder: Path, summary: dict[str, Any], training: dict[str, Any]
+) -> None:
+    """Fill the empty `folder`.
+
+    title: of the card; summary: of the student's run, empty if there is none; training: what else is known of how it
+    was trained, by words.
+    """
+    recipe = model.student.recipe
     save_for_hf(
         model.student.backbone, str(folder), safe_serialization=True, model_args=_arguments(recipe.kwargs),
-        model_config={"pretrained_cfg": _pretrained(about)},
+        model_config={"pretrained_cfg": _pretrained(model)},
     )  # fmt: skip
     _forget_origin(folder / "config.json")
-    write_json(folder / "student.json", about)
-    (folder / "README.md").write_text(_card(model, title, summary))
+    write_json(folder / "student.json", model.record)
+    (folder / "README.md").write_text(_card(model, title, summary, training))
     (folder / WEIGHTS).chmod(0o644)  # it comes with its owner's rights alone
 
 
@@ -82,33 +88,36 @@ def _arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key != "num_classes"}
 
 
-def _pretrained(about: dict[str, Any]) -> dict[str, Any]:
+def _pretrained(model: Distilled) -> dict[str, Any]:
     """How images are to be prepared, in timm's words."""
+    spec = model.spec
     return {
-        "input_size": [3, about["image_size"], about["image_size"]],
+        "input_size": [3, spec.image_size, spec.image_size],
         "fixed_input_size": True,
-        "interpolation": about.get("interpolation", "bilinear"),
-        "crop_pct": about.get("crop_pct", 0.875),
-        "mean": about["mean"],
-        "std": about["std"],
-        "num_classes": about["kwargs"].get("num_classes", 0),
+        "interpolation": spec.interpolation,
+        "crop_pct": spec.crop_pct,
+        "mean": spec.mean,
+        "std": spec.std,
+        "num_classes": model.record["kwargs"].get("num_classes", 0),
     }
 
 
-def _card(model: Distilled, name: str, summary: Optional[dict[str, Any]]) -> str:
+def _card(model: Distilled, name: str, summary: dict[str, Any], training: dict[str, Any]) -> str:
     about, plain = model.record, is_plain(model)
     what = f"A `{about['model']}` of timm."
     if not plain:
         what += " It has parts that timm does not know, so leap_dist loads it; `student.json` says which."
     own = f', own="{about["model"]}"' if is_own(about["model"]) else ""
-    accuracies = {key: value for key, value in (summary or {}).items() if key.endswith(("knn", "probe", "top1"))}
-    rows = [f"| {key.replace('_', ' ')} | {value:.1%} |" for key, value in accuracies.items() if value is not None]
-    rows += [f"| {words} | {_figure(key, summary[key])} |" for key, words in FIGURES.items() if key in (summary or {})]
+    figures = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
+    accuracies = {key: value for key, value in figures.items() if key.endswith(("knn", "probe", "top1"))}
+    rows = [f"| {key.replace('_', ' ')} | {value:.1%} |" for key, value in accuracies.items()]
+    rows += [f"| {words} | {value} |" for words, value in training.items()]
+    rows += [f"| {words} | {_figure(key, figures[key])} |" for key, words in FIGURES.items() if key in figures]
     rows += [f"| parameters | {sum(parameter.numel() for parameter in model.parameters()):,} |"]
     return CARD.format(
         library="timm" if plain else "leap_dist", title=name, what=what, rows="\n".join(rows),
-        code=(PLAIN_CODE if plain else OWN_CODE).format(folder=name, own=own), size=about["image_size"],
-        mean=json.dumps(about["mean"]), std=json.dumps(about["std"]),
+        code=(PLAIN_CODE if plain else OWN_CODE).format(folder=name, own=own), size=model.spec.image_size,
+        mean=json.dumps(model.spec.mean), std=json.dumps(model.spec.std),
     )  # fmt: skip
 
 

@@ -11,12 +11,11 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from leap_dist.models.export import AVERAGED, STUDENT, load_student
-from leap_dist.models.records import read_record
+from leap_dist.models.records import ImageSpec, image_spec, read_record
 from leap_dist.models.student import Student
 from leap_dist.runtime.integrity import FILE, SEAL, record_of
 
 TEACHER, WEIGHTS = "teacher.safetensors", "model.safetensors"  # of tools/train_teacher.py; of an exported hub folder
-CROP_PCT = 0.875  # of records that are older than the option
 
 
 class Outputs(NamedTuple):
@@ -35,35 +34,35 @@ class Outputs(NamedTuple):
 class Distilled(nn.Module):
     """A student in eval mode.
 
-    record: its `student.json`. preprocess: a PIL image, or uint8 tensors (..., 3, H, W), to what `forward` takes.
-    classes: of its classifier, 0 without one.
+    record: its `student.json`. spec: what that says of images. preprocess: a PIL image, or uint8 tensors
+    (..., 3, H, W), to what `forward` takes. classes: of its classifier, 0 without one.
     """
 
-    def __init__(self, student: Student, record: dict[str, Any]) -> None:
+    def __init__(self, student: Student, record: dict[str, Any], spec: ImageSpec) -> None:
         super().__init__()
         self.student = student
-        self.record = record
-        self.preprocess = preprocessing(record)
+        self.record, self.spec = record, spec
+        self.preprocess = preprocessing(spec)
         self.classes: int = student.recipe.mean_head or student.recipe.kwargs.get("num_classes", 0)
         self.eval()
 
     def forward(self, images: Tensor) -> Outputs:
-        """Images (B, 3, S, S), as `preprocess` makes them, S = record["image_size"]."""
+        """Images (B, 3, S, S), as `preprocess` makes them, S = spec.image_size."""
         features = self.student(images)
         logits = self.student.classify(features) if self.classes else None
         return Outputs(features.patch, features.cls, features.patch.mean(1), logits)
 
 
-def preprocessing(record: dict[str, Any]) -> v2.Transform:
+def preprocessing(spec: ImageSpec) -> v2.Transform:
     """The evaluation transform of the run: shorter side to image_size / crop_pct, centre crop, normalise."""
-    size, kind = record["image_size"], InterpolationMode(record.get("interpolation", "bilinear"))
+    size, kind = spec.image_size, InterpolationMode(spec.interpolation)
     return v2.Compose(
         [
             as_pixels,
-            v2.Resize(round(size / record.get("crop_pct", CROP_PCT)), interpolation=kind),
+            v2.Resize(round(size / spec.crop_pct), interpolation=kind),
             v2.CenterCrop(size),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(record["mean"], record["std"]),
+            v2.Normalize(spec.mean, spec.std),
         ]
     )
 
@@ -85,7 +84,9 @@ def weights_file(path: str | Path, ema: bool = False) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"{path}: no {' or '.join(names)} there; the end of a run writes its student's")
+    below = sorted(str(found.parent) for found in folder.glob(f"*/{names[0]}"))  # of a run with several students
+    hint = f"did you mean {' or '.join(below[:3])}?" if below else "the end of a run writes its student's"
+    raise FileNotFoundError(f"{path}: no {' or '.join(names)} there; {hint}")
 
 
 def load_distilled(
@@ -95,5 +96,6 @@ def load_distilled(
     weights = weights_file(path, ema)
     noted = weights.with_name("student.json") if weights.name == WEIGHTS else None  # of a hub folder
     student = load_student(weights, device, own=own, record=noted)
-    record = read_record(noted or record_of(weights))
-    return Distilled(student, {key: value for key, value in record.items() if key not in (SEAL, FILE)}).to(device)
+    beside = noted or record_of(weights)
+    record = {key: value for key, value in read_record(beside).items() if key not in (SEAL, FILE)}
+    return Distilled(student, record, image_spec(record, beside)).to(device)

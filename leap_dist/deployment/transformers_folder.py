@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from leap_dist.deployment.hub_folder import is_plain
 from leap_dist.deployment.loaded import WEIGHTS, Distilled
 from leap_dist.errors import UserError
+from leap_dist.models.records import ImageSpec
 from leap_dist.runtime.files import write_json
 
 
@@ -26,8 +27,8 @@ def write_transformers_folder(model: Distilled, folder: Path) -> None:
     backbone = model.student.backbone
     _require_dinov2(model, backbone)
     save_file(dict(_tensors(backbone)), folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / "config.json", _config(backbone, model.record["image_size"]))
-    write_json(folder / "preprocessor_config.json", _preprocessor(model.record))
+    write_json(folder / "config.json", _config(backbone, model.spec.image_size))
+    write_json(folder / "preprocessor_config.json", _preprocessor(model.spec))
 
 
 def _require_dinov2(model: Distilled, backbone: nn.Module) -> None:
@@ -132,19 +133,19 @@ def _block(block: nn.Module, ours: dict[str, Tensor]) -> Iterator[tuple[str, Ten
         yield f"layer_scale{number}.lambda1", ours.get(f"ls{number}.gamma", torch.ones(width))
 
 
-def _preprocessor(record: dict[str, Any]) -> dict[str, Any]:
-    size = record["image_size"]
+def _preprocessor(spec: ImageSpec) -> dict[str, Any]:
+    size = spec.image_size
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": round(size / record.get("crop_pct", 0.875))},
-        "resample": {"bilinear": 2, "bicubic": 3}[record.get("interpolation", "bilinear")],
+        "size": {"shortest_edge": round(size / spec.crop_pct)},
+        "resample": {"bilinear": 2, "bicubic": 3}[spec.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
         "do_convert_rgb": True,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": record["mean"],
-        "image_std": record["std"],
+        "image_mean": spec.mean,
+        "image_std": spec.std,
     }

@@ -19,16 +19,27 @@ def knn_ranking(train: FeatureSet, features: Tensor, k: int, device: torch.devic
 
     The `k` nearest by cosine vote with weight exp(cosine / 0.07). A class without a vote is never among them: -1.
     """
-    bank = F.normalize(train.features.to(device), dim=1)
+    bank = _unit(train.features, device)
     classes, labels = train.labels.to(device).unique(return_inverse=True)  # labels may be as large as they like
     ranked = []
     for rows in features.split(CHUNK):
-        cosine, nearest = (F.normalize(rows.to(device), dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
+        cosine, near = (_unit(rows, device) @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(rows), len(classes), device=device)
-        votes.scatter_add_(1, labels[nearest], (cosine / TEMPERATURE).exp())
+        votes.scatter_add_(1, labels[near], (cosine / TEMPERATURE).exp())
         weight, best = votes.topk(min(TOP, len(classes)), dim=1)
         ranked.append(classes[best].where(weight > 0, -1).cpu())
     return torch.cat(ranked)
+
+
+@torch.no_grad()
+def nearest(train: FeatureSet, features: Tensor, k: int, device: torch.device) -> Tensor:
+    """Rows of `train` that are nearest by cosine to each of a few `features` (M, D): (M, up to k), nearest first."""
+    similar = _unit(features, device) @ _unit(train.features, device).T
+    return similar.topk(min(k, len(train.ids)), dim=1).indices.cpu()
+
+
+def _unit(features: Tensor, device: torch.device) -> Tensor:
+    return F.normalize(features.to(device), dim=1)
 
 
 def knn_accuracy(train: FeatureSet, val: FeatureSet, k: int, device: torch.device) -> tuple[float, float]:

@@ -39,6 +39,6 @@ def protocol_of(options: EvaluationConfig) -> Protocol:
         probe=Recipe(options.probe_epochs, tuple(rates), "epoch" if leap else "step"),
         train_images=train_images,
         knn_k=options.knn_k,
-        bicubic=leap,
+        bicubic=options.interpolation == "bicubic",
         best_epoch=leap,
     )

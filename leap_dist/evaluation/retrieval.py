@@ -35,6 +35,14 @@ SETTINGS = {
 }
 
 
+def summed(scales: Sequence[Tensor]) -> Tensor:
+    """Features (N, D) of several scales as one: each L2-normalised, then added (cirtorch's `extract_ms` with msp=1).
+
+    Of one scale they are left as they are; a ranking normalises them all the same.
+    """
+    return scales[0] if len(scales) == 1 else torch.stack([F.normalize(each, dim=1) for each in scales]).sum(0)
+
+
 @torch.no_grad()
 def rankings(queries: Tensor, database: Tensor, device: torch.device) -> NDArray[np.int64]:
     """Database images (Q, N) by falling cosine to each query, features (Q, D) and (N, D); of equals the first first."""

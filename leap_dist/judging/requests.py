@@ -11,7 +11,10 @@ from leap_dist.config import HUB, Config, TeacherConfig, load
 from leap_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from leap_dist.analysis import Subject
+    from leap_dist.models import Features
     from leap_dist.runtime.distributed import World
 
 EXPORTED, RECORD, STUDENT = ".safetensors", (".yaml", ".yml"), "student.safetensors"
@@ -56,6 +59,31 @@ def open_subjects(requests: list[Request], image_size: Optional[int], world: Wor
         if subject.image_size != size:
             raise UserError(f"{subject.name} takes images of {subject.image_size} pixels, not {size}")
     return [exported.get(r.name) or open_timm(r, size, world) for r in requests]
+
+
+def at_scale(asked: Request, subject: Subject, scale: float, world: World) -> Subject:
+    """The model of `subject`, made for images `scale` times as large, to which it resizes those that `subject` takes.
+
+    That is bilinear and not antialiased, as in the published multi-scale code. The size is a whole number of tokens.
+
+    Raises:
+        UserError: the model has one size alone.
+    """
+    import torch.nn.functional as F
+
+    from leap_dist.analysis import exported_at
+
+    token = subject.image_size / subject.grid[0]
+    side = round(max(1, round(subject.image_size * scale / token)) * token)
+    if side == subject.image_size:
+        return subject
+    device = world.device
+    resized = exported_at(asked.student, side, device) if asked.student else open_timm(asked, side, world).final
+
+    def final(images: Tensor) -> Features:
+        return resized(F.interpolate(images, (side, side), mode="bilinear", align_corners=False))
+
+    return replace(subject, final=final, mark=f"{subject.mark} at {side} pixels")
 
 
 def open_timm(asked: Request, size: int, world: World) -> Subject:

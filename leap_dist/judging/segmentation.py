@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -16,13 +19,30 @@ from torchvision.transforms.v2 import functional as V
 from tqdm import tqdm
 
 from leap_dist.analysis import Subject
+from leap_dist.analysis.sheets import Cell, contact_sheet, save_sheet
 from leap_dist.data.crops import decode
 from leap_dist.errors import UserError
 from leap_dist.evaluation.segmentation import IGNORED, Head, confusion, miou, segment
+from leap_dist.judging.kept_head import KeptHead
 from leap_dist.runtime.distributed import World, sum_over_ranks
+from leap_dist.runtime.running_stats import running_stats
 
 BATCH = 16  # crops a step, over all ranks
 RATE, DECAY = 1e-3, 1e-4
+KEPT_EVERY = 500  # steps that a kill may cost
+VERSION = 1  # to be raised when the same call trains another head
+DRAWN, PHOTO = 6, 256  # images of a picture, and pixels of their longer side
+
+
+class HeadOptions(NamedTuple):
+    """blocks: the last ones, whose tokens the head sees; workers: loader processes; cache: folder for unfinished heads,
+    seen by all ranks.
+    """
+
+    blocks: int
+    steps: int
+    workers: int
+    cache: Path
 
 
 class Pair(NamedTuple):
@@ -136,38 +156,81 @@ def _tokens(subject: Subject, images: Tensor, blocks: int) -> Tensor:
 
 
 def judge_segmentation(
-    subject: Subject, of: MaskedSet, *, blocks: int, steps: int, workers: int, world: World
+    subject: Subject, of: MaskedSet, options: HeadOptions, world: World, picture: Optional[Path] = None
 ) -> Optional[dict[str, float]]:
-    """Train the head for `steps` on all ranks and give mIoU and pixel accuracy, 0 to 1, on rank 0. Collective."""
-    head = _trained(subject, of, blocks, steps, workers, world).eval()
+    """Train the head on all ranks and give mIoU and pixel accuracy, 0 to 1, on rank 0. Collective.
+
+    picture: of the first validation images, to be written by rank 0.
+    """
+    head = _trained(subject, of, options, world).eval()
     side = subject.image_size
 
     def logits(part: Tensor) -> Tensor:
-        return F.interpolate(head(_tokens(subject, part, blocks)), (side, side), mode="bilinear", align_corners=False)
+        tokens = _tokens(subject, part, options.blocks)
+        return F.interpolate(head(tokens), (side, side), mode="bilinear", align_corners=False)
+
+    def predicted(pair: Pair, truth: Tensor) -> Tensor:
+        return segment(seen(pair.image, subject).to(world.device), truth.shape, side, of.classes, logits).cpu()
 
     matrix = torch.zeros(of.classes, of.classes, dtype=torch.int64)
     mine = of.val[world.rank :: world.size]
     for pair in tqdm(mine, f"{subject.name}: {of.name}, images", disable=not world.is_main, leave=False):
         truth = of.mask(pair.mask)
-        image = seen(pair.image, subject).to(world.device)
-        matrix += confusion(segment(image, truth.shape, side, of.classes, logits).cpu(), truth, of.classes)
+        matrix += confusion(predicted(pair, truth), truth, of.classes)
     matrix = sum_over_ranks(matrix.to(world.device)).cpu()
     if not int(matrix.sum()):
         raise UserError(f"{of.name}: no pixel of its validation masks counts")
-    return {"miou": miou(matrix), "pixels": (matrix.diagonal().sum() / matrix.sum()).item()} if world.is_main else None
+    if not world.is_main:
+        return None
+    if picture is not None:
+        draw_masks(picture, of, predicted)
+    return {"miou": miou(matrix), "pixels": (matrix.diagonal().sum() / matrix.sum()).item()}
 
 
-def _trained(subject: Subject, of: MaskedSet, blocks: int, steps: int, workers: int, world: World) -> Head:
-    """The head, alike on all ranks. A step's crops are shared among them; BatchNorm sees a rank's own."""
-    share = -(-BATCH // world.size)
-    width = _tokens(subject, torch.zeros(1, 3, subject.image_size, subject.image_size, device=world.device), blocks)
-    head = Head(width.shape[1], of.classes).to(world.device)
+def draw_masks(path: Path, of: MaskedSet, predicted: Callable[[Pair, Tensor], Tensor]) -> None:
+    """A row for each of the first validation images: itself, then truth and prediction laid over it."""
+    rows, colours = [], palette(of.first + of.classes)[of.first :]
+    for pair in of.val[:DRAWN]:
+        truth = of.mask(pair.mask)
+        photo = V.resize(decode(pair.image.read_bytes()), list(truth.shape)).permute(1, 2, 0)
+        found = (photo, *(_laid_over(photo, mask, colours) for mask in (truth, predicted(pair, truth))))
+        rows.append([Cell(one.numpy()) for one in found])
+    save_sheet(contact_sheet(rows, ("image", "truth", "prediction"), PHOTO), path)
+
+
+def palette(count: int) -> Tensor:
+    """The colours of labels 0 to `count` - 1 in Pascal VOC's masks: (count, 3) uint8."""
+    labels = torch.arange(count)
+    channels = [sum((labels >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
+    return torch.stack(channels, 1).to(torch.uint8)
+
+
+def _laid_over(photo: Tensor, mask: Tensor, colours: Tensor) -> Tensor:
+    """The photo (h, w, 3), tinted where the mask (h, w) counts."""
+    counts = mask != IGNORED
+    tinted = photo.clone()
+    tinted[counts] = (0.35 * photo[counts] + 0.65 * colours[mask[counts].long()]).round().to(torch.uint8)
+    return tinted
+
+
+def _trained(subject: Subject, of: MaskedSet, options: HeadOptions, world: World) -> Head:
+    """The head, alike on all ranks. A step's crops are shared among them; BatchNorm sees a rank's own.
+
+    It goes on where an earlier call with the same model, images, options and ranks has left it.
+    """
+    share, steps = -(-BATCH // world.size), options.steps
+    blank = torch.zeros(1, 3, subject.image_size, subject.image_size, device=world.device)
+    head = Head(_tokens(subject, blank, options.blocks).shape[1], of.classes).to(world.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    numbers = range(world.rank * steps * share, (world.rank + 1) * steps * share)
-    loader = DataLoader(_Crops(of, subject, numbers), share, num_workers=workers)
-    for images, masks in tqdm(loader, f"{subject.name}: {of.name}, head", disable=not world.is_main, leave=False):
-        tokens = _tokens(subject, images.to(world.device), blocks)
+    kept = KeptHead(_kept_at(subject, of, options, world), head, (optimizer, schedule), world)
+    done = kept.restore()
+    numbers = range((world.rank * steps + done) * share, (world.rank + 1) * steps * share)
+    loader = DataLoader(_Crops(of, subject, numbers), share, num_workers=options.workers)
+    words = f"{subject.name}: {of.name}, head"
+    shown = tqdm(loader, words, total=steps, initial=done, disable=not world.is_main, leave=False)
+    for step, (images, masks) in enumerate(shown, done + 1):
+        tokens = _tokens(subject, images.to(world.device), options.blocks)
         large = F.interpolate(head(tokens), masks.shape[1:], mode="bilinear", align_corners=False)
         known = (masks != IGNORED).sum().clamp(min=1)
         loss = F.cross_entropy(large, masks.to(world.device), ignore_index=IGNORED, reduction="sum") / known
@@ -177,7 +240,16 @@ def _trained(subject: Subject, of: MaskedSet, blocks: int, steps: int, workers: 
             sum_over_ranks(parameter.grad).div_(world.size)
         optimizer.step()
         schedule.step()
-    for name, buffer in head.named_buffers():
-        if "running" in name:
-            sum_over_ranks(buffer).div_(world.size)
+        if step % KEPT_EVERY == 0 or step == steps:
+            kept.save(step)
+    for buffer in running_stats(head).values():
+        sum_over_ranks(buffer).div_(world.size)
     return head
+
+
+def _kept_at(subject: Subject, of: MaskedSet, options: HeadOptions, world: World) -> Path:
+    """A file whose name tells all that the trained head follows from."""
+    images = [(pair.image.name, pair.image.stat().st_size, pair.mask.stat().st_size) for pair in of.train]
+    seen = [subject.mark, subject.image_size, asdict(subject.preprocessing), of.name, images]
+    told = json.dumps([VERSION, *seen, options.blocks, options.steps, world.size])
+    return options.cache / f"head-{hashlib.blake2s(told.encode(), digest_size=12).hexdigest()}.pt"

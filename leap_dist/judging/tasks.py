@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -17,10 +17,11 @@ from leap_dist.evaluation import FeatureSet, Pooling, protocol_of
 from leap_dist.evaluation.features import labelled
 from leap_dist.evaluation.knn import knn_accuracy
 from leap_dist.evaluation.probe import Probes, fit_probe, judge, probe_accuracy
-from leap_dist.evaluation.retrieval import rankings, retrieval_scores
+from leap_dist.evaluation.retrieval import rankings, retrieval_scores, summed
 from leap_dist.evaluation.robustness import ALEXNET, SEVERITIES, class_table, corruption_errors
 from leap_dist.judging.features import View, features_of
-from leap_dist.judging.segmentation import MaskedSet, judge_segmentation
+from leap_dist.judging.pictures import Shelf, draw_neighbours, draw_retrieved, file_name
+from leap_dist.judging.segmentation import HeadOptions, MaskedSet, judge_segmentation
 from leap_dist.judging.sets import LabelledSet, RetrievalSet, open_labelled
 from leap_dist.runtime.distributed import World
 
@@ -36,6 +37,7 @@ class Bench:
     view: View
     options: EvaluationConfig
     world: World
+    pictures: Optional[Path] = None  # folder for pictures, if they are wanted
 
     def features(self, store: Any, table: Optional[dict[int, int]] = None) -> Optional[FeatureSet]:
         """See `features_of`."""
@@ -45,6 +47,10 @@ class Bench:
         """Each kind of features that is wanted and there, and the sets as it sees them."""
         for kind in self.pooling.chosen(protocol_of(self.options).features, self.subject.name):
             yield kind, [self.pooling.of(kind, one) for one in sets]
+
+    def picture(self, *words: str) -> Optional[Path]:
+        """Where a picture goes, if they are wanted."""
+        return self.pictures and self.pictures / file_name(*words)
 
     def row(self, task: str, kind: str, **measures: Any) -> dict[str, Any]:
         """One row of the results."""
@@ -63,6 +69,9 @@ def judge_labelled(bench: Bench, train: LabelledSet, test: LabelledSet, tasks: l
         if "knn" in tasks:
             top1, top5 = knn_accuracy(seen, held_out, protocol.knn_k, device)
             rows.append(bench.row("knn", kind, top1=top1, top5=top5))
+            if path := bench.picture("knn", bench.subject.name, kind):
+                names = {label: name for name, label in (train.classes or {}).items()}
+                draw_neighbours(path, Shelf(test.store, held_out), Shelf(train.store, seen), names, device)
         if "probe" in tasks:
             found = probe_accuracy(seen, held_out, protocol.probe, seed=0, device=device, watch=protocol.best_epoch)
             best = {} if found.best_epoch is None else {"top1_best_epoch": found.best_epoch}
@@ -77,29 +86,46 @@ def _with_labels(found: FeatureSet, of: LabelledSet) -> FeatureSet:
     return known
 
 
-def judge_retrieval(bench: Bench, of: RetrievalSet) -> Rows:
-    """mAP and mP@k, Easy, Medium and Hard. Rows on rank 0.
+def judge_retrieval(benches: Iterable[Bench], sets: Sequence[RetrievalSet]) -> Rows:
+    """mAP and mP@k of each set, Easy, Medium and Hard. Rows on rank 0.
+
+    benches: of one model at each of its scales, made as they are asked for: giants need not fit side by side. Features
+    are L2-normalised at every scale, and their sum again.
 
     Raises:
         UserError: an image cannot be read: a ranking needs them all.
     """
-    queries, database = bench.features(of.queries), bench.features(of.database)
-    if queries is None or database is None:
-        return []
-    for found, store in ((queries, of.queries), (database, of.database)):
+    scales = []
+    for bench in benches:
+        scales.append([(bench.features(of.queries), bench.features(of.database)) for of in sets])
+    rows: Rows = []
+    for of, found in zip(sets, zip(*scales, strict=True), strict=True) if bench.world.is_main else ():
+        rows += _ranked(bench, of, found)
+    return rows
+
+
+def _ranked(bench: Bench, of: RetrievalSet, scales: Sequence[tuple[FeatureSet, FeatureSet]]) -> Rows:
+    """A row for each kind of features. scales: features of queries and of the database at each scale."""
+    pairs = [pair for both in scales for pair in zip(both, (of.queries, of.database), strict=True)]
+    for found, store in pairs:
         missing = sorted(set(range(store.size)) - set(found.ids.tolist()))
         if missing:
             raise UserError(f"{store.source}: {store.shard_name(missing[0])} cannot be read, and a ranking needs it")
-    rows = []
-    for kind, (asked, bank) in bench.kinds(queries, database):
-        ranked = rankings(asked.features, bank.features, bench.world.device)
-        rows.append(bench.row(f"retrieval {of.name}", kind, **retrieval_scores(ranked, of.truths)))
+    rows, several = [], f", {len(scales)} scales" if len(scales) > 1 else ""
+    for kind, found in bench.kinds(*(one for both in scales for one in both)):
+        queries, database = (summed([one.features for one in found[side::2]]) for side in (0, 1))
+        ranked = rankings(queries, database, bench.world.device)
+        rows.append(bench.row(f"retrieval {of.name}", kind + several, **retrieval_scores(ranked, of.truths)))
+        if path := bench.picture("retrieval", of.name, bench.subject.name, kind):
+            draw_retrieved(path, of.queries, of.database, ranked, of.truths)
     return rows
 
 
 def judge_masks(bench: Bench, of: MaskedSet, blocks: int, steps: int, workers: int) -> Rows:
     """mIoU and pixel accuracy of a linear head on the patch tokens of the last `blocks` blocks. A row on rank 0."""
-    found = judge_segmentation(bench.subject, of, blocks=blocks, steps=steps, workers=workers, world=bench.world)
+    options = HeadOptions(blocks, steps, workers, bench.view.cache)
+    picture = bench.picture("segmentation", of.name, bench.subject.name)
+    found = judge_segmentation(bench.subject, of, options, bench.world, picture)
     kind = "patch" if blocks == 1 else f"patch, last {blocks} blocks"
     return [] if found is None else [bench.row(f"segmentation {of.name}", kind, **found)]
 

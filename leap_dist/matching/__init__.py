@@ -6,7 +6,7 @@ Nothing here knows where tokens come from or which block is the target.
 from __future__ import annotations
 
 from leap_dist.matching.calibration import Calibration
-from leap_dist.matching.cka import constant, linear_cka, linear_cka_of_features
+from leap_dist.matching.cka import constant, constant_rows, linear_cka, linear_cka_of_features
 from leap_dist.matching.heads import check_impl, check_widths
 from leap_dist.matching.objective import Match, Objective
 from leap_dist.matching.reset import reset_heads
@@ -20,6 +20,7 @@ __all__ = [
     "check_impl",
     "check_widths",
     "constant",
+    "constant_rows",
     "linear_cka",
     "linear_cka_of_features",
     "reset_heads",

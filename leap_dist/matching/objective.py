@@ -9,6 +9,7 @@ curriculum is there, KD's share is CE's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Optional
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from leap_dist.config import ObjectiveConfig, matching_head
 from leap_dist.errors import UserError
+from leap_dist.matching.cka import linear_cka
 from leap_dist.matching.heads import build_head
 from leap_dist.matching.losses import soft_distillation
-from leap_dist.matching.score import Evidence
+from leap_dist.matching.score import Evidence, LinearCka, Summed
 from leap_dist.models import Features, Student, on_grid
 from leap_dist.runtime.average import WeightAverage
 
@@ -71,6 +73,8 @@ class Objective(nn.Module):
         self.cls_head = build_head(kind, student.cls_width, teacher_width, config.impl, metric) if apart else None
         student.freeze_unreached(config.cls_weight > 0)
         self.average: Optional[WeightAverage] = None  # of the student's weights; begun when they are in an engine
+        self._compiled: Optional[Callable[[Tensor], list[Features]]] = None
+        self._linear_cka: LinearCka = linear_cka
 
     def forward(
         self, images: Tensor, targets: list[Features], with_evidence: bool = False, labels: Optional[Tensor] = None
@@ -81,7 +85,7 @@ class Objective(nn.Module):
             UserError: a target whose number of patch tokens is not that of the teacher's grid.
         """
         config = self.config
-        views = self.student.every_layer(images) if self.every_layer else [self.student(images)] * len(targets)
+        views = self._compiled_views(images) if self._compiled and self.training else self._views(images)
         terms, evidence = self._feature_terms(views, targets, with_evidence)
         loss = config.feature_weight * (terms["patch"] + config.cls_weight * terms["cls"])
         if labels is not None:
@@ -92,15 +96,47 @@ class Objective(nn.Module):
             terms |= supervised
         return Match(loss, {name: term.detach() for name, term in terms.items()}, evidence)
 
+    def compile_student(self, backend: str = "inductor") -> None:
+        """Have torch compile what the student does in training, as one graph forward and one backward.
+
+        The heads stay outside: so neither evidence nor the target block has a graph of its own, and their time can be
+        told from the student's. Outside of training, with other shapes and for one batch, the student runs as it is.
+        The score from moments is compiled too, which is little arithmetic in fifty launches.
+        """
+        self._compiled = torch.compile(self._views, fullgraph=True, dynamic=False, backend=backend)
+        self._linear_cka = torch.compile(linear_cka, fullgraph=True, dynamic=False, backend=backend)
+
+    def score(self, evidence: Evidence, reduction: str, ranks: int, summed: Summed) -> Tensor:
+        """Of evidence over all ranks, as `Evidence` has it."""
+        return evidence.score(reduction, ranks, summed, self._linear_cka)
+
     def after_step(self) -> None:
         """What follows an optimizer step: the average of the weights moves."""
         if self.average is not None:
             self.average.update()
 
+    def _views(self, images: Tensor) -> list[Features]:
+        """What of the student's is matched: its last tokens, or with `every_layer` those of each layer."""
+        return self.student.every_layer(images) if self.every_layer else [self.student(images)]
+
+    def _compiled_views(self, images: Tensor) -> list[Features]:
+        from torch._dynamo.exc import TorchDynamoException  # seconds to import
+
+        assert self._compiled is not None
+        try:
+            return self._compiled(images)
+        except TorchDynamoException as error:
+            model, reason = self.student.recipe.model, " ".join(str(error).split())
+            raise UserError(
+                f"student.compile=true: torch cannot compile student.model={model} ({reason:.200}); "
+                "use student.compile=false"
+            ) from error
+
     def _feature_terms(
         self, views: list[Features], targets: list[Features], with_evidence: bool
     ) -> tuple[dict[str, Tensor], list[Evidence]]:
         patch_losses, cls_losses, evidence = [], [], []
+        views = views if self.every_layer else views * len(targets)  # calibration: one view, every block
         for index, (view, target) in enumerate(zip(views, targets, strict=True)):
             head = self.heads[index if self.every_layer else 0]
             tokens = self._on_teacher_grid(view.patch, target)
@@ -109,8 +145,8 @@ class Objective(nn.Module):
             evidence += [found] if found is not None else []
             if self.config.cls_weight:
                 cls_losses.append((self.cls_head or head)(view.cls, target.cls)[0])
-        patch = torch.stack(patch_losses).mean()
-        cls = torch.stack(cls_losses).mean() if cls_losses else torch.zeros_like(patch)
+        patch = _mean(patch_losses)
+        cls = _mean(cls_losses) if cls_losses else torch.zeros_like(patch)
         return {"patch": patch, "cls": cls}, evidence
 
     def _supervised_terms(self, logits: Tensor, labels: Tensor, teacher_logits: Optional[Tensor]) -> dict[str, Tensor]:
@@ -128,3 +164,8 @@ class Objective(nn.Module):
                 "images are not of the size it was built for"
             )
         return on_grid(tokens, self.student.grid, self.teacher_grid)
+
+
+def _mean(losses: list[Tensor]) -> Tensor:
+    """Of 0-d losses; the one itself saves launches."""
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()

@@ -6,7 +6,7 @@ The frozen teacher's weights and where they live are in teacher/; losses are in 
 from __future__ import annotations
 
 from leap_dist.models.backbone import DTYPES, Backbone, TeacherSpec, build_model, outline, split
-from leap_dist.models.export import export_average, export_student, load_student
+from leap_dist.models.export import current_state, empty_twin, export_average, export_student, load_student
 from leap_dist.models.features import Features, on_grid
 from leap_dist.models.flops import StepFlops, TeacherFlops, step_flops, teacher_costs, teacher_flops
 from leap_dist.models.student import Student, build_student
@@ -22,6 +22,8 @@ __all__ = [
     "TeacherSpec",
     "build_model",
     "build_student",
+    "current_state",
+    "empty_twin",
     "export_average",
     "export_student",
     "load_student",

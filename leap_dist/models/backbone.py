@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from leap_dist.errors import UserError
 from leap_dist.models.features import Features
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# fp8: of tokens, and of all weights that meet no product in FP8 (`leap_dist.teacher.float8`).
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 # Arguments of timm.create_model that lead to files, to downloads or to another kind of model.
 LOADERS = {
     "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cfg", "features_only", "kwargs_filter",

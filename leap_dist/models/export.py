@@ -11,19 +11,21 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Optional
 
+import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from leap_dist.config import Config
 from leap_dist.errors import UserError
+from leap_dist.models.map_student import ADDED
 from leap_dist.models.own_student import is_own
-from leap_dist.models.records import read_record, require_weights_of
+from leap_dist.models.records import images_of, parts_at_most, parts_of, read_record, require_weights_of
 from leap_dist.models.student import Student, StudentRecipe, assemble
 from leap_dist.runtime.average import WeightAverage
 from leap_dist.runtime.distributed import World, on_main
 from leap_dist.runtime.integrity import check_recorded, record_of, write_recorded
+from leap_dist.runtime.provenance import provenance
 from leap_dist.runtime.running_stats import mean_running_stats
 
 STUDENT = "student.safetensors"
@@ -40,13 +42,26 @@ def gathered_state(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
 
 
-def export_student(engine: Any, config: Config, world: World) -> Path:
-    """Write `student.safetensors` and `student.json` to the run folder. Collective.
+def current_state(engine: Any, world: World) -> dict[str, torch.Tensor]:
+    """What an export of the student would hold: on the host of rank 0, empty elsewhere. Collective.
 
     Running statistics of batch norms are the mean over ranks.
     """
     backbone = engine.module.student.backbone
-    state = gathered_state(backbone, world) | mean_running_stats(backbone, world)
+    return gathered_state(backbone, world) | mean_running_stats(backbone, world)
+
+
+def empty_twin(engine: Any) -> Student:
+    """A model like the student in `engine`, on the host and outside of it, for `current_state` to be loaded into.
+
+    Draws random numbers.
+    """
+    return assemble(engine.module.student.recipe)
+
+
+def export_student(engine: Any, config: Config, world: World) -> Path:
+    """Write `student.safetensors` and `student.json` to the run folder. Collective."""
+    state = current_state(engine, world)
     return _write(Path(config.output) / STUDENT, state, engine.module.student, config, world)
 
 
@@ -55,8 +70,7 @@ def export_average(engine: Any, config: Config, world: World) -> Optional[Path]:
     average: Optional[WeightAverage] = engine.module.average
     if average is None:
         return None
-    backbone = engine.module.student.backbone
-    state = gathered_state(backbone, world) | mean_running_stats(backbone, world) | average.whole(world)
+    state = current_state(engine, world) | average.whole(world)
     return _write(Path(config.output) / AVERAGED, state, engine.module.student, config, world)
 
 
@@ -67,13 +81,14 @@ def describe_student(student: Student) -> dict[str, Any]:
 
 def _write(path: Path, state: dict[str, torch.Tensor], student: Student, config: Config, world: World) -> Path:
     """Collective; only rank 0 has the state."""
-    about = describe_student(student) | {
-        "image_size": config.student.image_size or config.data.image_size,
-        "mean": list(config.data.mean),
-        "std": list(config.data.std),
-        "crop_pct": config.data.crop_pct,
-    }
-    on_main(lambda: write_recorded(path, lambda partial: save_file(state, partial), about), world)
+
+    def write() -> None:
+        size = config.student.image_size or config.data.image_size
+        images = images_of(config.data, size, config.evaluation.interpolation)
+        about = describe_student(student) | images | provenance()
+        write_recorded(path, lambda partial: save_file(state, partial), about)
+
+    on_main(write, world)
     return path
 
 
@@ -109,11 +124,15 @@ def load_student(
         )
     recipe = StudentRecipe(**{key.name: about[key.name] for key in fields(StudentRecipe) if key.name in about})
     try:
-        with torch.device("meta"):
-            require_weights_of(assemble(recipe).backbone, path)  # before there is any memory for a model of any size
+        with torch.device("meta"), parts_at_most(parts_of(path)):  # before there is any memory for a model of any size
+            if recipe.map_at and not is_own(recipe.model):  # it will be run for a look
+                require_weights_of(timm.create_model(recipe.model, **recipe.kwargs), path, added=ADDED)
+            require_weights_of(assemble(recipe).backbone, path)
         student = assemble(recipe)
         student.backbone.load_state_dict(load_file(path))
-    except (SafetensorError, TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, OSError) as error:
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a model raises at arguments that it was not made for
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: cannot be loaded as its record describes it ({reason})") from error
     return student.to(device).eval()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Optional
 
@@ -24,6 +25,8 @@ from leap_dist.models.backbone import Unbuildable
 from leap_dist.models.features import Features
 from leap_dist.models.student_base import Student, StudentRecipe, widening
 
+ADDED = ("lift.", "mean_head.")  # how the names of parts begin that `add_parts` puts in
+_MOST_ON_CPU = 1024  # pixels of a side of an image that a model is run on for a look, where it needs numbers
 _MOST_PREFIX = 16  # class, distillation and register tokens before the cells
 # Names of the argument by which timm's constructors take the widths of all stages.
 _STAGE_WIDTHS = ("dims", "embed_dims", "channels")
@@ -206,6 +209,10 @@ def probe(recipe: StudentRecipe) -> Layout:
 def _probed(recipe: StudentRecipe) -> Layout:
     what, size = f"student.model={recipe.model}", recipe.map_at
     for device in ("meta", "cpu"):
+        if device == "cpu" and size > _MOST_ON_CPU:
+            raise UserError(
+                f"{what} at {size} pixels cannot be used: at more than {_MOST_ON_CPU} it would take too long"
+            )
         try:
             with torch.device(device), torch.no_grad():
                 model = timm.create_model(recipe.model, pretrained=False, **recipe.kwargs)
@@ -216,10 +223,16 @@ def _probed(recipe: StudentRecipe) -> Layout:
             if device == "meta" and needs_numbers:
                 continue
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{what} at {size} pixels cannot be used: {reason:.200}") from error
+            raise UserError(f"{what} at {size} pixels cannot be used: {reason:.200}{_way_out(reason)}") from error
     if not maps or maps[-1].ndim != 4:
         raise UserError(f"{what}: has no spatial map, so there are no cells to match")
     return _layout(model, recipe, maps, raw, pooled, normed)
+
+
+def _way_out(reason: str) -> str:
+    """What helps where an argument is one of another model, of the config that this one builds on."""
+    refused = re.search(r"unexpected keyword argument '(\w+)'", reason)
+    return f"; student.kwargs.{refused[1]}=null takes it away" if refused else ""
 
 
 def _looked_at(model: nn.Module, images: Tensor) -> tuple[list[Tensor], Any, Optional[Tensor], bool]:
@@ -311,6 +324,16 @@ def _widened(recipe: StudentRecipe, width: Optional[int]) -> StudentRecipe:
             if after == [*before[:-1], width]:
                 return replace(recipe, kwargs=kwargs, width=width)
     raise refusal
+
+
+def widened_parts(recipe: StudentRecipe) -> tuple[str, ...]:
+    """Names of the tensors of a model with wide_last whose shape follows from the width of its last stage."""
+    (name,) = (name for name in _STAGE_WIDTHS if recipe.kwargs.get(name, [None])[-1] == recipe.width)
+    wider = recipe.kwargs | {name: [*recipe.kwargs[name][:-1], 2 * recipe.width]}
+    with torch.device("meta"):
+        mine = timm.create_model(recipe.model, pretrained=False, **recipe.kwargs).state_dict()
+        theirs = timm.create_model(recipe.model, pretrained=False, **wider).state_dict()
+    return tuple(key for key, tensor in mine.items() if tensor.shape != theirs[key].shape)
 
 
 def _stages(kind: type[nn.Module], name: str) -> int:

@@ -45,7 +45,7 @@ class OwnStudent(Student):
 
     def forward(self, images: Tensor) -> Features:
         """(B,3,H,W) -> cells of the map, class token, and logits if there is a classifier."""
-        patch, cls, _ = _read(self.backbone(self.sized(images)), self.recipe.model)
+        patch, cls, _ = _read(self.backbone(self.sized(images)), self.recipe.model, len(images))
         if hasattr(self.backbone, "lift"):
             patch = self.backbone.lift(patch)
             cls = None  # of another width, it may be
@@ -105,7 +105,7 @@ def assemble_own(recipe: StudentRecipe) -> OwnStudent:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
             raise UserError(f"{what}: cannot run on an image of {recipe.map_at} pixels ({reason})") from error
-        patch, cls, grid = _read(output, recipe.model)
+        patch, cls, grid = _read(output, recipe.model, 1)
         add_parts(module.train(was_training), recipe, patch.shape[-1])
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise UserError(f"{what}: its module has no parameter to train")
@@ -124,22 +124,25 @@ def _function(name: str) -> Callable[..., Any]:
     return getattr(found, function)
 
 
-def _read(output: Any, model: str) -> tuple[Tensor, Optional[Tensor], tuple[int, int]]:
+def _read(output: Any, model: str, images: int) -> tuple[Tensor, Optional[Tensor], tuple[int, int]]:
     """Cells (B,N,C), class token and grid of what the module returned. UserError if it is something else."""
     first, cls = output, None
     if isinstance(output, (tuple, list)) and len(output) == 2:
         first, cls = output
-    good_cls = cls is None or (isinstance(cls, Tensor) and cls.ndim == 2)
-    if isinstance(first, Tensor) and good_cls and first.is_floating_point():
+    good_cls = cls is None or (isinstance(cls, Tensor) and cls.ndim == 2 and len(cls) == images)
+    if isinstance(first, Tensor) and first.ndim and len(first) == images and good_cls and first.is_floating_point():
         if first.ndim == 4:
             return first.flatten(2).transpose(1, 2), cls, tuple(first.shape[2:])
         side = isqrt(first.shape[1]) if first.ndim == 3 else 0
         if side and side**2 == first.shape[1]:
             return first, cls, (side, side)
-    raise UserError(f"student.model={model}: its module returned {_described(output)}; {_EXPECTED}")
+    of = "an image" if images == 1 else f"{images} images"
+    raise UserError(f"student.model={model}: its module made {_described(output)} of {of}; {_EXPECTED}")
 
 
 def _described(output: Any) -> str:
+    if output is None:
+        return "None"
     if isinstance(output, Tensor):
         return f"a tensor {tuple(output.shape)} of {output.dtype}"
     if isinstance(output, (tuple, list)):

@@ -8,22 +8,65 @@ from __future__ import annotations
 
 import math
 import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import timm
 from safetensors import safe_open
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
+from leap_dist.config import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.models.backbone import LOADERS
 from leap_dist.runtime.files import read_json
+from leap_dist.runtime.schema import misfit
 
 MOST_PIXELS = 8192  # of an image's side
 MOST_BLOCKS = 1000
 MOST = 10**7  # of any other number
+MOST_PARTS = 20_000  # layers and tensors of a model, beside 20 for each tensor of its file
 NAME = re.compile(r"[\w.]{1,200}", re.ASCII)
 OWN = re.compile(r"[\w.]{1,200}:\w{1,200}", re.ASCII)  # a function of the user's own, which no record has run
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+COLOURS = "RGB"
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a record says of the images that its model takes: those of the evaluation of the run that made it.
+
+    image_size: side in pixels; crop_pct: share of the shorter side that the centre crop keeps; interpolation: one of
+    INTERPOLATIONS, antialiased, to image_size / crop_pct; mean, std: of the colours in [0, 1]. Where there is a default
+    older records lack the key.
+    """
+
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    crop_pct: float = DataConfig.crop_pct
+    interpolation: str = INTERPOLATIONS[0]
+    colour_order: str = COLOURS
+
+
+def images_of(data: DataConfig, image_size: int, interpolation: str = INTERPOLATIONS[0]) -> dict[str, Any]:
+    """An `ImageSpec` as a record has it."""
+    return asdict(ImageSpec(image_size, list(data.mean), list(data.std), data.crop_pct, interpolation))
+
+
+def image_spec(about: Mapping[str, Any], path: Path) -> ImageSpec:
+    """What the record `about`, read from `path`, says of images. UserError where it does not say enough."""
+    if fault := misfit(dict(about), ImageSpec):
+        raise UserError(f"{path}: does not say what images its model takes ({fault})")
+    return ImageSpec(**{key.name: about[key.name] for key in fields(ImageSpec) if key.name in about})
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -64,9 +107,14 @@ def _fault(about: Any) -> str:
         colour = about.get(key, [0.5] * 3)
         if not isinstance(colour, list) or len(colour) != 3 or not all(_is_number(part) for part in colour):
             return f"{key}={colour!r:.100}: three numbers are expected"
+        if key == "std" and min(colour) <= 0:
+            return f"{key}={colour!r:.100}: numbers above 0 are expected"
     crop_pct = about.get("crop_pct", 1)
     if not _is_number(crop_pct) or not 0.01 <= crop_pct <= 1:
         return f"crop_pct={crop_pct!r:.100}: 0.01 to 1 is expected"
+    for key, known in {"interpolation": INTERPOLATIONS, "colour_order": (COLOURS,)}.items():
+        if about.get(key, known[0]) not in known:
+            return f"{key}={about[key]!r:.100}: {' or '.join(known)} is expected"
     return ""
 
 
@@ -95,14 +143,48 @@ def _is_count(value: Any, most: int) -> bool:
     return type(value) is int and 1 <= value <= most
 
 
-def require_weights_of(model: nn.Module, path: Path) -> None:
-    """UserError unless the safetensors at `path` have the names and shapes of `model`, which may be without memory."""
+@contextmanager
+def parts_at_most(most: int) -> Iterator[None]:
+    """In this block a model with more layers and tensors than `most` raises UserError while it is put together.
+
+    A count of layers may have any name, and without memory too a model takes its time.
+    """
+    left, me = most, threading.get_ident()
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= threading.get_ident() == me
+        if left < 0:
+            raise UserError(f"a model of more than {most} parts")
+
+    hooks = register_module_module_registration_hook(count), register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def parts_of(path: Path) -> int:
+    """How many parts the model may be built of that gave the weights at `path`: it may be an early stage of it."""
+    with safe_open(path, "pt") as file:
+        return MOST_PARTS + 20 * len(file.keys())
+
+
+def require_weights_of(model: nn.Module, path: Path, *, added: Optional[tuple[str, ...]] = None) -> None:
+    """UserError unless the safetensors at `path` have the names and shapes of `model`, which may be without memory.
+
+    added: how names of parts begin that `model` does not have yet; then it may have others that are not in the file.
+    """
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     with safe_open(path, "pt") as file:
         there = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
-    if wrong := sorted(name for name in expected.keys() | there.keys() if expected.get(name) != there.get(name)):
+    names = expected.keys() | there.keys()
+    if added is not None:
+        names = {name for name in there if not name.startswith(added)}
+    if wrong := sorted(name for name in names if expected.get(name) != there.get(name)):
         name = wrong[0]
         raise UserError(
-            f"{path}: not the weights of its record: {name:.100} is {there.get(name, 'missing')} there, "
+            f"not the weights of its record: {name:.100} is {there.get(name, 'missing')} there, "
             f"{expected.get(name, 'no part')} in the model, and so are {len(wrong)} in all"
         )

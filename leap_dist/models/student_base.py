@@ -60,6 +60,11 @@ class Student(nn.Module):
         self.recipe = recipe
 
     @property
+    def side(self) -> int:
+        """Of the images that its backbone sees, in pixels."""
+        return self.recipe.map_at or self.recipe.kwargs["img_size"]
+
+    @property
     def layer_grids(self) -> tuple[tuple[int, int], ...]:
         """(rows, columns) of the tokens of each layer of `every_layer`."""
         return (self.grid,) * max(1, self.depth)
@@ -81,35 +86,59 @@ class Student(nn.Module):
 
         They stay as they were made, and are exported. uses_cls: whether the class token is matched.
         """
+        what, size = f"student.model={self.recipe.model}", self.side
         for device in ("meta", "cpu"):
-            twin = copy.deepcopy(self).to(device).train()
             try:
-                found = twin(torch.zeros(2, 3, self.recipe.map_at, self.recipe.map_at, device=device))
+                twin = copy.deepcopy(self).to(device).train()
+                found = twin(torch.zeros(2, 3, size, size, device=device))
                 cls, logits = found.cls if uses_cls else None, found.logits
                 total = sum(output.float().sum() for output in (found.patch, cls, logits) if output is not None)
                 total.backward()
                 break
-            except (RuntimeError, NotImplementedError):  # an operation that needs numbers
+            except (
+                Exception
+            ) as error:  # on the meta device an operation that needs numbers, else whatever a model raises
                 if device == "cpu":
-                    raise
-        for mine, its in zip(self.parameters(), twin.parameters(), strict=True):
-            mine.requires_grad_(its.grad is not None)
+                    raise UserError(f"{what}: cannot be trained ({_in_short(error)})") from error
+        reached = [parameter.grad is not None for parameter in twin.parameters()]
+        if not any(reached):
+            raise UserError(f"{what}: its tokens do not depend on any parameter that trains")
+        for mine, is_reached in zip(self.parameters(), reached, strict=True):
+            mine.requires_grad_(is_reached)
 
     def check_runs(self) -> None:
         """UserError where it cannot run on an image: the meta device, on which it was looked at, has no numbers."""
-        twin, size = copy.deepcopy(self).eval(), self.recipe.map_at
+        self._tried(1, training=False)
+
+    def check_trains(self, images: int) -> None:
+        """UserError where it cannot train on so many images at a time, or then gives other tokens than it is said to.
+
+        A normalisation may need more than one value a channel, and a model may drop tokens in training.
+        """
+        found, cells = self._tried(images, training=True).patch, self.grid[0] * self.grid[1]
+        if found.shape[1:] != (cells, self.width):
+            raise UserError(
+                f"student.model={self.recipe.model}: gives {found.shape[1]} patch tokens of {found.shape[2]} channels "
+                f"in training, {cells} of {self.width} else; they must be the same"
+            )
+
+    def _tried(self, count: int, training: bool) -> Features:
+        """What a copy of it makes of empty images."""
+        size, device = self.side, next(self.parameters()).device
         try:
             with torch.no_grad():
-                twin(torch.zeros(1, 3, size, size))
+                return copy.deepcopy(self).train(training)(torch.zeros(count, 3, size, size, device=device))
+        except UserError:
+            raise
         except Exception as error:  # whatever a model raises at a size that it was not made for
-            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
+            does, images = "train" if training else "run", "an image" if count == 1 else f"{count} images"
             raise UserError(
-                f"student.model={self.recipe.model}: cannot run on an image of {size} pixels ({reason})"
+                f"student.model={self.recipe.model}: cannot {does} on {images} of {size} pixels ({_in_short(error)})"
             ) from error
 
     def about(self) -> dict[str, Any]:
         """For `student.json`: what the recipe does not say. cls: how the class token was made."""
-        return {"cls": "token" if self.has_cls else None, "grid": list(self.grid)}
+        raise NotImplementedError
 
     def sized(self, images: Tensor) -> Tensor:
         """Images (B,3,H,W) at the student's own size, by antialiased bicubic resizing, if it has one."""
@@ -122,3 +151,7 @@ class Student(nn.Module):
 def widening(width: int, wider: int) -> nn.Sequential:
     """Linear without bias, and LayerNorm: tokens (..., width) to (..., wider), in both remedies."""
     return nn.Sequential(nn.Linear(width, wider, bias=False), nn.LayerNorm(wider)).apply(init_weights_vit_timm)
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.160}"

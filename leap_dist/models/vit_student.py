@@ -7,7 +7,7 @@ its `forward` and its classifier work on the wide tokens, and a plain timm model
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import timm
 import torch.nn.functional as F
@@ -69,6 +69,17 @@ class VitStudent(Student):
 
     def check_runs(self) -> None:
         """Nothing: its outline has been checked."""
+
+    def about(self) -> dict[str, Any]:
+        """As the base class: what `forward_features` gives, in the words of a `MapStudent`."""
+        return {
+            "cls": "token" if self.has_cls else "pooled",
+            "grid": list(self.grid),
+            "source": "features",
+            "order": "NLC",
+            "prefix": self.num_prefix_tokens,
+            "stage": None,
+        }
 
     def _norm(self, tokens: Tensor) -> Tensor:
         if self.recipe.remedy == "wide_last" and tokens.shape[-1] != self.width:

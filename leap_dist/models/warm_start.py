@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,11 @@ from torch import Tensor, nn
 from leap_dist.config import HUB, NO_WEIGHTS
 from leap_dist.errors import UserError
 from leap_dist.models.backbone import family, is_family
+from leap_dist.models.map_student import ADDED, widened_parts
 from leap_dist.models.own_student import is_own
 from leap_dist.models.student_base import Student
 from leap_dist.models.weight_files import read_weights
+from leap_dist.runtime.files import read_json
 
 _EXPORT = "student.safetensors"  # as `export_student` leaves it in a run's folder
 
@@ -90,7 +91,7 @@ def _filter_of(model: nn.Module) -> Optional[Callable[[dict[str, Any], nn.Module
 def _new_parts(student: Student) -> tuple[str, ...]:
     """Beginnings of the names of what a remedy has put in, which a checkpoint of the plain model has not."""
     if student.recipe.map_at:
-        return ("lift.", "mean_head.")
+        return (*ADDED, *(widened_parts(student.recipe) if student.recipe.remedy == "wide_last" else ()))
     last = f"blocks.{student.depth - 1}."
     return {"none": (), "lift": ("norm.",), "wide_last": (last, "norm.", "fc_norm.")}[student.recipe.remedy]
 
@@ -105,15 +106,15 @@ def _check_record(student: Student, path: Path, what: str) -> bool:
     """Whether `path` is an export of this package. UserError where it is one of another student."""
     record = path.with_suffix(".json")
     try:
-        about = json.loads(record.read_text())
+        about = read_json(record)
         theirs = about["model"], about["remedy"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     recipe = student.recipe
     if theirs not in ((recipe.model, recipe.remedy), (recipe.model, "none")):
         raise UserError(
-            f"{what}: is an export of student.model={theirs[0]} with student.remedy={theirs[1]}; this run has "
-            f"{recipe.model} and {recipe.remedy}"
+            f"{what}: is an export of student.model={theirs[0]!s:.100} with student.remedy={theirs[1]!s:.100}; this "
+            f"run has {recipe.model} and {recipe.remedy}"
         )
     return theirs[1] == recipe.remedy
 

@@ -34,13 +34,13 @@ VARIANTS = {"MIG", "Laptop", "Max-Q", "Ti", "SUPER", "D", "NVL"}
 PARTS = ("teacher", "student", "match")
 # What a step's seconds depend on among what may change when a run goes on.
 TIMED_BY = (
-    "engine.accumulation", "objective.impl", "teacher.compile", "teacher.memory_budget", "teacher.microbatches",
-    "teacher.placement", "teacher.rebalance", "teacher.stages",
+    "engine.accumulation", "objective.impl", "student.compile", "teacher.compile", "teacher.memory_budget",
+    "teacher.microbatches", "teacher.placement", "teacher.rebalance", "teacher.stages",
 )  # fmt: skip
 
 
 def peak_tflops(gpu: str, dtype: str, tf32: bool) -> Optional[float]:
-    """Dense peak of a GPU in `dtype` (fp32, bf16, fp16), or None where it is not known. tf32: fp32 may use it."""
+    """Dense peak of a GPU in `dtype` (fp32, bf16, fp16, fp8), or None where it is not known. tf32: fp32 may use it."""
     known = [name for name in PEAKS if gpu == name or gpu.startswith((f"{name} ", f"{name}-"))]
     if not known:
         return None
@@ -48,6 +48,8 @@ def peak_tflops(gpu: str, dtype: str, tf32: bool) -> Optional[float]:
     if VARIANTS & set(gpu.removeprefix(name).split()):
         return None
     half, tf32_peak, single = PEAKS[name]
+    if dtype == "fp8":
+        return 2 * half  # on all GPUs that have it
     return half if dtype != "fp32" else tf32_peak if tf32 else single
 
 

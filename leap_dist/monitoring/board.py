@@ -1,12 +1,18 @@
-"""TensorBoard's files, which a run can do without: where they cannot be written, it says so once and goes on."""
+"""TensorBoard's files, which a run can do without: where they cannot be written, it says so once and goes on.
+
+And read again, as what they are: records of (length, its checksum, an event, its checksum) in the order of their files'
+names. TensorBoard's own reader takes a minute for the points of a run over ImageNet, this one seconds.
+"""
 
 from __future__ import annotations
 
 import logging
+import struct
 import threading
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from tensorboard.summary.writer import event_file_writer
 
@@ -53,3 +59,57 @@ class Board:
         """What SummaryWriter's thread dies of, its next call raises again: it needs no traceback."""
         if type(told.thread).__module__ != event_file_writer.__name__:
             self._usual_hook(told)
+
+
+class Points(NamedTuple):
+    """Of one tag, in the order they were written: 0-based steps, values, seconds since the epoch."""
+
+    steps: array[int]
+    values: array[float]
+    times: array[float]
+
+
+def read_points(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Points]:
+    """The points of every wanted tag in a TensorBoard folder; none where there is no such folder.
+
+    A session that continued at a step hides what sessions before wrote of it and of later ones. A file that a kill or a
+    disk has damaged is read up to there.
+    """
+    from tensorboard.compat.proto.event_pb2 import SessionLog
+
+    found: dict[str, Points] = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for event in _events(path):
+            if event.session_log.status == SessionLog.START:
+                for tag, points in found.items():
+                    found[tag] = _before(points, event.step)
+            for value in event.summary.value:
+                if value.HasField("simple_value") and wanted(value.tag):
+                    points = found.setdefault(value.tag, Points(array("q"), array("d"), array("d")))
+                    points.steps.append(event.step)
+                    points.values.append(value.simple_value)
+                    points.times.append(event.wall_time)
+    return found
+
+
+def _events(path: Path) -> Iterator[Any]:
+    """The events of one file, as far as it is whole."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    data, at = path.read_bytes(), 0
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        begin, at = at + 12, at + 12 + length + 4
+        if at > len(data):
+            return
+        try:
+            yield Event.FromString(data[begin : begin + length])
+        except DecodeError:
+            return
+
+
+def _before(points: Points, step: int) -> Points:
+    """Those of earlier steps."""
+    kept = [index for index, at in enumerate(points.steps) if at < step]
+    return Points(*(array(column.typecode, [column[index] for index in kept]) for column in points))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -45,6 +46,11 @@ def read(folder: Path) -> Climb:
     ledger, summary = read_ledger(folder), read_summary(folder / SUMMARY)
     if not ledger:
         raise UserError(f"{folder}: no run folder, or nothing is decided yet; it holds no line of {LEDGER}")
+    return climb_of(ledger, summary)
+
+
+def climb_of(ledger: Sequence[dict[str, Any]], summary: Mapping[str, Any]) -> Climb:
+    """Of a ledger that has lines, and of the summary as far as there is one."""
     blocks = stairs(ledger)
     depth = ledger[0].get("depth") or summary.get("teacher_depth") or int(blocks.values.max())
     threshold, saved = ledger[-1].get("threshold"), summary.get("teacher_flops_saved")

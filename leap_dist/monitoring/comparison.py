@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from leap_dist.errors import UserError
+from leap_dist.monitoring.board import read_points
 from leap_dist.runtime.integrity import check_named, read_lines, read_sealed
-from leap_dist.runtime.schema import misfit
 
 LEDGER, SUMMARY, BOARD, VALIDATION = "curriculum.jsonl", "summary.json", "tensorboard", "evaluation.jsonl"
 SCORES = ("curriculum/cka", "curriculum/cosine")
@@ -71,8 +71,7 @@ def read(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     ledger, board, summary = read_ledger(folder), _board(folder / BOARD), read_summary(folder / SUMMARY)
-    evaluated = _lines(folder / VALIDATION, _Validation)
-    validations = [{**line, "step": line["step"] - 1} for line in evaluated]  # steps that are done -> the last of them
+    validations = read_validations(folder)
     series = {row: found for row, found in board.items() if row in ROWS}
     clocks = {"seconds": board["seconds"]} if "seconds" in board else {}
     if ledger:
@@ -134,6 +133,11 @@ def read_ledger(folder: Path) -> list[dict[str, Any]]:
     return _lines(folder / LEDGER, _Decision)
 
 
+def read_validations(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's evaluations between epochs, each at the last step that was done by then."""
+    return [{**line, "step": line["step"] - 1} for line in _lines(folder / VALIDATION, _Validation)]
+
+
 def _lines(path: Path, shape: Any) -> list[dict[str, Any]]:
     """Of a file in the run folder; none where it is not there. UserError for what is not what was written."""
     if not path.is_file():
@@ -167,21 +171,14 @@ def stairs(ledger: Sequence[dict[str, Any]]) -> Series:
 
 def _board(folder: Path) -> dict[str, Series]:
     """Loss, score, block, and seconds since the first point, of a TensorBoard folder; empty if there is none."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    if not folder.is_dir():
-        return {}
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    score = next((tag for tag in SCORES if tag in events.Tags()["scalars"]), None)
-    tags = {"loss": "loss/total", "block": "curriculum/block", "score": score}
+    points = read_points(folder, {*SCORES, "loss/total", "curriculum/block"}.__contains__)
+    score = next((tag for tag in SCORES if tag in points), None)
     found = {}
-    for name, tag in tags.items():
-        if tag in events.Tags()["scalars"]:
-            points = events.Scalars(tag)
-            steps = np.array([point.step for point in points])
-            found[name] = Series(steps, np.array([point.value for point in points]))
-            found["seconds"] = Series(steps, np.array([point.wall_time - points[0].wall_time for point in points]))
+    for name, tag in {"loss": "loss/total", "block": "curriculum/block", "score": score}.items():
+        if tag in points:
+            steps = np.array(points[tag].steps)
+            found[name] = Series(steps, np.array(points[tag].values))
+            found["seconds"] = Series(steps, np.array(points[tag].times) - points[tag].times[0])
     return found
 
 
@@ -189,14 +186,9 @@ def read_summary(path: Path) -> dict[str, Any]:
     """Of a run folder; empty where it is not there. UserError for what is not what was written."""
     if not path.is_file():
         return {}
-    try:
-        summary, fault = read_sealed(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    summary, fault = read_sealed(path, shape=_Summary)
     if fault:
-        raise UserError(f"{path} is {fault.split()[-1]}; remove it, and resume=auto writes it anew")
-    if fault := misfit(summary, _Summary):
-        raise UserError(f"{path} is no run's summary ({fault})")
+        raise UserError(f"{path} {fault}; remove it, and resume=auto writes it anew")
     return summary
 
 

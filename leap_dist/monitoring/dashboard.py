@@ -105,11 +105,11 @@ block) plus `objective.cls_weight` times **loss/cls**; with a classifier, `objec
 **loss/ce** (cross-entropy with the labels) and, from the last block on, **loss/kd** (soft distillation). It *jumps at
 every advance*: the target has changed. Losses on different blocks are not comparable; compare runs by accuracy: with
 `evaluation.every_epochs` **evaluation/cls_knn**, **patch_knn** and **cls_patch_knn** are the student's by nearest
-neighbours, by class token, mean patch and both, on `evaluation.quick_images` images of each set. **update/grad_norm**
-is the norm of the gradients that led to the step's weights, before clipping; there is none at ZeRO stage 0 without
-`engine.clip`, nor with AdamW in fp16. **update/loss_scale** is the factor that fp16 puts on the loss: it halves with
-every update that is
-skipped because its gradients are not finite.
+neighbours, by class token, mean patch and both, on `evaluation.quick_images` images of each set. With
+`telemetry.pictures_every` the tab *Images* has **tokens/teacher_and_student**, which `docs/analysis.md` explains.
+**update/grad_norm** is the norm of the gradients that led to the step's weights, before clipping; there is none at ZeRO
+stage 0 without `engine.clip`, nor with AdamW in fp16. **update/loss_scale** is the factor that fp16 puts on the loss:
+it halves with every update that is skipped because its gradients are not finite.
 """,
     "speed": """
 **images_per_s** counts wall time between two points, all ranks together. **time/...** are seconds per step on rank 0,

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
+from numpy.typing import NDArray
+
 from leap_dist.config import Config
 from leap_dist.curriculum import Curriculum
 from leap_dist.curriculum.ledger import LEDGER, Ledger
@@ -166,6 +169,11 @@ class Journal:
         """TensorBoard points, tag -> value, of the 0-based `step`; those that are not finite are left out."""
         if self._telemetry is not None:
             self._telemetry.points(step, {tag: value for tag, value in scalars.items() if math.isfinite(value)})
+
+    def picture(self, step: int, tag: str, pixels: NDArray[np.uint8]) -> None:
+        """An image (H, W, 3) in TensorBoard, of the 0-based `step`."""
+        if self._telemetry is not None:
+            self._telemetry.picture(step, tag, pixels)
 
     def flush(self) -> None:
         """What has been decided so far is to be read on the disk from now on, if that takes it."""

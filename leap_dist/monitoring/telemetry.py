@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from leap_dist.config import Config, hyperparameters, to_yaml
@@ -102,6 +104,10 @@ class Telemetry:
 
         self.board.write(add)
 
+    def picture(self, step: int, tag: str, pixels: NDArray[np.uint8]) -> None:
+        """Write an image (H, W, 3) at the 0-based `step`."""
+        self.board.write(lambda writer: writer.add_image(tag, pixels, step, dataformats="HWC"))
+
     def finish(self, summary: dict[str, Any], results: str) -> Optional[str]:
         """Write hparams with the run's results, the table of `results`, and the figure of the climb by the ledger.
 
@@ -114,6 +120,7 @@ class Telemetry:
         }
         self.board.write(lambda writer: writer.add_hparams(options, metrics, run_name="."))
         self.board.write(lambda writer: writer.add_text("result", f"```text\n{results}\n```", summary["steps"]))
+        self.board.write(lambda writer: writer.flush())  # what draws the run's page reads these files
         output = Path(self.config.output)
         try:
             figure = draw(read(output))

@@ -29,12 +29,14 @@ from leap_dist.config import DIGITS, DataConfig, OptimConfig
 from leap_dist.data.crops import RATIO, decode
 from leap_dist.data.digits import digit_samples
 from leap_dist.data.transforms import eval_transform
+from leap_dist.models.records import images_of
 from leap_dist.monitoring import bar_interval
 from leap_dist.pretraining.initial import initialise
 from leap_dist.pretraining.recipe import InitialWeights
 from leap_dist.runtime.distributed import uses_gpus
 from leap_dist.runtime.integrity import Damaged, check_recorded, record_of, write_recorded
 from leap_dist.runtime.optim import build_optimizer, lr_factor
+from leap_dist.runtime.provenance import provenance
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,8 @@ def train_teacher(config: TeacherTraining, out: Path) -> float:
     accuracy = _accuracy(model, config, device)
     state = {key: value.cpu() for key, value in model.state_dict().items()}
     record_of(out).unlink(missing_ok=True)  # of another recipe: what it knows must not pass for this one
-    write_recorded(out, lambda partial: save_file(state, partial), {**_about(config), "val_accuracy": accuracy})
+    about = images_of(_data(config), config.image_size) | _about(config) | provenance()
+    write_recorded(out, lambda partial: save_file(state, partial), {**about, "val_accuracy": accuracy})
     return accuracy
 
 

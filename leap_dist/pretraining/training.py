@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ from leap_dist.data import (
 from leap_dist.errors import UserError
 from leap_dist.evaluation.held_out import BATCH
 from leap_dist.models import outline
+from leap_dist.models.records import images_of
 from leap_dist.monitoring import bar_interval
 from leap_dist.pretraining.initial import initialise
 from leap_dist.pretraining.recipe import TeacherRecipe, changes, load_recipe
@@ -47,6 +49,7 @@ from leap_dist.pretraining.session import Session
 from leap_dist.runtime.distributed import World, uses_gpus
 from leap_dist.runtime.files import write_text
 from leap_dist.runtime.integrity import write_recorded
+from leap_dist.runtime.provenance import provenance
 from leap_dist.runtime.reporting import STDERR
 from leap_dist.runtime.signals import Interrupt
 from leap_dist.teacher.record import CLASSES
@@ -94,6 +97,7 @@ def train_on_shards(recipe: TeacherRecipe) -> Optional[float]:
         data.val, data, batch=min(BATCH, data.global_batch), world=world, numbered_as=data.train
     )
     _check_recipe(output / RECIPE, recipe)
+    provenance()  # of the code that runs, before hours go by
     session = Session(
         recipe, model, len(loader), loader.layout, output / CHECKPOINT, contents=loader.contents, order=loader.order
     )
@@ -190,13 +194,17 @@ def _finish_epoch(session: Session, source: Source, bar: tqdm, interrupt: Interr
         session.advance(source.feed.images(batch), batch)
         now = time.monotonic()
         session.seconds, since = session.seconds + now - since, now
-        bar.set_postfix(epoch=epoch + 1, loss=f"{session.loss:.3f}", accuracy=_last_accuracy(session), refresh=False)
+        bar.set_postfix(epoch=epoch + 1, loss=_last_loss(session), accuracy=_last_accuracy(session), refresh=False)
         bar.update(len(batch.labels))
         if interrupt.requested or session.is_save_due():
             session.save()
         if interrupt.requested:
             return False
     return True
+
+
+def _last_loss(session: Session) -> str:
+    return "?" if math.isnan(session.loss) else f"{session.loss:.3f}"  # NaN: not looked at yet
 
 
 def _last_accuracy(session: Session) -> str:
@@ -247,14 +255,11 @@ def _record(session: Session, names: Optional[Mapping[str, int]]) -> dict[str, A
         "model": recipe.model,
         "kwargs": _kwargs(recipe),
         **({} if names is None else {CLASSES: dict(names)}),
-        "image_size": recipe.data.image_size,
-        "mean": list(recipe.data.mean),
-        "std": list(recipe.data.std),
-        "crop_pct": recipe.data.crop_pct,
+        **images_of(recipe.data, recipe.data.image_size),
         "val_accuracy": session.history[-1]["val_accuracy"],
         "finished": _is_finished(session),
         "train_seconds": session.seconds,
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        **provenance(),
         "history": session.history,
         "recipe": dataclasses.asdict(recipe),
     }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_dist.runtime.checkpoint_folder import AVERAGE
-from leap_dist.runtime.distributed import World, collect
+from leap_dist.runtime.distributed import World, collect, on_main
 from leap_dist.runtime.files import write_whole
 
 
@@ -54,10 +54,9 @@ class WeightAverage:
         return found if world.is_main else {}
 
     def save(self, folder: Path, world: World) -> None:
-        """Write it to a checkpoint's folder. Collective."""
+        """Write it to a checkpoint's folder. UserError on all ranks if the disk refuses. Collective."""
         found = self.whole(world)
-        if world.is_main:
-            write_whole(folder / AVERAGE, lambda partial: torch.save(found, partial))
+        on_main(lambda: write_whole(folder / AVERAGE, lambda partial: torch.save(found, partial)), world)
 
     @torch.no_grad()
     def load(self, folder: Path, world: World) -> None:

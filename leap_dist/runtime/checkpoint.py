@@ -49,11 +49,12 @@ from leap_dist.runtime.checkpoint_writer import met_by_all
 from leap_dist.runtime.distributed import World, gather_objects, is_lost_peer, on_first, on_main
 from leap_dist.runtime.engine import expect_universal, gradscaler
 from leap_dist.runtime.files import flush, refusal, write_text, writing
+from leap_dist.runtime.frozen import load_frozen, save_frozen
 from leap_dist.runtime.marks import Marks
 from leap_dist.runtime.plain_checkpoint import require_plain
 from leap_dist.runtime.reporting import is_lost_worker
 from leap_dist.runtime.run_lock import Claim, require_shared
-from leap_dist.runtime.running_stats import all_running_stats, restore_running_stats
+from leap_dist.runtime.running_stats import all_buffers, restore_buffers
 from leap_dist.runtime.universal import remove_leftovers, universal_copy
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ STUDENT = (
 # Beginnings of what no other run can go on with, see `Checkpoints.needs_conversion`.
 ANOTHER_RUN = (
     *STUDENT, "seed", "engine.zero_stage", "engine.precision", "data.global_batch", "data.canonical_nodes",
-    "data.image_size", "teacher.model", "teacher.kwargs", "teacher.dtype",
+    "data.image_size", "teacher.model", "teacher.kwargs", "teacher.dtype", "teacher.fp8_bound",
 )  # fmt: skip
 
 
@@ -315,15 +316,16 @@ class Checkpoints:
         fault = ""
         try:
             for name, engine in engines.items():
-                stats = all_running_stats(engine.module, self.world)
-                client = {"leap": states[name], "scaler": _scaler_state(engine), "running_stats": stats}
+                buffers = all_buffers(engine.module, self.world)
+                client = {"leap": states[name], "scaler": _scaler_state(engine), "running_stats": buffers}
                 tag = str(Path(partial.name) / name)
                 with without_crc(), met_by_all(engine):
                     engine.save_checkpoint(str(self.folder), tag=tag, client_state=client, save_latest=False)
                 if (average := _average(engine)) is not None:
                     average.save(partial / name, self.world)
-            if self.world.is_main:
-                write_text(partial / CONFIG, to_yaml(self.config))
+                if self.config.engine.zero_stage:
+                    save_frozen(engine.module, partial / name, self.world)
+            on_main(lambda: write_text(partial / CONFIG, to_yaml(self.config)), self.world)
             position = {"step": step, "world_size": self.world.size, "saved_at": time.time()}
             seal(partial, self._identity() | position | {"teacher_marks": marks}, self.world)
             flush(self.folder)
@@ -423,6 +425,7 @@ class Checkpoints:
                 loaded, client = engine.load_checkpoint(str(files.parent), tag=files.name)
             if (average := _average(engine)) is not None:
                 average.load(path, self.world)
+            load_frozen(engine.module, path, self.world)
         except Exception as error:  # torch, pickle, zip and DeepSpeed each raise their own
             if is_lost_peer(error) or is_lost_worker(error):
                 raise
@@ -438,7 +441,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {path}: cannot be read (DeepSpeed found no model state in it); {others(path)}")
         if client["scaler"] is not None:
             gradscaler(engine).load_state_dict(client["scaler"])
-        restore_running_stats(engine.module, client.get("running_stats", []), self.world)
+        restore_buffers(engine.module, client.get("running_stats", []), self.world)
         return client["leap"]
 
     def _all_marks(self) -> dict[str, str]:

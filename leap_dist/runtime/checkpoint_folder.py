@@ -21,12 +21,12 @@ from typing import Any, NamedTuple, Optional
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, gather_objects
 from leap_dist.runtime.integrity import FILES, Mark, fault_in, mark_of, read_sealed, write_sealed
-from leap_dist.runtime.schema import misfit
 
 log = logging.getLogger(__name__)
 
 LATEST, CONFIG, RUN = "latest", "config.yaml", "run.json"
 AVERAGE = "weight_average.pt"  # see `leap_dist.runtime.average`
+FROZEN = "frozen.pt"  # see `leap_dist.runtime.frozen`
 NOTHING: Mapping[Path, str] = {}
 _RANKS_PART = re.compile(r"zero_pp_rank_(\d+)_")  # in the names of files that one rank writes, and reads, alone
 
@@ -167,7 +167,7 @@ def _fault_of_engine(path: Path, ranks: int) -> Optional[str]:
     parts = [file for file in files if file.name.endswith("_optim_states.pt")]
     if parts and len(parts) != ranks:
         return f"has the optimizer's parts of {len(parts)} ranks, not of {ranks}"
-    if not any(file.name not in (RUN, CONFIG, AVERAGE) and file not in parts for file in files):
+    if not any(file.name not in (RUN, CONFIG, AVERAGE, FROZEN) and file not in parts for file in files):
         return "has no model states"
     return None
 
@@ -234,14 +234,9 @@ def read_run(path: Path) -> dict[str, Any]:
     file = path / RUN
     if not file.is_file():
         raise UserError(f"has no {RUN}")
-    try:
-        saved, fault = read_sealed(file, marked=FILES)
-    except OSError as error:
-        raise UserError(f"has a {RUN} that cannot be read ({error.strerror})") from None
+    saved, fault = read_sealed(file, marked=FILES, shape=SavedRun)
     if fault:
-        raise UserError(f"has {fault} {RUN}")
-    if fault := misfit(saved, SavedRun):
-        raise UserError(f"has a {RUN} that is none ({fault})")
+        raise UserError(f"has a {RUN} that {fault}")
     return saved
 
 

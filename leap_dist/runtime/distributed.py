@@ -73,15 +73,18 @@ def normalise_environment() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-def initialise() -> World:
-    """Join the process group (NCCL on CUDA, gloo on CPU) through DeepSpeed and return this rank's `World`."""
+def initialise(backend: Optional[str] = None) -> World:
+    """Join the process group through DeepSpeed and return this rank's `World`.
+
+    backend: None: NCCL on CUDA, gloo on CPU. gloo on CUDA lets ranks share a device, slowly.
+    """
     normalise_environment()
     import deepspeed  # seconds to import: only once the config is known to be good
 
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     check_gpus(local_rank)
     if uses_gpus():
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        device, backend = torch.device("cuda", local_rank), backend or "nccl"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
@@ -259,12 +262,16 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def gather_rows(row: Tensor, world: World) -> Tensor:
-    """Stack every rank's 1-D host tensor `row` to (size, len), over the control group. Blocks the host only."""
+    """Stack every rank's 1-D host tensor `row` to (size, len), over the control group. Blocks the host only.
+
+    Rank 0 collects and hands out: gloo's own all_gather passes every row round the ring, 2 (size - 1) waits in a row.
+    """
     if world.control is None:
         return row[None]
-    rows = [torch.empty_like(row) for _ in range(world.size)]
-    dist.all_gather(rows, row, group=world.control)
-    return torch.stack(rows)
+    rows = collect(row, world)
+    table = torch.stack(rows) if rows else row.new_empty(world.size, *row.shape)
+    dist.broadcast(table, group_src=0, group=world.control)
+    return table
 
 
 def checked_gather(label: str, row: list[float], world: World) -> Tensor:

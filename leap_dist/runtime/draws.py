@@ -26,7 +26,10 @@ class Draws:
     def turn(self, last: bool) -> Iterator[None]:
         """Draw in this block what comes after the turn before. last: the step has no further turn."""
         if self._left is None:
-            torch.manual_seed(self._seed)
+            # torch.manual_seed seeds every device that it knows of, 1 ms in a process without a GPU.
+            torch.default_generator.manual_seed(self._seed)
+            if self._device.type == "cuda":
+                torch.cuda.manual_seed(self._seed)
         else:
             host, device = self._left
             torch.set_rng_state(host)

@@ -19,6 +19,7 @@ from typing import IO, Any, BinaryIO, Optional
 from leap_dist.errors import UserError
 
 PROBE_BYTES = 1 << 20
+SCRATCH = ".leap-scratch-"
 MOST_JSON_BYTES = 64 << 20  # the index of 8 TB of shards
 # What a disk answers where it takes no more, or nothing at all.
 REFUSALS = {
@@ -56,6 +57,62 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """Give an empty folder in the folder `beside`, and remove it afterwards, with those that killed processes left.
+
+    Raises:
+        UserError: the disk refuses what the block writes, see `refusal`.
+    """
+    with writing(beside):
+        beside.mkdir(parents=True, exist_ok=True)
+        for left in beside.glob(f"{SCRATCH}*"):
+            if (held := _held(left)) is not None:  # nobody's any more
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(held)
+        folder = Path(tempfile.mkdtemp(dir=beside, prefix=SCRATCH))
+        held = _held(folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if held is not None:
+                os.close(held)
+
+
+def _held(folder: Path) -> Optional[int]:
+    """A descriptor that locks the folder until it is closed; None where somebody has it, or nobody can tell."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def take_place(new: Path, at: Path) -> None:
+    """Let the folder `new` take the place of `at`, on the same file system. What was there is called `new` then.
+
+    A kill leaves the one or the other. Where the file system cannot exchange two names, as NFS, a kill may come between
+    two steps.
+    """
+    if not at.exists():
+        new.rename(at)
+        return
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if exchange is not None and exchange(here, os.fsencode(new), here, os.fsencode(at), swap) == 0:
+        return
+    old = new.with_name(f"{new.name}.old")
+    at.rename(old)
+    new.rename(at)
+    old.rename(new)
 
 
 def flush(folder: Path) -> None:

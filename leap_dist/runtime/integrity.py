@@ -80,30 +80,34 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     write_json(path, sealed(content))
 
 
-def read_sealed(path: Path, *, marked: str = SEAL) -> tuple[dict[str, Any], str]:
-    """The object in a JSON file without its seal, and what is wrong with it, as before 'file'; empty: nothing.
+def read_sealed(path: Path, *, marked: str = SEAL, shape: Any = dict) -> tuple[dict[str, Any], str]:
+    """The object in a JSON file without its seal, and what is wrong with it, as after the file's name: "is damaged".
 
+    Where something is wrong nothing is given of it. Else that is empty.
     marked: a key that only sealed ones have. An object with neither is an older version's, and nothing is wrong.
-
-    Raises:
-        OSError: it cannot be read.
+    shape: that the object has, see `schema.misfit`.
     """
-    with path.open("rb") as file:
-        data = file.read(LARGEST_JSON + 1)
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_JSON + 1)
+    except OSError as error:
+        return {}, f"cannot be read ({error.strerror})"
     if not data:
-        return {}, "an empty"
+        return {}, "is empty"
     if len(data) > LARGEST_JSON:
-        return {}, "an overlong"
+        return {}, "is too long"
     try:
         content = json.loads(data, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError):
-        return {}, "a garbled"
+        return {}, "is garbled"
     if not isinstance(content, dict):
-        return {}, "a garbled"
+        return {}, "is garbled"
     seal = content.pop(SEAL, None)
-    if seal is None and marked not in content:
-        return content, ""
-    return content, "" if seal == _seal(content) else "a damaged"
+    if seal != _seal(content) and (seal is not None or marked in content):
+        return {}, "is damaged"
+    if fault := misfit(content, shape):
+        return {}, f"does not say what it should ({fault})"
+    return content, ""
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -123,10 +127,10 @@ def read_lines(path: Path, shape: Any = dict) -> list[dict[str, Any]]:
         Damaged: one is not; which, and why.
         OSError: it cannot be read.
     """
-    lines = []
+    lines, decoder = [], json.JSONDecoder(object_pairs_hook=_without_repeats)
     for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            line = json.loads(text, object_pairs_hook=_without_repeats)
+            line = decoder.decode(text.decode())
         except (ValueError, RecursionError) as error:
             raise Damaged(f"{path}: cannot be read as JSON lines (line {number}: {str(error)[:100]})") from None
         if fault := misfit(line, shape):
@@ -154,12 +158,9 @@ def check_named(path: Path, by: Path) -> None:
     """
     if not by.is_file():
         return
-    try:
-        content, fault = read_sealed(by)
-    except OSError as error:
-        raise Damaged(f"{by}: cannot be read ({error.strerror})") from None
-    if fault or misfit(content, _Naming):
-        raise Damaged(f"{by} is {fault.split()[-1] if fault else 'damaged'}, which says what {path.name} is")
+    content, fault = read_sealed(by, shape=_Naming)
+    if fault:
+        raise Damaged(f"{by} {fault}; it tells what {path.name} was")
     mark = content.get(FILES, {}).get(path.name)
     if mark is not None and (fault := fault_in(path, Mark(**mark))):
         raise Damaged(f"{path} {fault} (says {by.name}); put it back, or let the run that has gone on since end")
@@ -199,11 +200,8 @@ def record_of(path: Path) -> Path:
 
 def _known(noted: Path) -> list[dict[str, Any]]:
     """Marks that a record knows already; none where there is no sound one."""
-    try:
-        content, fault = read_sealed(noted, marked=FILE)
-    except OSError:
-        return []
-    return [] if fault or misfit(content, Recorded) else content[FILE][:2]
+    content, fault = read_sealed(noted, marked=FILE, shape=Recorded)
+    return [] if fault else content[FILE][:2]
 
 
 def check_recorded(path: Path, shape: Any = dict) -> dict[str, Any]:
@@ -218,12 +216,9 @@ def check_recorded(path: Path, shape: Any = dict) -> dict[str, Any]:
     for needed in (path, noted):
         if not needed.is_file():
             raise Damaged(f"{path}: {needed.name} is missing")
-    try:
-        content, fault = read_sealed(noted, marked=FILE)
-    except OSError as error:
-        raise Damaged(f"{noted}: cannot be read ({error.strerror})") from None
+    content, fault = read_sealed(noted, marked=FILE, shape=shape)
     if fault:
-        raise Damaged(f"{noted} is {fault.split()[-1]}; put a whole copy back")
+        raise Damaged(f"{noted} {fault}; put a whole copy back")
     if FILE not in content:
         log.warning("%s was written by an older version and has no hash: it is taken unchecked", path)
     else:
@@ -232,7 +227,4 @@ def check_recorded(path: Path, shape: Any = dict) -> dict[str, Any]:
             raise Damaged(f"{noted} does not say what {path.name} is ({fault})")
         if fault := fault_in(path, *(Mark(**mark) for mark in content[FILE])):
             raise Damaged(f"{path} {fault}; put a whole copy back")
-    fault = misfit(content, shape)
-    if fault:
-        raise Damaged(f"{noted} is no record of {path.name} ({fault})")
     return content

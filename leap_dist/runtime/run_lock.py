@@ -94,6 +94,17 @@ class Claim:
         raise UserError(f"output={self._output}: {fault}")
 
 
+def is_claimed(output: Path) -> bool:
+    """Whether a run is at work in a folder now, as far as this machine sees locks."""
+    try:
+        lock(output / LOCK, 0, "r").close()
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def require_shared(path: Path, output: Path, world: World) -> None:
     """Raise UserError, on every rank, if one does not see the file `path` that rank 0 does. Collective."""
     seen = gather_objects(path.is_file(), world)

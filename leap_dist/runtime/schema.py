@@ -13,6 +13,7 @@ A field without a default must be there. Keys that are no fields are passed over
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
@@ -29,15 +30,18 @@ def misfit(value: Any, shape: Any) -> Optional[str]:
 
     shape: a dataclass, int, float, str, bool, None, Any, or a list, dict by texts, Optional or Union of such.
     """
-    if shape is Any:
+    kind, inner = _anatomy(shape)
+    if kind is Any:
         return None
-    if dataclasses.is_dataclass(shape):
+    if kind is dataclasses:
         return _misfit_of_fields(value, shape)
-    origin, inner = get_origin(shape), get_args(shape)
-    if origin in (Union, types.UnionType):
-        faults = [misfit(value, one) for one in inner]
-        return None if None in faults else faults[0]
-    kind = origin or shape
+    if kind is Union:
+        faults = []
+        for one in inner:
+            if (fault := misfit(value, one)) is None:
+                return None
+            faults.append(fault)
+        return faults[0]
     if not _is_a(value, kind):
         return f"{_WORDS.get(kind, 'null')} is expected, not {quoted(value)}"
     if kind is list and inner:
@@ -60,12 +64,31 @@ def _is_short(value: Any) -> bool:
 def _misfit_of_fields(value: Any, shape: Any) -> Optional[str]:
     if not isinstance(value, dict):
         return f"a table is expected, not {quoted(value)}"
-    hints = get_type_hints(shape)
-    for field in dataclasses.fields(shape):
-        optional = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
-        if field.name not in value and not optional:
-            return f"{field.name} is missing"
-    return _first((key, value[key], hint) for key, hint in hints.items() if key in value)
+    hints, needed = _fields(shape)
+    for name in needed:
+        if name not in value:
+            return f"{name} is missing"
+    for name, hint in hints.items():
+        if name in value and (fault := misfit(value[name], hint)):
+            return f"{name}: {fault}"
+    return None
+
+
+@functools.cache  # as a ledger may have a million lines
+def _anatomy(shape: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What a shape is, `dataclasses` standing for any dataclass, and the shapes inside it."""
+    if dataclasses.is_dataclass(shape):
+        return dataclasses, ()
+    origin = get_origin(shape) or shape
+    return Union if origin is types.UnionType else origin, get_args(shape)
+
+
+@functools.cache
+def _fields(shape: Any) -> tuple[dict[str, Any], list[str]]:
+    """The shapes of a dataclass's fields, and the names of those that must be there."""
+    missing = (dataclasses.MISSING, dataclasses.MISSING)
+    needed = [field.name for field in dataclasses.fields(shape) if (field.default, field.default_factory) == missing]
+    return get_type_hints(shape), needed
 
 
 def _first(parts: Any) -> Optional[str]:

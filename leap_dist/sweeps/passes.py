@@ -18,6 +18,7 @@ from leap_dist.config.cohort import NAME, SECTIONS, TAKEN
 from leap_dist.sweeps.plan import PASSES, Plan, Run, conflict, with_budget
 
 FEWEST = 2  # runs of a pass
+_KWARGS = "student.kwargs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def _what_is_shared(config: Config) -> str:
 
 
 def _expressible(group: list[Run]) -> list[Run]:
-    """Those that a mapping of `students` over the first one's config can say: it adds to a mapping, never removes."""
+    """Those that a mapping of `students` over the first one's config can say: it adds to a mapping."""
     folder = Path("pass")
     kept = []
     for run in group:
@@ -119,12 +120,15 @@ def _company_config(runs: tuple[Run, ...], folder: Path) -> Config:
 
 
 def _own(first: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's config differs from the first's."""
-    return {
+    """What of a run's config differs from the first's; null is what takes an argument of the first's model away."""
+    own = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in config.items()
         if key.partition(".")[0] in SECTIONS and value != first[key]
     }
+    if _KWARGS in own:
+        own[_KWARGS] = dict.fromkeys(first[_KWARGS]) | own[_KWARGS]
+    return own
 
 
 def _company_name(runs: list[Run]) -> str:

@@ -30,6 +30,7 @@ MEASURED = (
     "teacher.weights",
     "engine.accumulation",
     "objective.impl",
+    "student.compile",
     "teacher.compile",
 )
 

@@ -67,8 +67,12 @@ def build_teacher(
     world: needed by every placement but `replicated`; all ranks build at the same time.
     flops: the teacher's, where they have been counted already.
     classes: give logits at the last block, by a classifier of so many classes; 0 = do not.
-    Raises `UserError` for a model, an image size or weights that do not fit together.
+    Raises `UserError` for a model, an image size or weights that do not fit together, or a dtype the device has not.
     """
+    if config.dtype == "fp8":
+        from leap_dist.teacher.float8 import check_device
+
+        check_device(device)
     lazy = LazyBackbone(config, image_size, device, classes)
     lazy.mark_samples()
     if config.placement == "replicated":

@@ -6,16 +6,22 @@ import gc
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
-from leap_dist.config import TeacherConfig
+from leap_dist.config import RANDOM, TeacherConfig
 from leap_dist.models import DTYPES, Backbone, split
 from leap_dist.runtime import allocator
+from leap_dist.runtime.distributed import device_name
 from leap_dist.runtime.marks import Marks
 from leap_dist.teacher.weights import Weights, build_skeleton, cast, fingerprint, open_weights
+
+if TYPE_CHECKING:
+    from leap_dist.teacher.float8 import Float8Blocks
 
 
 class LazyBackbone:
@@ -39,6 +45,7 @@ class LazyBackbone:
         self.marks = Marks(f"teacher.weights={config.weights}")
         self._coming: dict[int, Future[tuple[dict[str, Tensor], Optional[str]]]] = {}
         self._reader = ThreadPoolExecutor(1, "teacher-weights")
+        self._float8 = self._float8_blocks(config, image_size) if config.dtype == "fp8" else None
         if config.compile:
             for block in self.backbone.blocks:
                 block.compile()
@@ -49,10 +56,8 @@ class LazyBackbone:
 
     def mark_samples(self) -> None:
         """Mark a few numbers of every tensor, whether it will ever be loaded or not: milliseconds, for a giant too."""
-        parts = {f"sample of {_part(i)}": self._block_names(i) for i in range(self.spec.depth)}
-        parts["sample of stem"] = self._stem_names()
-        for part, mark in self._weights.samples(parts, self.dtype).items():
-            self.marks.note(part, mark)
+        for part, mark in self._weights.samples(self._parts(), self.dtype).items():
+            self.marks.note(f"sample of {part}", mark)
 
     def hold(self, wanted: Iterable[int]) -> None:
         """Make the 0-indexed blocks `wanted` those that are loaded: drop the others, then load what is missing."""
@@ -77,6 +82,8 @@ class LazyBackbone:
         _fill(self.backbone.blocks[index], tensors, self.device)
         # Buffers that no checkpoint holds, EVA's and BEiT's bias of the keys. Rotary tables are the stem's, in float32.
         self.backbone.blocks[index].to(self.dtype)
+        if self._float8 is not None:
+            self._float8.settle(index)
 
     def expect(self, wanted: Iterable[int]) -> None:
         """Read blocks into the host's memory, in the background, for a `load` to come; forget others read so."""
@@ -110,7 +117,35 @@ class LazyBackbone:
         here = (p for p in self.backbone.parameters() if not p.is_meta)
         return sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in here)
 
+    def _float8_blocks(self, config: TeacherConfig, image_size: int) -> Float8Blocks:
+        from leap_dist.teacher.float8 import Float8Blocks, photographs
+
+        def visit(index: int) -> None:
+            with self.visiting(index):
+                pass
+
+        def images() -> Tensor:
+            return self.to_teacher(photographs(image_size, self.spec.mean, self.spec.std))
+
+        return Float8Blocks(self.backbone, images, config.fp8_bound, visit, self._float8_cache(config, image_size))
+
+    def _float8_cache(self, config: TeacherConfig, image_size: int) -> Optional[Path]:
+        """Where verdicts on these weights are kept, by all that they follow from; random ones have none."""
+        if config.weights == RANDOM:
+            return None
+        from leap_dist.teacher.float8 import cache_file
+
+        samples = self._weights.samples(self._parts(), self.dtype)
+        about = [config.model, config.kwargs, config.fp8_bound, image_size, device_name(self.device), torch.__version__]
+        return cache_file(xxhash.xxh3_64_hexdigest(repr([about, sorted(samples.items())])))
+
+    def _parts(self) -> dict[str, list[str]]:
+        """Names of the tensors of each part, blocks and stem."""
+        return {_part(i): self._block_names(i) for i in range(self.spec.depth)} | {"stem": self._stem_names()}
+
     def _drop(self, index: int) -> None:
+        if self._float8 is not None:
+            self._float8.undo(index)
         shapes = {_inside(name): self._shapes[name] for name in self._block_names(index)}
         _empty(self.backbone.blocks[index], shapes)
 

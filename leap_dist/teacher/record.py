@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from torch import nn
 
 from leap_dist.errors import UserError
 from leap_dist.models import build_model
+from leap_dist.models.records import parts_at_most
+from leap_dist.runtime.files import read_json
 
 CLASSES = "class_to_idx"  # of the record of a teacher that was trained here: name of a class -> its logit
 # timm's and HF transformers' folders have one file of weights, and its record; elsewhere a config may be anybody's.
@@ -23,7 +24,7 @@ def read_record(weights: Path) -> tuple[Path, dict[str, Any]]:
     beside = [weights.parent / _HUB] if weights.name in _OF_HUB else []
     for path in (weights.with_suffix(".json"), *beside):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except (OSError, ValueError):  # somebody else's
             continue
         if isinstance(found, dict):
@@ -40,7 +41,7 @@ def check_record(weights: Path, model: nn.Module, name: str) -> None:
     if not record:
         return
     mine = _facts(model)
-    for fact, value in _recorded(record, model.patch_embed.img_size[0]).items():
+    for fact, value in _recorded(record, model).items():
         if fact in mine and mine[fact] != value:
             raise UserError(
                 f"teacher.weights={weights} is of a model with {fact} {value}, says {path.name} beside it; "
@@ -48,8 +49,11 @@ def check_record(weights: Path, model: nn.Module, name: str) -> None:
             )
 
 
-def _recorded(record: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """Facts of the model that a record is of, as far as they can be told."""
+def _recorded(record: Mapping[str, Any], like: nn.Module) -> dict[str, Any]:
+    """Facts of the model that a record is of, as far as they can be told. like: the one that it should be.
+
+    A record may be anybody's: what it describes is put together without memory, and twice as deep at most.
+    """
     if isinstance(record.get("num_attention_heads"), int):
         return {"heads": record["num_attention_heads"]}  # transformers' epsilons are not timm's, and it matters little
     name = record.get("model", record.get("architecture"))
@@ -58,7 +62,8 @@ def _recorded(record: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         return {}
     try:
         kwargs = {key: value for key, value in kwargs.items() if key not in _OURS}
-        return _facts(build_model(name, kwargs, image_size, device="meta"))
+        with parts_at_most(5 * sum(1 + len(part._parameters) for part in like.modules()) + 1000):
+            return _facts(build_model(name, kwargs, like.patch_embed.img_size[0], device="meta"))
     except (
         UserError,
         TypeError,

@@ -73,7 +73,7 @@ def check_own(path: Path) -> None:
             record, _ = read_sealed(record_of(path))
             if FILE in record:
                 check_recorded(path)
-        except (OSError, Damaged) as error:
+        except Damaged as error:
             raise UserError(f"teacher.weights={error}") from None
 
 

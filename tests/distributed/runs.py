@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -41,7 +43,7 @@ TINY = {
         "std": [0.5, 0.5, 0.5],
     },
     "optim": {"lr": 2e-3, "batch_reference": None},
-    "telemetry": {"every": 1, "progress": False},
+    "telemetry": {"every": 1, "progress": False, "report": False},
 }
 
 
@@ -78,8 +80,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
+def require_gpus(processes: int) -> None:
+    """Skip the test where runs are to be on CUDA and there are fewer GPUs than ranks."""
+    if os.environ.get("DS_ACCELERATOR") == "cuda" and (there := torch.cuda.device_count()) < processes:
+        pytest.skip(f"needs {processes} GPUs, and there {'is' if there == 1 else 'are'} {there}")
+
+
 def fork(script: Path, *arguments: str, processes: int) -> Forked:
     """A script on ranks that need not import torch, under way."""
+    require_gpus(processes)
     size = str(processes)
     common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
@@ -93,6 +102,7 @@ def start(
 
     launcher: deepspeed, torchrun, python; forked, for tests that are about the run and not about what started it.
     """
+    require_gpus(processes)
     if launcher == "forked":
         return fork(ENTRY, "--config", str(config), *overrides, processes=processes)
     return subprocess.Popen(

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -19,6 +20,8 @@ KINDS = {
     "hierarchical": {"model": "swin_tiny_patch4_window7_224", "image_size": 64,
                      "kwargs": {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]}},
 }  # fmt: skip
+# A convolution behind the pooling, which is in the class token alone.
+FROZEN_PART = {"model": "mobilenetv4_conv_small_035", "kwargs": {}, "image_size": 64}
 SHORT = ("epochs=0.26", "checkpoint.every_steps=3", "checkpoint.keep=9", "curriculum.threshold=0.2")
 
 
@@ -72,6 +75,49 @@ def test_every_stage_and_precision_continues_to_the_bit(kind: str, stage: int, p
     resumed_is_uncut(
         tmp_path, kind, f"engine.zero_stage={stage}", f"engine.precision={precision}", "evaluation.probe_epochs=1"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["frozen", "hierarchical"])
+@pytest.mark.parametrize(("stage", "threshold"), [(0, 0), (2, 0), (3, 0), (3, 10**9)])  # of what stage 3 leaves whole
+@pytest.mark.parametrize(("ranks", "others"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_has_weights_averages_and_running_statistics(
+    kind: str, stage: int, threshold: int, ranks: int, others: int, tmp_path: Path
+) -> None:
+    """A run that is over exports what its last checkpoint holds: all of it, whoever reads it.
+
+    The one with batch norms also has a part that is not trained, since no loss reaches it, and that no seed gives.
+    A cut one goes on: the hierarchical student, whose numbers do not depend on who has which image, with the losses of
+    the uncut one but for rounding; batch norms normalise by a rank's own images, so theirs go on another way.
+    """
+    sharding = {"zero_optimization": {"stage3_param_persistence_threshold": threshold}} if stage == 3 else {}
+    student = {**FROZEN_PART, "weights": str(tmp_path / "start.pth")} if kind == "frozen" else KINDS[kind]
+    torch.save(timm.create_model(student["model"], **student["kwargs"]).state_dict(), tmp_path / "start.pth")
+    config = write_config(
+        tmp_path, student={**student, "ema_decay": 0.5}, objective={"cls_weight": 0.0},
+        engine={"zero_stage": stage, "deepspeed": sharding},
+    )  # fmt: skip
+    run, cut = tmp_path / "run", tmp_path / "cut"
+    run_ok(config, *SHORT, processes=ranks)
+    cut_at_step_3(run, cut)
+    exported = {path.name: load_file(path) for path in run.glob("student*.safetensors")}
+    assert len(exported) == 2 and all(
+        tensor.isfinite().all() for tensor in exported["student_ema.safetensors"].values()
+    )
+    for name in exported:
+        (run / name).unlink()
+    run_ok(config, *SHORT, "resume=auto", processes=others)
+    for name, tensors in exported.items():
+        again = load_file(run / name)
+        assert again.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, again[key]), (name, key)
+    run_ok(config, *SHORT, f"output={cut}", "resume=auto", processes=others)
+    losses, uncut = scalars(cut, "loss/total"), scalars(run, "loss/total")
+    assert losses.keys() == uncut.keys()
+    if kind == "hierarchical":
+        assert max(abs(losses[step] - uncut[step]) for step in uncut) < 1e-3
+    assert all(tensor.isfinite().all() for name in exported for tensor in load_file(cut / name).values())
 
 
 @pytest.mark.seconds

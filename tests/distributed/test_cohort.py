@@ -13,14 +13,26 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from runs import HANG_S, finish, launch, run_ok, scalars, start, write_config
+from runs import HANG_S, TINY, finish, launch, run_ok, scalars, start, write_config
 
-# Three unlike students; `other` may be any model that timm gives tokens of.
+LOUD = {"objective": {"feature_weight": 1e6, "cls_weight": 1e6}}
+NO_VIT = dict.fromkeys(TINY["student"]["kwargs"])  # null takes away what the run's own student is given
+# Three unlike students. The convolutional one sees the teacher's grid of 2 x 2 in a map of 16 pixels a cell.
 STUDENTS: dict[str, dict[str, Any]] = {
     "patient": {"curriculum": {"threshold": 0.75}},
     "seeded": {"seed": 5, "student.kwargs": {"drop_path_rate": 0.3}, "curriculum.threshold": 0.9},
-    "other": {"student.model": "deit_tiny_patch16_224", "student.kwargs": {"embed_dim": 48}, "objective.head": "none"},
-}
+    "convolutional": {
+        "student.model": "convnext_atto", "student.image_size": 32, "student.reduction": 16,
+        "student.kwargs": NO_VIT | {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 24]},
+    },
+}  # fmt: skip
+# And one with batch norms, whose numbers are of a rank's own images, that is matched as it is and keeps an average.
+NORMED: dict[str, dict[str, Any]] = {
+    "normed": {
+        "student.model": "resnet10t", "student.image_size": 32, "student.reduction": 16, "student.ema_decay": 0.5,
+        "student.kwargs": NO_VIT | {"channels": [8, 16, 48, 48]}, "objective.head": "none",
+    }
+}  # fmt: skip
 SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 SAVING = {"checkpoint": {"every_steps": 5, "every_epochs": 0}}
 TAGS = ("loss/total", "curriculum/block", "curriculum/cka", "lr")
@@ -61,10 +73,13 @@ def assert_same(one: Path, other: Path) -> None:
     for tag in TAGS:
         assert scalars(one, tag) == scalars(other, tag), tag
     assert decisions(one) == decisions(other)
-    mine, theirs = load_file(one / "student.safetensors"), load_file(other / "student.safetensors")
-    assert mine.keys() == theirs.keys()
-    for name, weight in mine.items():
-        assert weight.equal(theirs[name]), name
+    exports = {path.name for path in one.glob("*.safetensors")}
+    assert exports and exports == {path.name for path in other.glob("*.safetensors")}
+    for export in exports:
+        mine, theirs = load_file(one / export), load_file(other / export)
+        assert mine.keys() == theirs.keys()
+        for name, weight in mine.items():
+            assert weight.equal(theirs[name]), (export, name)
     flops = [json.loads((run / "summary.json").read_text())["flops"] for run in (one, other)]
     assert flops[0] == flops[1]
 
@@ -95,7 +110,8 @@ def test_in_company_as_alone_to_the_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_at_every_zero_stage(stage: int, processes: int, tmp_path: Path) -> None:
     sharding = SHARD_ALL if stage == 3 else {}
-    assert_as_alone(tmp_path, processes, engine={"zero_stage": stage, "deepspeed": sharding, "accumulation": 2})
+    engine = {"zero_stage": stage, "deepspeed": sharding, "accumulation": 2}
+    assert_as_alone(tmp_path, processes, students=STUDENTS | NORMED, engine=engine)
 
 
 @pytest.mark.slow
@@ -134,13 +150,14 @@ def killed(config: Path, step: int, processes: int) -> None:
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_killed_and_resumed_it_is_the_same_cohort(stage: int, tmp_path: Path) -> None:
     sections = {**SAVING, "engine": {"zero_stage": stage}, "teacher": {"prefetch": 1}}
-    whole = in_company(tmp_path / "whole", processes=2, **sections)
+    students = STUDENTS | NORMED
+    whole = in_company(tmp_path / "whole", processes=2, students=students, **sections)
     (tmp_path / "cut").mkdir()
-    config = write_config(tmp_path / "cut", students=STUDENTS, **sections)
+    config = write_config(tmp_path / "cut", students=students, **sections)
     killed(config, 10, processes=2)
     printed = run_ok(config, "resume=auto", processes=2)
     assert re.search(r"continues at step \d+ of 23 ", printed)
-    for name in STUDENTS:
+    for name in students:
         assert_same(tmp_path / "cut" / "run" / name, whole / name)
 
 
@@ -180,6 +197,25 @@ def test_a_student_that_fails_does_not_take_the_others_along(stage: int, tmp_pat
     assert_same(run / "sound", tmp_path / "one" / "run")
     again = launch(config, "resume=auto", processes=1)
     assert again.returncode == 2 and "students failed: wild" in again.stdout, again.stdout[-2000:]
+
+
+@pytest.mark.slow
+def test_a_student_whose_fp16_scale_is_lost_does_not_take_the_others_along(tmp_path: Path) -> None:
+    """A loss whose gradients overflow at every scale: torch begins at 65536, and 17 halvings are below 1."""
+    sections = {"engine": {"precision": "fp16"}, "checkpoint": {"every_steps": 5}}
+    config = write_config(tmp_path, students={"sound": {}, "lost": LOUD}, **sections)
+    done = launch(config, processes=1)
+    assert done.returncode == 2, done.stdout[-3000:]
+    said = (
+        r"error: students failed: lost \(step 17: the gradients overflow in fp16 at a loss scale of 0\.5.*done: sound"
+    )
+    assert re.search(said, done.stdout), done.stdout[-2000:]
+    run = tmp_path / "run"
+    about = json.loads((run / "lost" / "summary.json").read_text())["retired"]
+    assert (about["step"], about["weights_of"]) == (17, 15) and (run / "lost" / "student.safetensors").is_file()
+    (tmp_path / "one").mkdir()
+    run_ok(write_config(tmp_path / "one", **sections), processes=1)
+    assert_same(run / "sound", tmp_path / "one" / "run")
 
 
 @pytest.mark.slow

@@ -25,6 +25,11 @@ def test_features_are_the_replicated_ones_at_every_block(ranks: int, families: s
     assert on_ranks(ranks, "placement_worker.py", families).count("placements equal") == ranks
 
 
+@SLOW
+def test_a_teacher_in_fp8_is_the_replicated_one_in_every_placement() -> None:
+    assert on_ranks(2, "float8_worker.py").count("placements equal") == 2
+
+
 BATCH = {2: 64, 3: 48, 4: 64}  # by number of ranks
 
 

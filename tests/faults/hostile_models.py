@@ -6,19 +6,27 @@ import json
 import os
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
+import embed
+import evaluate
+import export
+import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+import leap_dist
 from hostile import CASES, Case, Evil, Work, case
-from leap_dist.config import Config, load
+from leap_dist.config import Config, StudentConfig, TeacherConfig, load
 from leap_dist.errors import UserError
-from leap_dist.models import load_student
+from leap_dist.models import build_model, build_student, load_student, warm_start
 from leap_dist.models.weight_files import read_weights
 from leap_dist.runtime.plain_checkpoint import require_plain
 from leap_dist.sweeps.plan import read_plan
+from leap_dist.teacher.weights import build_skeleton, open_weights
 
 
 @case("which no checkpoint needs", quick=True)
@@ -84,15 +92,56 @@ STUDENT = {
 
 def _student(name: str, refused: str, *, quick: bool = False, kwargs: Optional[dict] = None, **changes: Any) -> None:
     def make(folder: Path) -> Work:
-        save_file({"a": torch.zeros(2)}, folder / "student.safetensors")
-        (folder / "secret.bin").write_bytes(pickle.dumps(Evil(folder)))
-        record = {**STUDENT, "kwargs": {**STUDENT["kwargs"], **(kwargs or {})}, **changes}
-        text = json.dumps(record).replace("FOLDER", str(folder))
-        (folder / "student.json").write_text(text)
+        _write_student(folder, {"kwargs": kwargs or {}, **changes})
         return lambda: load_student(folder)
 
     CASES.append(Case(f"student_{name}", make, refused, quick))
 
+
+def _write_student(folder: Path, changes: dict[str, Any]) -> None:
+    """A run's folder whose student.json says `changes`; of the same model, its kwargs beside those of a sound one."""
+    save_file({"a": torch.zeros(2)}, folder / "student.safetensors")
+    (folder / "secret.bin").write_bytes(pickle.dumps(Evil(folder)))
+    sound = {} if "model" in changes else STUDENT["kwargs"]
+    record = {**STUDENT, **changes, "kwargs": sound | changes.get("kwargs", {})}
+    (folder / "student.json").write_text(json.dumps(record).replace("FOLDER", str(folder)))
+
+
+def _through(name: str, door: Callable[[Path], Any], *, quick: bool = False) -> None:
+    """A record that leads to the hub, and one to a file, through each door that a user has."""
+    led = {"hub": {"model": "hf-hub:somebody/model"}, "file": {"kwargs": {"checkpoint_path": "FOLDER/secret.bin"}}}
+    for kind, changes in led.items():
+
+        def make(folder: Path, changes: dict[str, Any] = changes) -> Work:
+            _write_student(folder, changes)
+            return lambda: door(folder)
+
+        # A warm start compares names and takes tensors, and builds nothing of the record.
+        said = {"hub": "none of timm|lacks", "file": "checkpoint_path|lacks"}[kind]
+        CASES.append(Case(f"{name}_of_a_{kind}", make, said, quick and kind == "hub"))
+
+
+def _embedded(folder: Path) -> None:
+    (folder / "images").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "images" / "a.png")
+    embed.run(embed.parse([str(folder), str(folder / "images"), "--out", str(folder / "out.parquet"), "--workers=0"]))
+
+
+def _warmed(folder: Path) -> None:
+    config = StudentConfig(model=STUDENT["model"], kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3})
+    warm_start(build_student(config, 32), str(folder))
+
+
+def _judged(folder: Path) -> None:
+    data = ["--train", "digits", "--test", "digits", "--out", str(folder / "out")]
+    evaluate.evaluate(evaluate.parse([str(folder), "knn", *data]))
+
+
+_through("loaded", leap_dist.load, quick=True)
+_through("exported", lambda folder: export.run(export.parse([str(folder), "--to", "hub"])))
+_through("embedded", _embedded)
+_through("judged", _judged)
+_through("warm_start", _warmed)
 
 _student("of_the_hub", "none of timm", model="hf-hub:somebody/model", quick=True)
 _student("of_the_old_hub", "none of timm", model="hf_hub:somebody/model")
@@ -114,6 +163,73 @@ _student("of_negative_pixels", "image_size", image_size=-1)
 _student("of_tiny_crops", "crop_pct", crop_pct=1e-9)
 _student("of_two_colours", "mean", mean=[0.5, 0.5])
 _student("of_another_model", "not the weights of its record")
+_student("of_a_url", "none of timm", model="https://example.com/model.safetensors")
+_student("of_an_own_module", "if you trust it", model="os:system")
+_student("of_an_own_module_of_a_path", "none of timm", model="../evil:main")
+_student("of_a_file_of_features", "kwargs.features_only", kwargs={"features_only": True})
+_student("of_a_plain_file", "cannot be loaded", kwargs={"file": "secret.bin"})
+_student("of_a_word_for_a_norm", "cannot be loaded", kwargs={"norm_layer": "nothing"})
+_student("of_nested_files", "no plain argument", kwargs={"a": {"b": [{"checkpoint_path": "x"}]}})
+_student("of_deep_kwargs", "no plain argument", kwargs={"a": [[[[[[1]]]]]]})
+_student("of_a_billion_channels", "no plain argument", kwargs={"embed_dim": 10**9})
+_student("of_nan", "no plain argument", kwargs={"mlp_ratio": float("nan")})
+_student("of_ten_million_classes", "not the weights of its record", kwargs={"num_classes": 10**7})
+_student("of_a_million_layers", "a model of more than", model="resnet18", map_at=32, kwargs={"layers": [10**6] * 4})
+_student("of_a_huge_map", "not the weights of its record", model="coat_tiny", map_at=8192, kwargs={"img_size": 8192})
+_student(
+    "of_a_wide_block",
+    "not the weights of its record",
+    remedy="wide_last",
+    width=48,
+    wide={"embed_dim": 10**6, "num_heads": 10},
+)
+_student("of_a_list_of_remedies", "does not say what it should", remedy=["lift"])
+_student("of_another_resampling", "interpolation", interpolation="/etc/passwd")
+_student("of_other_colours", "colour_order", colour_order="BGR")
+_student("of_no_deviation", "std", std=[0, 0, 0])
+
+
+@case("does not say what images")
+def student_that_says_nothing_of_images(folder: Path) -> Work:
+    model = timm.create_model(STUDENT["model"], **STUDENT["kwargs"])
+    save_file(model.state_dict(), folder / "student.safetensors")
+    (folder / "student.json").write_text(json.dumps({key: STUDENT[key] for key in ("model", "kwargs")}))
+    return lambda: leap_dist.load(folder)
+
+
+@case("does not say what images")
+def hub_folder_that_says_nothing_of_images(folder: Path) -> Work:
+    model = timm.create_model(STUDENT["model"], **STUDENT["kwargs"])
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "student.json").write_text(json.dumps({key: STUDENT[key] for key in ("model", "kwargs")}))
+    return lambda: leap_dist.load(folder)
+
+
+@case("lacks")
+def warm_start_whose_record_is_a_pipe(folder: Path) -> Work:
+    save_file({"a": torch.zeros(2)}, folder / "student.safetensors")
+    os.mkfifo(folder / "student.json")
+    return lambda: _warmed(folder)
+
+
+def _teacher(name: str, record: dict[str, Any]) -> None:
+    """The record beside a teacher's weights, which only tells whether they are of another model."""
+
+    def make(folder: Path) -> Work:
+        kwargs = {"embed_dim": 24, "depth": 2, "num_heads": 3}
+        model = build_model(STUDENT["model"], kwargs, 32)
+        save_file(model.state_dict(), folder / "teacher.safetensors")
+        (folder / "teacher.json").write_text(json.dumps(record))
+        config = TeacherConfig(model=STUDENT["model"], kwargs=kwargs, weights=str(folder / "teacher.safetensors"))
+        return lambda: open_weights(config, build_skeleton(config, 32))
+
+    CASES.append(Case(f"teacher_{name}", make, None, False))
+
+
+_teacher("of_the_hub", {"model": "hf-hub:somebody/model", "kwargs": {}})
+_teacher("of_a_file", {"model": STUDENT["model"], "kwargs": {"checkpoint_path": "/etc/passwd"}})
+_teacher("of_a_million_layers", {"model": "resnet18", "kwargs": {"layers": [10**6] * 4}})
+_teacher("of_a_million_blocks", {"model": STUDENT["model"], "kwargs": {"depth": 10**6}})
 
 
 @case("no readable record")

@@ -212,3 +212,90 @@ def tar_whose_member_has_an_exabyte(folder: Path) -> Work:
         outer.size = len(inner.getvalue())
         tar.addfile(outer, io.BytesIO(inner.getvalue()))
     return lambda: make_shards(folder / "src", folder / "out")
+
+
+def _webdataset(folder: Path, *entries: tarfile.TarInfo) -> None:
+    """Eight sound samples, after headers without content."""
+    (folder / "src").mkdir()
+    with tarfile.open(folder / "src/00000.tar", "w") as tar:
+        for entry in entries:
+            tar.addfile(entry)
+        for i in range(8):
+            image = tarfile.TarInfo(f"../../{i}.png")
+            image.size = len(png(i))
+            tar.addfile(image, io.BytesIO(png(i)))
+
+
+def _entry(name: str, kind: bytes, **about: Any) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.type = kind
+    for key, value in about.items():
+        setattr(entry, key, value)
+    return entry
+
+
+@case(None, quick=True)
+def webdataset_of_links_devices_and_paths_upwards(folder: Path) -> Work:
+    _webdataset(
+        folder,
+        _entry("a.png", tarfile.SYMTYPE, linkname="/etc/passwd"),
+        _entry("b.png", tarfile.LNKTYPE, linkname="../../victim.txt"),
+        _entry("c.png", tarfile.CHRTYPE, devmajor=1, devminor=5),
+        _entry("d.png", tarfile.FIFOTYPE),
+        _entry(f"../../{CANARY}", tarfile.DIRTYPE),
+    )
+    return _makes(folder)
+
+
+@case("cannot be read, more than", quick=True)
+def webdataset_whose_member_has_an_exabyte(folder: Path) -> Work:
+    (folder / "src").mkdir()
+    image = _entry("a.png", tarfile.REGTYPE, size=2**59)
+    (folder / "src/00000.tar").write_bytes(image.tobuf() + bytes(1024))
+    return lambda: make_shards(folder / "src", folder / "out")
+
+
+@case("cannot be read, more than")
+def webdataset_with_a_name_of_gigabytes(folder: Path) -> Work:
+    (folder / "src").mkdir()
+    with open(folder / "src/00000.tar", "wb") as tar:
+        tar.write(_entry("a.png", tarfile.GNUTYPE_LONGNAME, size=2**33).tobuf())
+        tar.truncate(2**33 + 4096)
+    return lambda: make_shards(folder / "src", folder / "out")
+
+
+@case("cannot be read, more than")
+def webdataset_with_a_sparse_petabyte(folder: Path) -> Work:
+    sparse = {"major": "0", "minor": "1", "map": "0,0", "size": str(2**50), "numblocks": "1"}
+    _webdataset(folder)
+    for i in range(20):
+        headers = {f"GNU.sparse.{key}": value for key, value in sparse.items()}
+        with tarfile.open(folder / f"src/{i:05}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+            tar.addfile(_entry("a.png", tarfile.REGTYPE, pax_headers=headers))
+    return lambda: make_shards(folder / "src", folder / "out")
+
+
+@case(None)
+def webdataset_that_is_a_pipe(folder: Path) -> Work:
+    _webdataset(folder)
+    os.mkfifo(folder / "src/00001.tar")
+    return _makes(folder)
+
+
+def _list(folder: Path, paths: list[str]) -> Work:
+    (folder / "src").mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({"path": paths}), folder / "src/t.parquet")
+    return lambda: make_shards(folder / "src", folder / "out")
+
+
+@case("which is not in", quick=True)
+def list_that_names_a_file_elsewhere(folder: Path) -> Work:
+    (folder / "own.png").write_bytes(png(1))
+    return _list(folder, ["../own.png"] * 4)
+
+
+@case("cannot be read, more than")
+def list_that_names_a_pipe(folder: Path) -> Work:
+    (folder / "src").mkdir()
+    os.mkfifo(folder / "src/f.bin")
+    return _list(folder, ["f.bin", "x" * 5000, ""])

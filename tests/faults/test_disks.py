@@ -21,8 +21,9 @@ from leap_dist.config import DataConfig
 from leap_dist.curriculum.ledger import Ledger
 from leap_dist.data import BadSamples
 from leap_dist.data.faults import BadSample
-from leap_dist.data.sharding import _publish_quarantine
+from leap_dist.data.sharding import Place, _publish_quarantine, publish_index
 from leap_dist.data.shards import complete_or_absent, write_shards
+from leap_dist.data.sources.spool import Listing
 from leap_dist.data.store import ShardStore, prepare
 from leap_dist.errors import UserError
 from leap_dist.evaluation.periodic import Validation
@@ -79,7 +80,19 @@ def report(folder: Path) -> None:
 def quarantine(folder: Path) -> None:
     (folder / ".sharding").mkdir()
     with writing(folder):
-        _publish_quarantine(folder, [["image", "x" * 3000]])
+        _publish_quarantine(Place(folder), [["image", "x" * 3000]])
+
+
+def merged(folder: Path) -> None:
+    (folder / ".sharding").mkdir()
+    with writing(folder):
+        publish_index(Place(folder), folder / "index.json", [{"basename": "x" * 3000}])
+
+
+def listing(folder: Path) -> None:
+    names = Listing(folder)
+    names.add(["x" * 3000], [1], 0)
+    names.columns()
 
 
 def picture(folder: Path) -> None:
@@ -96,7 +109,8 @@ def weights(folder: Path) -> None:
 
 
 PLACES = (
-    ledger, evaluation, bad_samples, export, claim, checkpoint, shards, report, quarantine, picture, summary, weights,
+    ledger, evaluation, bad_samples, export, claim, checkpoint, shards, report, quarantine, merged, listing, picture,
+    summary, weights,
 )  # fmt: skip
 
 

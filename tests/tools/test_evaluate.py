@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from leap_dist.analysis.sheets import NEITHER, RIGHT, WRONG
 from leap_dist.config import StudentConfig
 from leap_dist.evaluation.robustness import ALEXNET
-from leap_dist.judging import features
+from leap_dist.judging import features, segmentation
 from leap_dist.models.student import build_student
 from runs import finish, fork
 
@@ -228,6 +229,9 @@ def test_a_truth_that_is_not_as_published_is_one_line(
         (["knn"], "knn: needs --train"),
         (["retrieval"], "retrieval: needs --retrieval"),
         (["compare"], "goes beside other tasks"),
+        (["retrieval", "--retrieval", "{}", "--scales", "0"], "--scales 0: from 0.1 to 4"),
+        (["knn", "--train", "{}", "--test", "{}", "--scales", "2"], "--scales: only used by retrieval"),
+        (["probe", "--train", "{}", "--test", "{}", "--pictures"], "only used by knn and retrieval and segmentation"),
         (["knn", "--train", "{}", "--test", "{}", "--knn-k", "0"], "--knn-k 0: at least 1"),
         (["knn", "--train", "{}/nowhere", "--test", "{}"], "nowhere is not a folder"),
         (["knn", "--train", "{}", "--test", "{}"], "holds neither images nor class folders"),
@@ -308,3 +312,142 @@ def test_masks_that_are_not_as_published_are_one_line(
     shutil.rmtree(folder / "ImageSets")
     assert evaluate.main(arguments) == 2
     assert "neither ADE20K (images/, annotations/) nor VOC 2012" in capfd.readouterr().err
+
+
+def sheet(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def has(pixels: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    """Whether a frame of that colour is there: as many pixels as one of its sides has."""
+    return int((pixels == colour).all(-1).sum()) > 5 * 100
+
+
+@pytest.mark.seconds
+def test_tokens_of_models_side_by_side(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row an image, a column a model; of a teacher that is the student itself both columns are the same."""
+    classes(tmp_path / "images", 1, 0)
+    arguments = [str(student), "pictures", "--beside", str(student / "student.safetensors"), "--images"]
+    arguments += [str(tmp_path / "images"), str(tmp_path / "images" / "n00000002" / "0.png"), "--out"]
+    for name, options in (("plain", []), ("foreground", ["--foreground", "0.5"])):
+        out = tmp_path / name
+        assert evaluate.main([*arguments, str(out), *options]) == 0
+        pixels = sheet(out / "pictures" / "tokens.png")
+        assert pixels.shape == (28 + 4 * 272, 6 + 3 * 272, 3)
+        first, second = (pixels[28:, 6 + column * 272 :][:, :272] for column in (1, 2))
+        assert (first == second).all() and first.std() > 20
+        assert bool((first[8:250, 8:250] == 0).all(-1).any()) == (name == "foreground")
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "foreground")
+
+
+@pytest.mark.seconds
+def test_the_teacher_is_the_reference_of_the_colours(student: Path, tmp_path: Path) -> None:
+    """Its column is the same whoever stands beside it."""
+    picture(tmp_path / "one.png", (200, 30, 90), 1)
+    seen = []
+    for model in (student, tmp_path / "twin"):
+        if model != student:
+            shutil.copytree(student, model)
+        command = [str(model), "pictures", "compare", "--images", str(tmp_path / "one.png")]
+        if model != student:
+            command += ["--beside", "vit_tiny_patch16_224=random", "--image-size", "32"]
+        assert evaluate.main([*command, "--out", str(model / "out")]) == 0
+        seen.append(sheet(model / "out" / "pictures" / "tokens.png")[28:, -272:])
+    assert (seen[0] == seen[1]).all()
+
+
+@pytest.mark.seconds
+def test_neighbours_are_framed_by_their_class(student: Path, tmp_path: Path) -> None:
+    """Four images a class, eight neighbours: some are right, some wrong. With one class all are right."""
+    for name, part in (("three", None), ("one", {"n00000001": "n00000001"})):
+        train = classes(tmp_path / name / "train", 8, 0, part)
+        test = classes(tmp_path / name / "test", 2, 50, part)
+        data = ["--train", str(train), "--test", str(test), "--features", "patch", "--pictures", *SMALL]
+        out = tmp_path / name / "out"
+        assert evaluate.main([str(student), "knn", *data, "--out", str(out)]) == 0
+        pixels = sheet(out / "pictures" / f"knn_{student.name}_patch.png")
+        assert has(pixels, RIGHT) and not has(pixels, WRONG) and not has(pixels, NEITHER)
+    few = classes(tmp_path / "few", 3, 0)
+    data = ["--train", str(few), "--test", str(few), "--features", "patch", "--pictures", *SMALL]
+    assert evaluate.main([str(student), "knn", *data, "--out", str(tmp_path / "out")]) == 0
+    pixels = sheet(tmp_path / "out" / "pictures" / f"knn_{student.name}_patch.png")
+    assert has(pixels, RIGHT) and has(pixels, WRONG)
+
+
+@pytest.mark.seconds
+def test_retrieval_at_several_scales_and_what_it_finds(student: Path, tmp_path: Path) -> None:
+    """Every scale ranks colours alike, so the scores are those of one scale; frames: positives, junk and others."""
+    data = ["--retrieval", str(revisited(tmp_path / "rmade")), "--features", "patch", *SMALL]
+    arguments = [str(student), "retrieval", *data, "--pictures", "--out", str(tmp_path / "out")]
+    assert evaluate.main([*arguments, "--scales", "1", "0.7071", "0.5"]) == 0
+    row = results(tmp_path / "out")[student.name, "retrieval rmade", "patch, 3 scales"]
+    assert row["medium_map"] == row["hard_map"] == pytest.approx(1)
+    pixels = sheet(tmp_path / "out" / "pictures" / f"retrieval_rmade_{student.name}_patch.png")
+    assert has(pixels, RIGHT) and has(pixels, WRONG) and has(pixels, NEITHER)
+
+
+@pytest.mark.seconds
+def test_a_killed_segmentation_goes_on_to_the_bit(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(segmentation, "KEPT_EVERY", 4)
+    data = ["--segmentation", str(masked(tmp_path / "set", "voc")), "--segmentation-steps", "10", "--workers", "0"]
+    arguments = [str(student), "segmentation", *data, "--pictures", "--out"]
+    assert evaluate.main([*arguments, str(tmp_path / "uncut")]) == 0
+    crops = segmentation._Crops.__getitem__
+    seen: list[int] = []
+
+    def killed_in_the_sixth(self: Any, index: int) -> Any:
+        seen.append(self._numbers[index])
+        if self._numbers[index] == 16 * 6 - 1 and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+        return crops(self, index)
+
+    monkeypatch.setattr(segmentation._Crops, "__getitem__", killed_in_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main([*arguments, str(tmp_path / "cut")])
+    (tmp_path / "again").touch()
+    seen.clear()
+    assert evaluate.main([*arguments, str(tmp_path / "cut")]) == 0
+    assert seen == list(range(16 * 4, 16 * 10))
+    (whole,), (cut,) = (list((tmp_path / name / "features").glob("head-*.pt")) for name in ("uncut", "cut"))
+    ours, theirs = (torch.load(path, weights_only=True)["parts"][0] for path in (whole, cut))
+    assert all(ours[key].equal(theirs[key]) for key in ours)
+    assert results(tmp_path / "uncut") == results(tmp_path / "cut")
+    seen.clear()
+    assert evaluate.main([*arguments, str(tmp_path / "cut")]) == 0 and seen == []  # done is done
+    cut.write_bytes(whole.read_bytes()[:-100])
+    assert evaluate.main([*arguments, str(tmp_path / "cut")]) == 0
+    assert len(seen) == 160 and "is damaged and trained again" in caplog.text
+    pixels = sheet(tmp_path / "cut" / "pictures" / f"segmentation_voc2012_{student.name}.png")
+    assert pixels.shape == (28 + 2 * 272, 6 + 3 * 272, 3)
+
+
+@pytest.mark.slow
+def test_a_head_that_two_ranks_have_trained_is_there_for_both(student: Path, tmp_path: Path) -> None:
+    """Each with its own running statistics: the same command gives the same figures. One rank trains anew."""
+    data = ["--segmentation", str(masked(tmp_path / "set", "ade")), "--segmentation-steps", "20", "--workers", "0"]
+    arguments = [str(student), "segmentation", *data, "--pictures", "--out", str(tmp_path / "out")]
+    found = []
+    for processes in (2, 2, 1):
+        done = finish(fork(TOOL, *arguments, processes=processes))
+        assert done.returncode == 0, done.stdout[-3000:]
+        heads = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "features").glob("head-*.pt")}
+        found.append((results(tmp_path / "out"), heads))
+    assert found[0] == found[1] and len(found[2][1]) == 2
+
+
+def test_pictures_that_cannot_be_are_one_line(student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no image")
+    cases = {
+        (): "pictures: needs --images",
+        ("--images", "nowhere"): "--images nowhere: no such file or folder",
+        ("--images", str(tmp_path / "empty")): "holds no images",
+        ("--images", str(tmp_path / "text.png")): "no readable image",
+        ("--images", str(tmp_path / "text.png"), "--foreground", "1"): "--foreground 1: above 0 and below 1",
+    }
+    for options, words in cases.items():
+        assert evaluate.main([str(student), "pictures", *options, "--out", str(tmp_path / "out")]) == 2
+        complaints = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+        assert len(complaints) == 1 and words in complaints[0]

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import sweep
 import yaml
 
 from fake_run import summary
+from leap_dist.config import members
 from leap_dist.runtime.integrity import write_sealed
 from leap_dist.sweeps import runner
+from leap_dist.sweeps.passes import in_company, units
 from leap_dist.sweeps.plan import read_plan
 from runs import write_config
 
@@ -394,6 +397,19 @@ def test_rows_that_may_share_a_pass_do_and_say_so(tmp_path: Path) -> None:
     began = len((out / "passes" / "started").read_text().splitlines())
     assert sweep.main([str(path)]) == 0
     assert len((out / "passes" / "started").read_text().splitlines()) == began, "what has finished stays"
+
+
+def test_a_row_shares_a_pass_with_one_that_has_arguments_of_another_model(tmp_path: Path) -> None:
+    """null takes an argument of the first row's model away: a convolutional student has no depth."""
+    rows = {"vit": ["student.kwargs.depth=3"], "conv": ["student.model=test_convnext"]}
+    plan = in_company(read_plan(write_sweep(tmp_path, rows, seeds=[0], together=True), None, []))
+    (unit,) = units(plan).values()
+    assert [run.name for run in unit.runs] == ["vit-s0", "conv-s0"]
+    config = unit.config(plan)
+    for run in unit.runs:
+        found = members(config)[run.name]
+        assert found.output == str(run.folder) and replace(found, output="") == replace(run.config, output="")
+    assert members(config)["conv-s0"].student.kwargs == {}
 
 
 @pytest.mark.seconds

@@ -131,6 +131,30 @@ def test_one_that_fails_keeps_its_last_good_weights_and_the_rest_go_on(tmp_path:
     ]
 
 
+def test_one_whose_fp16_scale_is_lost_keeps_its_last_good_weights_and_the_rest_go_on(tmp_path: Path) -> None:
+    """torch's scaler halves at every overflow and would do so for ever: 4, 2, 1, and the fourth step sees a half."""
+    config = cohort_config(tmp_path / "company", "checkpoint.every_steps=1")
+    trainer = stub_trainer(config)
+    lost = trainer.cohort.learners["stuck"]
+    scaler = lost.engine.torch_autocast_z0_gradscaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    lost.engine.step = lambda: scaler.update(scaler.get_scale() / 2)  # overflows skip the update of the weights
+    begun_with = {key: weight.clone() for key, weight in lost.engine.module.state_dict().items()}
+    run(trainer)
+    assert lost.retired is not None and (lost.retired.step, lost.retired.weights_of) == (3, 2)
+    assert "step 3: the gradients overflow in fp16 at a loss scale of 0.5" in lost.retired.why
+    assert all(weight.equal(begun_with[key]) for key, weight in lost.engine.module.state_dict().items())
+    for name, own in members(config).items():
+        if name != "stuck":
+            alone = run(stub_trainer(replace(own, output=str(tmp_path / "alone" / name))))
+            assert trainer.cohort.learners[name].progress.step == 6
+            for key, weight in trainer.cohort.learners[name].engine.module.state_dict().items():
+                assert weight.equal(alone.learner.engine.module.state_dict()[key]), (name, key)
+    with pytest.raises(
+        UserError, match=r"students failed: stuck \(step 3: the gradients overflow .*; done: eager, fixed"
+    ):
+        trainer.cohort.require_sound()
+
+
 def test_one_that_the_last_update_spoils_is_found_out_at_the_end(tmp_path: Path) -> None:
     config = cohort_config(tmp_path, "checkpoint.every_steps=1")
     trainer = run(spoilt(stub_trainer(config), "eager", at=5))

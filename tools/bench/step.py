@@ -44,6 +44,7 @@ from leap_dist.benchmarking.harness import stopwatch, versions
 from leap_dist.benchmarking.steps import (
     HeldTeacher,
     aim,
+    batch_of,
     build_conducted,
     conduct,
     held_teacher,
@@ -246,7 +247,7 @@ def measure(config: Config, world: World, *, rounds: int, steps: int) -> tuple[l
     """Rows by block, the last once more with a bf16 teacher where the CPU has units for it; and what that costs."""
     images = random_images(config, world.device)
     lazy, teacher = held_teacher(config, world.device)
-    trainer = build_conducted(config, world, teacher, images)
+    trainer = build_conducted(config, world, teacher, batch_of(images))
     objective: Objective = trainer.learner.engine.module
     cut = CutTeacher(config, lazy)
     ideal = Ideal(config, cut, copy.deepcopy(objective.student), images)

@@ -29,7 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--image-size", type=int, default=224, help="pixels")
     parser.add_argument("--batch", type=int, default=8, help="images per pass")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "fp8"], default="fp32")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--tolerance", type=float, help="largest relative difference of the two shares")
     return parser.parse_args(argv)

@@ -54,7 +54,7 @@ class Rows(Images):
         kept: dict[int, bytes | Path] = {}
         for group in np.unique(self.groups[wanted]):
             path, place = self.places[group]
-            column = _opened(path, partial(_read_column, place, self.column))
+            column = opened(path, partial(_read_column, place, self.column))
             for number in wanted[self.groups[wanted] == group].tolist():
                 kept[number] = _content(column[int(self.rows[number])].as_py(), path.parent, self.root)
 
@@ -71,14 +71,17 @@ def _content(value: Any, beside: Path, root: Path) -> bytes | Path:
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if not isinstance(value, str):
         return value if value is not None else b""
-    return _file(value, beside, root)
+    return named_file(value, beside, root)
 
 
-def _file(name: str, beside: Path, root: Path) -> Path:
-    """UserError if it lies elsewhere: a table from the net may not name a file of one's own."""
+def named_file(name: str, beside: Path, root: Path, hint: str = "") -> Path:
+    """The file that a table in the folder `beside` names, there or in `root`, whether it is there or not.
+
+    UserError, with `hint`, if it lies elsewhere: a table from the net may not name a file of one's own.
+    """
     found = next((folder / name for folder in (beside, root) if (folder / name).is_file()), root / name)
     if not Path(os.path.abspath(found)).is_relative_to(os.path.abspath(root)) or "\0" in name:
-        raise UserError(f"{beside}: a table names the image {printable(name[:200])}, which is not in {root}")
+        raise UserError(f"{beside}: a table names the image {printable(name[:200])}, which is not in {root}{hint}")
     return found
 
 
@@ -94,7 +97,7 @@ def open_parquet(folder: Path, files: Sequence[Path]) -> dict[str, Images]:
     require_pyarrow(folder)
     splits: dict[str, list[Path]] = {}
     for path in files:
-        splits.setdefault(_split(path) or WHOLE, []).append(path)
+        splits.setdefault(split_name(path) or WHOLE, []).append(path)
     if WHOLE in splits and len(splits) > 1:
         raise UserError(f"{splits[WHOLE][0]}: neither its name nor its folder's says which split it belongs to")
     for split, paths in splits.items():
@@ -117,7 +120,7 @@ def require_pyarrow(folder: Path) -> None:
 
 def has_image_column(path: Path) -> bool:
     """Whether a parquet file has one. UserError if it cannot be read."""
-    return bool(set(IMAGE_COLUMNS) & set(_opened(path, lambda file: file.schema_arrow).names))
+    return bool(set(IMAGE_COLUMNS) & set(opened(path, lambda file: file.schema_arrow).names))
 
 
 def holds_paths(path: Path) -> bool:
@@ -125,7 +128,8 @@ def holds_paths(path: Path) -> bool:
     return _columns(path).is_path
 
 
-def _split(path: Path) -> Optional[str]:
+def split_name(path: Path) -> Optional[str]:
+    """The split that a file belongs to, by its name or its folder's; None if neither says."""
     return split_of(re.split(r"[-_.\d]", path.stem)[0]) or split_of(path.parent.name)
 
 
@@ -175,14 +179,14 @@ def _sizes(path: Path, columns: _Columns, root: Path, groups: list[tuple[int, in
     if not columns.is_path:
         rows, weights = np.array(groups, dtype=np.int64).reshape(-1, 2).T
         return np.repeat(weights // np.maximum(rows, 1), rows)
-    cells = _opened(path, lambda file: file.read(columns=[columns.image], use_threads=False)[0]).to_pylist()
+    cells = opened(path, lambda file: file.read(columns=[columns.image], use_threads=False)[0]).to_pylist()
     contents = [_content(cell, path.parent, root) for cell in cells]
     return np.array([size_of(found) if isinstance(found, Path) else len(found) for found in contents], np.int64)
 
 
 def _columns(path: Path) -> _Columns:
     """Which columns of a file are images and labels, and of what kind."""
-    schema = _opened(path, lambda file: file.schema_arrow)
+    schema = opened(path, lambda file: file.schema_arrow)
     chosen = []
     for candidates in (IMAGE_COLUMNS, LABEL_COLUMNS):
         found = [name for name in candidates if name in schema.names]
@@ -205,7 +209,7 @@ def _is_path(path: Path, image: str, kind: Any) -> bool:
     fields = [field.name for field in kind] if types.is_struct(kind) else []
     if not {"bytes", "path"} & set(fields):
         raise UserError(f"{path}: column {image!r} should hold bytes, paths or {{bytes, path}}; it holds {kind}")
-    return "bytes" not in fields or _opened(path, partial(_all_null, f"{image}.bytes"))
+    return "bytes" not in fields or opened(path, partial(_all_null, f"{image}.bytes"))
 
 
 def _all_null(leaf: str, file: Any) -> bool:
@@ -220,18 +224,19 @@ def _read_labels(path: Path, label: str) -> tuple[np.ndarray, list[tuple[int, in
     """All labels of a file, -1 where there is none, and (rows, bytes) of each of its row groups."""
     from pyarrow import types
 
-    column = _opened(path, lambda file: file.read(columns=[label], use_threads=False)[label])
+    column = opened(path, lambda file: file.read(columns=[label], use_threads=False)[label])
     if not types.is_integer(column.type):
         raise UserError(f"{path}: column {label!r} should hold integers, numbers of classes; it holds {column.type}")
     if types.is_unsigned_integer(column.type):  # beyond int64 there is no class either
         column = column.cast("int64", safe=False)
-    metadata = _opened(path, lambda file: file.metadata)
+    metadata = opened(path, lambda file: file.metadata)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     numbers = column.cast("int64").fill_null(UNLABELLED).to_numpy()
     return numbers, [(group.num_rows, group.total_byte_size) for group in groups]
 
 
-def _opened(path: Path, use: Callable[[Any], Any]) -> Any:
+def opened(path: Path, use: Callable[[Any], Any]) -> Any:
+    """What `use` makes of a parquet file. UserError if it cannot be read."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

@@ -8,8 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-import numpy as np
+from typing import Optional
 
 from leap_dist.data.names import printable
 from leap_dist.data.parallel import parallel
@@ -17,6 +16,7 @@ from leap_dist.data.sources.files import Files
 from leap_dist.data.sources.images import WHOLE, Images, counted
 from leap_dist.data.sources.kaggle import TRUTH, labelled_val
 from leap_dist.data.sources.layout import Layout, other_folders, root_of, split_folders
+from leap_dist.data.sources.spool import Listing
 from leap_dist.data.sources.walk import (
     HIDDEN,
     LINKS,
@@ -35,10 +35,11 @@ ONE_CLASS = "all"  # of a folder that has none
 log = logging.getLogger(__name__)
 
 
-def open_tree(folder: Path, workers: int, layout: Layout = None) -> dict[str, Images]:
+def open_tree(folder: Path, workers: int, layout: Layout = None, scratch: Optional[Path] = None) -> dict[str, Images]:
     """`folder`/<split>/<class>/... or `folder`/<class>/..., listed by `workers` processes; images may also lie flat.
 
-    A test set without class folders is left out: ImageNet's has no public labels. layout: see `split_folders`.
+    A test set without class folders is left out: ImageNet's has no public labels. layout: see `split_folders`. scratch:
+    whose disk holds the lists, see `spool.Spool`; what is in memory grows with the largest class, not with the set.
     """
     top = folder if layout == "classes" else root_of(folder)
     splits = split_folders(top, layout)
@@ -51,7 +52,7 @@ def open_tree(folder: Path, workers: int, layout: Layout = None) -> dict[str, Im
     opened = {}
     for split, name in (splits or {WHOLE: WHOLE}).items():
         known = labelled_val(folder, top / name) if split == "val" else None
-        opened[split] = known or _open_class_folders(folder, top / name, workers)
+        opened[split] = known or _open_class_folders(folder, top / name, workers, Listing(scratch))
     return _with_others(opened, others)
 
 
@@ -73,29 +74,25 @@ def _with_others(opened: dict[str, Images], others: list[str]) -> dict[str, Imag
     return opened | {first: replace(opened[first], left_out={**opened[first].left_out, **left_out})}
 
 
-def _open_class_folders(root: Path, folder: Path, workers: int) -> Images:
+def _open_class_folders(root: Path, folder: Path, workers: int, listing: Listing) -> Images:
     loose = _loose_images(folder)
     classes, left_out = _classes(folder)
     if not classes:
         if not loose:
             raise UserError(f"{folder}: holds neither images nor class folders")
-        return _open_flat(root, folder, loose, left_out)
+        return _open_flat(root, folder, loose, left_out, listing)
     _tell_of_loose(folder, loose, "class folders")
     taken = [os.path.realpath(folder / name) for name in classes]
-    names, labels, sizes = [], [], []
     inner: list[set[str]] = []  # of every class, the folders in it that its images lie in; "" for itself
     for label, found in enumerate(parallel(partial(_class_files, folder, taken), classes, workers)):
-        names += [os.path.relpath(path, root) for path, _ in found.files]
-        sizes += [size for _, size in found.files]
-        labels += [label] * len(found.files)
-        inside = (os.path.relpath(path, folder / classes[label]) for path, _ in found.files)
+        home = folder / classes[label]
+        inside = [path[len(str(home)) + 1 :] for path, _ in found.files]
+        beginning = os.path.join(os.path.relpath(home, root), "")  # once: relpath takes longer than listing an image
+        listing.add((beginning + path for path in inside), [size for _, size in found.files], label)
         inner.append({path.partition(os.sep)[0] if os.sep in path else "" for path in inside})
         left_out += found.left_out
     _tell_of_nested(folder, inner)
-    return Files(
-        root=root, classes=[printable(name) for name in classes], names=names, labels=np.array(labels),
-        sizes=np.array(sizes), left_out=left_out,
-    )  # fmt: skip
+    return Files(root=root, classes=[printable(name) for name in classes], left_out=left_out, **listing.columns())
 
 
 def _tell_of_nested(folder: Path, inner: list[set[str]]) -> None:
@@ -141,17 +138,11 @@ def _tell_of_loose(folder: Path, loose: list[Path], neighbours: str) -> None:
         log.warning("%s: left out %d images that lie beside the %s", folder, len(loose), neighbours)
 
 
-def _open_flat(root: Path, folder: Path, paths: list[Path], left_out: Counter[str]) -> Images:
+def _open_flat(root: Path, folder: Path, paths: list[Path], left_out: Counter[str], listing: Listing) -> Images:
     """Images without classes: all of one."""
     log.warning("%s: no class folders; its %d images become the one class %r", folder, len(paths), ONE_CLASS)
-    return Files(
-        root=root,
-        classes=[ONE_CLASS],
-        names=[os.path.relpath(path, root) for path in paths],
-        labels=np.zeros(len(paths), dtype=np.int64),
-        sizes=np.array([size_of(path) for path in paths]),
-        left_out=left_out,
-    )
+    listing.add((os.path.relpath(path, root) for path in paths), [size_of(path) for path in paths], 0)
+    return Files(root=root, classes=[ONE_CLASS], left_out=left_out, **listing.columns())
 
 
 def _class_files(folder: Path, taken: list[str], name: str) -> Found:

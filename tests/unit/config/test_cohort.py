@@ -42,6 +42,20 @@ def test_each_is_what_a_run_alone_would_be(tmp_path: Path) -> None:
     assert (found["own"].seed, found["own"].student_seed, found["plain"].student_seed) == (0, 7, 0)
 
 
+def test_null_takes_an_argument_of_the_runs_model_away(tmp_path: Path) -> None:
+    """timm means the same by it; a module of one's own need not know the name. Other options may be null."""
+    own = {"student": {"model": "mine:net", "kwargs": {"depth": None, "width": 4}, "image_size": None}}
+    config = read(tmp_path, {"vit": {}, "own": own}, "student.kwargs={depth: 2, embed_dim: 12}", "student.image_size=8")
+    found = members(config)
+    assert found["vit"].student.kwargs == {"depth": 2, "embed_dim": 12}
+    assert found["own"].student.kwargs == {"embed_dim": 12, "width": 4} and found["own"].student.image_size is None
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert members(load(tmp_path / "again.yaml", [])) == found
+    base = tmp_path / "again.yaml"
+    (tmp_path / "over.yaml").write_text(f"base: {base.name}\nteacher: {{kwargs: {{a: null}}}}\n")
+    assert load(tmp_path / "over.yaml", ["teacher.kwargs.b=1", "student.kwargs.depth=null"]).teacher.kwargs == {"b": 1}
+
+
 def test_it_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     config = read(tmp_path, {"t0.85": {"curriculum": {"threshold": 0.8}}, "b": {}})
     (tmp_path / "again.yaml").write_text(to_yaml(config))
@@ -75,6 +89,7 @@ def test_a_difference_names_student_and_option(tmp_path: Path) -> None:
         ({"a": {"student": "vit"}}, r"student \(students.a\): is a section; set one of its keys, e.g. student.model"),
         ({"a": {"optim.lr": "fast"}}, r"optim.lr='fast' \(students.a\): expected a number"),
         ({"a": {"optim.lr": -1}, "b": {}}, "^students.a: optim.lr=-1.0: must be above 0"),
+        ({"a": {"optim.lr": -1}}, "^students.a: optim.lr=-1.0: must be above 0"),
         (
             {
                 "a": {"student.num_classes": 3, "objective.kd_alpha": 0.5},

@@ -50,6 +50,8 @@ NEEDED = ["teacher.model=t", "student.model=s", "data.train=digits"]
         ("telemetry.profile_steps=[30,20]", ["telemetry.profile_steps=[30, 20]", "first <= last"]),
         ("telemetry.profile_steps=[-1,20]", ["telemetry.profile_steps=[-1, 20]", "at least 0"]),
         ("telemetry.profile_steps=[20]", ["telemetry.profile_steps=[20]", "two whole numbers or null"]),
+        ("telemetry.pictures_foreground=0.5", ["telemetry.pictures_foreground=0.5", "telemetry.pictures_every"]),
+        ("telemetry.pictures_foreground=1", ["telemetry.pictures_foreground=1", "below 1"]),
         ("telemetry.profile_steps=20", ["telemetry.profile_steps=20", "two whole numbers or null"]),
         ("telemetry.peak_tflops=0", ["telemetry.peak_tflops=0", "above 0"]),
         ("data.crop_pct=1.2", ["data.crop_pct=1.2", "at least 0.01, at most 1"]),
@@ -184,6 +186,10 @@ def test_combinations_that_cannot_be() -> None:
     for stage in (1, 2, 3):
         with pytest.raises(UserError, match=rf"optim\.name=lars with engine\.zero_stage={stage}"):
             load(None, [*NEEDED, "optim.name=lars", f"engine.zero_stage={stage}"])
+    with pytest.raises(UserError, match=r"student\.compile=true with engine\.zero_stage=3: .*use engine.zero_stage=2"):
+        load(None, [*NEEDED, "student.compile=true", "engine.zero_stage=3"])
+    with pytest.raises(UserError, match=r"student\.compile=true with student\.sync_batchnorm=true"):
+        load(None, [*NEEDED, "student.compile=true", "student.sync_batchnorm=true"])
     with pytest.raises(UserError, match=r"data.global_batch=255: must be a multiple of engine.accumulation=2"):
         load(None, [*NEEDED, "data.global_batch=255", "engine.accumulation=2"])
 

@@ -9,9 +9,21 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest, chisquare, ks_2samp
+from torch._inductor import metrics
 from torchvision.transforms import v2
 
-from leap_dist.data.colours import HUE, RANGES, ROUNDS, Crops, draw_colours, jitter, normalise_, recolour, untouched
+from leap_dist.data.colours import (
+    HUE,
+    RANGES,
+    ROUNDS,
+    Crops,
+    draw_colours,
+    finish,
+    jitter,
+    normalise_,
+    recolour,
+    untouched,
+)
 
 OPERATIONS = (
     v2.functional.adjust_brightness,
@@ -123,3 +135,31 @@ def test_hue_goes_all_the_way_round() -> None:
     assert (turned - expected).abs().max() < 1.6
     back = pixels(image[None], [jitter((1, 1, 1, -1 / 12), range(4))])[0, :, 0, 0]
     assert (back - torch.tensor([255, 0, 128])).abs().max() < 1.6 and math.isclose(back[0], 255, abs_tol=1e-3)
+
+
+def some_of_everything() -> Crops:
+    """Every order, with and without grey, pure jitters of one kind, and samples that nothing is done to."""
+    rows = [jitter(drawn_factors(i), order, i % 3 == 0) for i, order in enumerate(ORDERS)]
+    rows += [untouched(), untouched(grey=True), jitter((1.3, 1, 1, 0), ORDERS[0]), jitter((1, 1, 0.8, 0.1), ORDERS[5])]
+    images = torch.randint(
+        0, 256, (len(rows), 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    images[::4, :, :8, :8] = every_colour()[:, 10:18, 20:28]
+    return Crops(images, torch.from_numpy(np.stack(rows)))
+
+
+def test_choosing_on_the_device_gives_the_same_pixels() -> None:
+    crops, mean, std = some_of_everything(), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    torch.testing.assert_close(finish(*crops, mean, std), normalise_(recolour(crops), mean, std), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_colours_are_few_kernels_and_the_same_pixels() -> None:
+    """But for rounding just below a whole number: a compiler may contract a product and a sum."""
+    crops, mean, std = some_of_everything(), (0.0, 0.0, 0.0), (1 / 255,) * 3  # levels of 0 to 255 again
+    torch.compiler.reset()
+    metrics.reset()
+    compiled = torch.compile(finish, dynamic=False, fullgraph=True)(*crops, mean, std)
+    assert 0 < metrics.generated_kernel_count <= 40  # 16 with torch 2.14; the eager functions launch 200
+    difference = (compiled - recolour(crops)).abs()
+    assert difference.max() < 4 and (difference > 0.01).float().mean() < 0.01

@@ -15,7 +15,8 @@ from PIL import Image
 
 from leap_dist.config import load
 from leap_dist.data.names import printable
-from leap_dist.data.sharding import Recipe, check_apart, plan, write_planned
+from leap_dist.data.plans import Recipe, plan
+from leap_dist.data.sharding import check_apart, write_planned
 from leap_dist.data.sources import Images, open_source
 from leap_dist.errors import UserError
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from leap_dist.data.crops import Box, decode, read_box
 from leap_dist.data.deit import Deit
 from leap_dist.data.pixels import UnknownRange, rgb
-from leap_dist.data.sharding import Recipe
+from leap_dist.data.plans import Recipe
 from small_sets import config
 
 GREY = np.linspace(0, 255, 24 * 20).reshape(24, 20)  # what every deep image below shows

@@ -18,7 +18,8 @@ from streaming import MDSWriter
 
 from leap_dist.data import check_shards, sharding
 from leap_dist.data.parallel import parallel
-from leap_dist.data.sharding import Recipe, Shard, plan, write_planned
+from leap_dist.data.plans import Recipe, Shard, plan
+from leap_dist.data.sharding import write_planned
 from leap_dist.data.sources import Images
 from leap_dist.errors import UserError
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 import leap_dist
 from exports import exported
+from killed import killed_everywhere
 from leap_dist.deployment import embedding
 from leap_dist.deployment.embedding import embed
 from leap_dist.errors import UserError
@@ -30,6 +31,10 @@ def images(tmp_path: Path) -> Path:
         Image.fromarray(draw.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
     (tmp_path / "images/b/bad.png").write_bytes(b"no image")
     return tmp_path / "images"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_every_image_has_the_students_features(images: Path, tmp_path: Path) -> None:
@@ -72,6 +77,51 @@ def test_a_stopped_run_goes_on_and_takes_what_is_done(
         embed(model, images, out, ALONE, tokens="cls")
     assert embed(model, images, out, ALONE) == (7, 1)
     assert out.read_bytes() == whole
+
+
+def test_a_kill_at_any_moment_loses_nothing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third one is gone on from; the others are left to the next kill. One that was joined may begin anew."""
+    monkeypatch.setattr(embedding, "PIECE", 3)
+    model, folder = leap_dist.load(exported(tmp_path / "run")), tmp_path / "out"
+    embed(model, images, folder / "out.parquet", ALONE)
+    whole = contents(folder)
+    (folder / "out.parquet").unlink()
+    kills = 0
+    for number in killed_everywhere(lambda: embed(model, images, folder / "out.parquet", ALONE), folder):
+        kills += 1
+        assert whole["out.parquet"] == contents(folder).get("out.parquet", whole["out.parquet"])
+        if number % 3 == 0:
+            assert embed(model, images, folder / "out.parquet", ALONE) == (7, 1)
+            assert contents(folder) == whole
+            (folder / "out.parquet").unlink()
+    assert kills > 10 and contents(folder) == whole
+
+
+def test_pieces_of_another_student_are_never_joined(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the kill came while they were taken away."""
+    monkeypatch.setattr(embedding, "PIECE", 3)
+    model, other = (leap_dist.load(exported(tmp_path / str(seen), classes=seen)) for seen in (0, 3))
+    out = tmp_path / "out" / "out.parquet"
+    embed(other, images, out, ALONE)
+    wanted = out.read_bytes()
+    for _ in killed_everywhere(lambda: embed(model, images, out, ALONE), out.parent):
+        try:
+            embed(other, images, out, ALONE)
+        except UserError as error:
+            assert "pieces of other images or another student" in str(error)
+            continue
+        assert out.read_bytes() == wanted
+
+
+def test_a_folder_of_something_else_is_left_alone(images: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "out.parquet.parts" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(UserError, match="holds no pieces"):
+        embed(leap_dist.load(exported(tmp_path / "run")), images, tmp_path / "out.parquet", ALONE)
+    assert mine.read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,17 @@ def test_without_a_classifier_there_are_no_logits(tmp_path: Path) -> None:
     assert leap_dist.load(exported(tmp_path / "run"))(torch.zeros(1, 3, 32, 32)).logits is None
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_images_are_prepared_as_the_runs_evaluation_does(mode: str, tmp_path: Path) -> None:
-    model = leap_dist.load(exported(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("mode", "interpolation"), [("RGB", "bilinear"), ("L", "bilinear"), ("RGBA", "bilinear"), ("RGB", "bicubic")]
+)
+def test_images_are_prepared_as_the_runs_evaluation_does(mode: str, interpolation: str, tmp_path: Path) -> None:
+    model = leap_dist.load(exported(tmp_path / "run", interpolation=interpolation))
     pixels = np.random.default_rng(0).integers(0, 256, (50, 71, 4), dtype=np.uint8)
     pixels[..., 3] = 255
     stored = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(stored, "png")
     data = DataConfig(train="", image_size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), crop_pct=0.8)
-    wanted = eval_transform(data)(decode(stored.getvalue()))
+    wanted = eval_transform(data, bicubic=interpolation == "bicubic")(decode(stored.getvalue()))
     assert torch.equal(model.preprocess(Image.open(stored)), wanted)
 
 
@@ -65,6 +67,10 @@ def test_a_file_a_folder_and_the_average(tmp_path: Path) -> None:
         leap_dist.load(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match=r"no student_ema\.safetensors"):
         leap_dist.load(exported(tmp_path / "other"), ema=True)
+    for name in ("tiny", "small"):
+        exported(tmp_path / "cohort" / name)
+    with pytest.raises(FileNotFoundError, match=r"did you mean \S+cohort/small or \S+cohort/tiny\?"):
+        leap_dist.load(tmp_path / "cohort")
 
 
 @pytest.mark.seconds

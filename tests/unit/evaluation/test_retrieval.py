@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leap_dist.errors import UserError
-from leap_dist.evaluation.retrieval import KAPPAS, Truth, query_scores, rankings, retrieval_scores
+from leap_dist.evaluation.retrieval import KAPPAS, Truth, query_scores, rankings, retrieval_scores, summed
 from leap_dist.evaluation.robustness import ALEXNET, class_table, corruption_errors
 
 CPU = torch.device("cpu")
@@ -105,3 +105,17 @@ def test_classes_of_the_robustness_sets_are_found_by_name_or_by_number() -> None
         class_table(train, {"n99999999": 0}, "a")
     with pytest.raises(UserError, match="not named by WordNet ids"):
         class_table({"cat": 0}, {"n01484850": 0}, "a")
+
+
+def test_scales_add_up_as_in_the_published_code() -> None:
+    """`extract_ms` of cnnimageretrieval-pytorch, whose networks normalise: v += net(scaled); v /= len; v /= |v|."""
+    random = np.random.default_rng(3)
+    scales = [random.normal(size=(5, 4)) * factor for factor in (1, 30, 0.1)]
+    expected = np.zeros((5, 4))
+    for features in scales:
+        for row in range(5):
+            expected[row] += features[row] / np.sqrt((features[row] ** 2).sum())
+    expected /= np.sqrt((expected**2).sum(1, keepdims=True))
+    found = summed([torch.from_numpy(features) for features in scales])
+    assert torch.nn.functional.normalize(found).numpy() == pytest.approx(expected)
+    assert summed([torch.from_numpy(scales[0])]).numpy() == pytest.approx(scales[0])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 from leap_dist.config import ObjectiveConfig, StudentConfig
 from leap_dist.errors import UserError
@@ -130,3 +135,62 @@ def test_cosine_is_the_mean_over_tokens() -> None:
     expected = F.cosine_similarity(F.linear(tokens, head.weight, head.bias).double(), target.double(), dim=-1).mean()
     score = head(tokens, target, True)[1].score("mean", 1)
     assert score.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.fixture
+def graphs() -> Iterator[Counter[str]]:
+    """What torch.compile has counted since the beginning of the test: "unique_graphs" are compilations."""
+    torch.compiler.reset()
+    counters["stats"].clear()
+    yield counters["stats"]
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("targets", [1, 3], ids=["last", "all_layers"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_student_learns_the_same(graphs: Counter[str], targets: int, precision: torch.dtype) -> None:
+    """Compiled once: not again for a scored step, another target, a head that begins anew, nor when it is evaluated."""
+    torch.manual_seed(0)
+    plain = Objective(small_student(), 20, (4, 4), ObjectiveConfig(), num_targets=targets)
+    compiled = copy.deepcopy(plain)
+    compiled.compile_student("aot_eager")
+    images = torch.randn(2, 3, 16, 16)
+    for step in range(4):
+        features = [random_features((4, 4)) for _ in range(targets)]
+        if step == 2:
+            for one in (plain, compiled):
+                with torch.no_grad():
+                    one.heads[0].weight.fill_(0.1)
+        found = []
+        for one in (plain, compiled):
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                match = one(images, features, step % 2 == 0)
+            assert len(match.evidence) == (targets if step % 2 == 0 else 0)
+            match.loss.backward()
+            found.append([match.loss, *(one.score(item, "exact", 1, torch.clone) for item in match.evidence)])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+        for got, wanted in zip(compiled.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-2, atol=1e-2 * wanted.grad.abs().max().item())
+    with torch.no_grad():
+        compiled.eval()(torch.randn(5, 3, 16, 16), [random_features((4, 4), batch=5) for _ in range(targets)], True)
+    assert graphs["unique_graphs"] == 2  # the student's, and that of the score
+
+
+def test_students_that_are_alike_share_what_was_compiled(graphs: Counter[str]) -> None:
+    for count, width in ((1, 12), (1, 12), (2, 8)):
+        objective = Objective(small_student(embed_dim=width), 20, (4, 4), ObjectiveConfig())
+        objective.compile_student("eager")
+        objective(torch.randn(2, 3, 16, 16), [random_features((4, 4))])
+        assert graphs["unique_graphs"] == count
+
+
+def test_a_student_that_cannot_be_compiled_is_one_line(graphs: Counter[str]) -> None:
+    student = small_student()
+    student.backbone.blocks[0].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    objective = Objective(student, 20, (4, 4), ObjectiveConfig())
+    objective.compile_student("aot_eager")
+    with pytest.raises(
+        UserError, match=r"torch cannot compile student\.model=vit_tiny.*use student.compile=false"
+    ) as it:
+        objective(torch.randn(2, 3, 16, 16), [random_features((4, 4))])
+    assert "\n" not in str(it.value)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+import leap_dist
 from leap_dist.config import ObjectiveConfig, StudentConfig, load
 from leap_dist.matching.objective import Objective
 from leap_dist.models.export import export_student, load_student
 from leap_dist.models.student import Student, build_student
 from leap_dist.runtime.distributed import World
+from leap_dist.runtime.integrity import sealed
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 ROOT = Path(__file__).resolve().parents[3]
@@ -85,12 +87,40 @@ def test_load_student_gives_the_student_back(remedy: str, tmp_path: Path) -> Non
     assert torch.equal(loaded.classify(loaded(IMAGES)), student.classify(student(IMAGES)))
 
 
-def test_an_export_of_before_the_remedies_loads(tmp_path: Path) -> None:
+def test_the_record_says_what_an_export_needs(tmp_path: Path) -> None:
+    """Images as the run's evaluation took them, where the tokens are, and what made it."""
+    _, path = exported(tmp_path / "swept")
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert (about["interpolation"], about["colour_order"], about["crop_pct"]) == ("bilinear", "RGB", 0.9)
+    told = {"order": "NLC", "prefix": 1, "stage": None, "reduction": None, "cls": "token", "source": "features"}
+    assert {key: about[key] for key in told} == told
+    assert about["versions"]["torch"] == torch.__version__ and about["versions"].keys() == {
+        "leap_dist",
+        "torch",
+        "timm",
+    }
+    assert about["git"] is None or re.fullmatch("[0-9a-f]{40}", about["git"]["commit"])
+    _, path = exported(tmp_path / "leap", "evaluation.protocol=leap")
+    assert json.loads(path.with_suffix(".json").read_text())["interpolation"] == "bicubic"
+
+
+FIRST = {"model", "kwargs", "image_size", "mean", "std"}
+REMEDIED = FIRST | {"remedy", "width", "wide"}
+MAPPED = REMEDIED | {"crop_pct", "reduction", "resized_to", "map_at", "mean_head", "cls", "grid"}
+OLDER = {"first": FIRST, "remedied": REMEDIED, "cropped": REMEDIED | {"crop_pct"}, "mapped": MAPPED}
+
+
+@pytest.mark.parametrize("keys", [*OLDER.values(), MAPPED | {"file", "seal"}], ids=[*OLDER, "sealed"])
+def test_a_record_of_any_earlier_version_loads(keys: set[str], tmp_path: Path) -> None:
     student, path = exported(tmp_path)
     record = path.with_suffix(".json")
     about = json.loads(record.read_text())
-    record.write_text(json.dumps({key: about[key] for key in ("model", "kwargs", "image_size", "mean", "std")}))
-    assert torch.equal(load_student(path, torch.device("cpu"))(IMAGES).patch, student(IMAGES).patch)
+    older = {key: about[key] for key in keys - {"seal"}}
+    record.write_text(json.dumps(sealed(older) if "seal" in keys else older))
+    assert torch.equal(load_student(path)(IMAGES).patch, student(IMAGES).patch)
+    model = leap_dist.load(path)
+    assert torch.equal(model(IMAGES).tokens, student(IMAGES).patch)
+    assert (model.spec.crop_pct, model.spec.interpolation) == (0.9 if "crop_pct" in keys else 0.875, "bilinear")
 
 
 @pytest.mark.seconds

@@ -200,6 +200,12 @@ class Own(nn.Module):
             "odd": tokens[:, 1:],
             "dict": {"x": found},
             "vector": found.mean((2, 3)),
+            "sequence first": tokens.transpose(0, 1),
+            "class token of all": (tokens, found.amax((0, 2, 3))[None].expand(3, -1)),
+            "fewer in training": tokens[:, :9] if self.training else tokens,
+            "two in training": (found, found, found) if self.training else found,
+            "detached": found.detach(),
+            "numbers": found * (1 + float(found.detach().amax() > 1e9)),
         }[self.gives]
 
 
@@ -230,9 +236,11 @@ def test_a_module_of_ones_own(gives: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "kwargs", "words"),
     [
-        (OWN, {"gives": "odd"}, r"returned a tensor \(1, 15, 6\) of torch.float32; expected a map \(B,C,h,w\)"),
-        (OWN, {"gives": "dict"}, "returned a dict"),
-        (OWN, {"gives": "vector"}, r"returned a tensor \(1, 6\)"),
+        (OWN, {"gives": "odd"}, r"made a tensor \(1, 15, 6\) of torch.float32 of an image; expected a map \(B,C,h,w\)"),
+        (OWN, {"gives": "dict"}, "made a dict of an image"),
+        (OWN, {"gives": "vector"}, r"made a tensor \(1, 6\)"),
+        (OWN, {"gives": "sequence first"}, r"made a tensor \(16, 1, 6\)"),
+        (OWN, {"gives": "class token of all"}, r"made a tuple of 2 \(a tensor \(1, 16, 6\) .*, a tensor \(3, 6\)"),
         (OWN, {"gives": "nothing"}, "cannot run on an image of 64 pixels"),
         (OWN, {"no": 1}, "failed with TypeError"),
         (f"{__name__}:not_a_module", {}, "returned a int, expected an nn.Module"),
@@ -244,6 +252,41 @@ def test_a_module_that_gives_something_else_is_one_line(model: str, kwargs: dict
     with pytest.raises(UserError, match=words) as caught:
         build_student(StudentConfig(model=model, kwargs=kwargs), 64)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "size", "images", "words"),
+    [
+        (OWN, {"gives": "fewer in training"}, 64, 2, "gives 9 patch tokens of 6 channels in training, 16 of 6 else"),
+        (OWN, {"gives": "two in training"}, 64, 2, "made a tuple of 3 .* of 2 images; expected a map"),
+        ("test_resnet", {}, 32, 1, "cannot train on an image of 32 pixels .*more than 1 value per channel"),
+        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, 64, 2, "gives 8 patch tokens .* in training, 16 of .* else"),
+    ],
+)
+def test_what_only_training_shows_is_one_line_before_it(
+    model: str, kwargs: dict, size: int, images: int, words: str
+) -> None:
+    student = build_student(StudentConfig(model=model, kwargs=kwargs), size)
+    with pytest.raises(UserError, match=words) as caught:
+        student.check_trains(images)
+    assert "\n" not in str(caught.value)
+    assert student.training and all(buffer.eq(0).all() for name, buffer in student.named_buffers() if "mean" in name)
+
+
+def test_two_images_are_enough_for_batch_norms_on_a_map_of_one_cell() -> None:
+    student = build_student(StudentConfig(model="test_resnet"), 32)
+    assert student.grid == (1, 1)
+    student.check_trains(2)
+
+
+def test_a_module_that_nothing_trains_is_one_line_and_one_that_needs_numbers_trains() -> None:
+    def objective(gives: str) -> Objective:
+        student = build_student(StudentConfig(model=OWN, kwargs={"gives": gives}), 64)
+        return Objective(student, 30, (4, 4), ObjectiveConfig())
+
+    with pytest.raises(UserError, match=r"cannot be trained .*does not require grad"):
+        objective("detached")
+    assert all(parameter.requires_grad for parameter in objective("numbers").student.parameters())
 
 
 # -- warm start -------------------------------------------------------------------------------------------------------
@@ -261,6 +304,21 @@ def test_it_starts_from_a_timm_checkpoint_and_from_an_export(tmp_path: Path) -> 
     nn.init.zeros_(again.backbone.lift[0].weight)
     warm_start(again, str(path))
     assert torch.equal(again.backbone.lift[0].weight, student.backbone.lift[0].weight)
+
+
+def test_a_widened_last_stage_starts_anew_and_the_rest_from_the_file(tmp_path: Path) -> None:
+    state = timm.create_model("test_convnext").state_dict()
+    torch.save(state, file := tmp_path / "timm.pth")
+    student = built("test_convnext", 64, remedy="wide_last")
+    untouched = built("test_convnext", 64, remedy="wide_last").backbone.state_dict()
+    warm_start(student, str(file))
+    for name, tensor in student.backbone.state_dict().items():
+        source = state if tensor.shape == state[name].shape else untouched
+        assert torch.equal(tensor, source[name]), name
+        assert source is state or name.startswith(("stages.3.", "norm_pre.", "head.norm.")), name
+    torch.save({key: value for key, value in state.items() if "stages.2" not in key}, file)
+    with pytest.raises(UserError, match=r"lacks stages\.2"):
+        warm_start(student, str(file))
 
 
 def test_a_second_stage_at_a_higher_resolution_resamples_as_timm_does(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import leap_dist
 from leap_dist.config import TeacherConfig
 from leap_dist.data import Batch, eval_transform, write_shards
 from leap_dist.data.crops import decode
 from leap_dist.data.digits import digit_samples
+from leap_dist.deployment.images import shown_to
 from leap_dist.errors import UserError
 from leap_dist.pretraining.recipe import TeacherRecipe, load_recipe
 from leap_dist.pretraining.session import Session, token_loss
@@ -82,6 +84,13 @@ def test_record_rebuilds_what_it_measured(trained: Path, shards: Path) -> None:
     model = timm.create_model(about["model"], **about["kwargs"])
     model.load_state_dict(state)
     assert val_accuracy(model.eval(), recipe(shards, trained)) == about["val_accuracy"]
+
+
+def test_it_is_loaded_and_shown_its_images_as_a_student_is(trained: Path, shards: Path) -> None:
+    model, about = leap_dist.load(trained), json.loads((trained / "teacher.json").read_text())
+    assert val_accuracy(lambda images: model(images).logits, recipe(shards, trained)) == about["val_accuracy"]
+    shown = shown_to(model.spec, trained, None, None)
+    assert (shown.data.train, shown.bicubic) == (recipe(shards, trained).data.train, False)
 
 
 def test_weights_are_the_average_and_a_teachers(trained: Path, shards: Path) -> None:

@@ -402,10 +402,10 @@ def emptied(path: Path) -> None:
         (lambda folder: (folder / "latest").write_text("x" * 5000), 9, "latest is garbled"),
         (lambda folder: (folder / "latest").write_text("\ufeffstep00000009\r\n"), 9, None),
         (lambda folder: emptied(folder / "latest"), 9, "latest is garbled"),
-        (lambda folder: emptied(folder / "step00000009" / "run.json"), 5, "step00000009 has an empty run.json"),
-        (lambda folder: (folder / "step00000009" / "run.json").write_text("{"), 5, "has a garbled run.json"),
-        (lambda folder: (folder / "step00000009" / "run.json").write_text("[1]"), 5, "has a garbled run.json"),
-        (lambda folder: (folder / "step00000009" / "run.json").write_text("[" * 10**5), 5, "has a garbled run.json"),
+        (lambda folder: emptied(folder / "step00000009" / "run.json"), 5, "step00000009 has a run.json that is empty"),
+        (lambda folder: (folder / "step00000009" / "run.json").write_text("{"), 5, "run.json that is garbled"),
+        (lambda folder: (folder / "step00000009" / "run.json").write_text("[1]"), 5, "run.json that is garbled"),
+        (lambda folder: (folder / "step00000009" / "run.json").write_text("[" * 10**5), 5, "run.json that is garbled"),
         (lambda folder: (folder / "step00000009" / "run.json").unlink(), 5, "has no run.json"),
         (lambda folder: (folder / "step00000009" / "model.json").unlink(), 5, "has no model states"),
         (lambda folder: emptied(folder / "step00000009" / "model.json"), 5, "has an empty model.json"),
@@ -546,7 +546,7 @@ def test_a_damaged_checkpoint_that_is_asked_for_names_the_whole_ones_beside_it(t
     claimed(tmp_path / "old", "checkpoint.keep=3", steps=(5, 7, 9))
     wanted = tmp_path / "old" / "checkpoints" / "step00000009"
     emptied(wanted / "run.json")
-    with pytest.raises(UserError, match=r"has an empty run.json; whole beside it: step00000007, step00000005"):
+    with pytest.raises(UserError, match=r"has a run.json that is empty; whole beside it: step00000007, step00000005"):
         find_resume(config(tmp_path / "new", f"resume={wanted}"), ONE)
 
 
