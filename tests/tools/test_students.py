@@ -9,18 +9,24 @@ import pytest
 import students
 import timm
 
-from leap_dist.benchmarking.architectures import BEGIN, END, Verdict, architectures, evenly, page_with, try_out
+from leap_dist.benchmarking.architectures import BEGIN, END, Verdict, architectures, page_with, try_out
 from leap_dist.errors import UserError
 
-SAMPLE = 24  # of more than six hundred, which take an hour; tools/students.py tries them all
+SHARES = 24  # of more than six hundred, which take an hour
+
+
+@pytest.fixture(scope="module")
+def names() -> list[str]:
+    found = list(architectures(30e6))
+    assert len(found) > 600
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_architectures_below_30_million_parameters_train_or_are_refused_in_a_line() -> None:
-    names = architectures(30e6)
-    assert len(names) > 600
-    for name in evenly(names, SAMPLE):
+@pytest.mark.parametrize("share", range(SHARES))
+def test_architectures_below_30_million_parameters_train_or_are_refused_in_a_line(names: list[str], share: int) -> None:
+    for name in names[share::SHARES]:
         verdict = try_out(name)  # which asserts gradients, and equal tokens of student, export and plain timm
         assert "\n" not in verdict.refusal
         if verdict.refusal:
