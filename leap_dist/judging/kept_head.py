@@ -13,7 +13,7 @@ from torch import nn
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, on_main
 from leap_dist.runtime.files import write_whole
-from leap_dist.runtime.running_stats import all_running_stats, restore_running_stats
+from leap_dist.runtime.running_stats import all_buffers, restore_buffers
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class KeptHead:
 
     def save(self, step: int) -> None:
         """As it is after `step` steps. UserError, on every rank, if the disk refuses it."""
-        stats = all_running_stats(self._head, self._world)
+        stats = all_buffers(self._head, self._world)
         parts = [self._head.state_dict(), *(other.state_dict() for other in self._others)]
         state = {"step": step, "parts": parts, "stats": stats}
         try:
@@ -44,7 +44,7 @@ class KeptHead:
             return 0
         for part, known in zip((self._head, *self._others), state["parts"], strict=True):
             part.load_state_dict(known)
-        restore_running_stats(self._head, state["stats"], self._world)
+        restore_buffers(self._head, state["stats"], self._world)
         return state["step"]
 
     def _read(self) -> Any:

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from leap_dist.benchmarking.steps import aim, build_conducted, conduct, held_teacher, load_for_steps, random_images
+from leap_dist.benchmarking.steps import (
+    aim,
+    batch_of,
+    build_conducted,
+    conduct,
+    held_teacher,
+    load_for_steps,
+    random_images,
+)
 from leap_dist.runtime.distributed import initialise, shutdown
 from leap_dist.runtime.host_copy import HostCopy
 from leap_dist.teacher.lookahead import Work
@@ -62,7 +70,7 @@ def main(output: Path, overrides: list[str]) -> None:
             raise SystemExit(f"{read} went unnoticed")
     config = load_for_steps(None, [*TINY, *overrides], batch=4, output=output)
     teacher = held_teacher(config, world.device)[1]
-    trainer = build_conducted(config, world, teacher, random_images(config, world.device))
+    trainer = build_conducted(config, world, teacher, batch_of(random_images(config, world.device)))
     step, features_of, seen = trainer.cohort.step, teacher.features_of, []
 
     def watched(work: Work) -> None:

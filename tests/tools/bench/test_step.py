@@ -11,7 +11,15 @@ import torch
 
 from bench import step
 from leap_dist.benchmarking import company, steps
-from leap_dist.benchmarking.steps import Conducted, Exchangeable, HeldTeacher, aim, conduct, load_for_steps
+from leap_dist.benchmarking.steps import (
+    Conducted,
+    Exchangeable,
+    HeldTeacher,
+    aim,
+    batch_of,
+    conduct,
+    load_for_steps,
+)
 from leap_dist.config import Config
 from leap_dist.errors import UserError
 from leap_dist.matching.cka import linear_cka_of_features
@@ -69,7 +77,7 @@ def test_the_cut_teacher_gives_our_features_at_every_block(tmp_path: Path) -> No
 
 def test_every_item_of_a_script_is_one_step_at_the_block_it_aims_at(tmp_path: Path) -> None:
     trainer = stub_trainer(stub_config(tmp_path, "curriculum.threshold=1000"), Exchangeable(StubTeacher()))
-    trainer.loader = Conducted(torch.randn(4, 3, 8, 8))
+    trainer.loader = Conducted(batch_of(torch.randn(4, 3, 8, 8)))
     trainer.steps_per_epoch, weight = 10, trainer.learner.engine.module.heads[0].weight
     teachers, seen = (StubTeacher(), StubTeacher()), []
 
