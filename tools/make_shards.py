@@ -164,10 +164,10 @@ def check(options: argparse.Namespace) -> None:
     (out,) = options.paths
     shards = stored_shards(out)
     counts = defaultdict(Counter)
-    with progress(sum(shard.info["samples"] for shard in shards), "image", f"verify {out.name}") as bar:
+    with progress(sum(shard.samples for shard in shards), "image", f"verify {out.name}") as bar:
         for shard, labels in zip(shards, verify(shards, count_classes(out), options.workers), strict=True):
             counts[shard.folder] += labels
-            bar.update(shard.info["samples"])
+            bar.update(shard.samples)
     for folder, labels in counts.items():
         sizes = labels.values()
         print(f"{folder}: {sum(sizes)} images, {len(sizes)} classes of {min(sizes)} to {max(sizes)} images, all sound")

@@ -34,6 +34,11 @@ class StoredShard:
         """Its file."""
         return self.folder / self.index.raw.names[self.number]
 
+    @property
+    def samples(self) -> int:
+        """How many it has."""
+        return int(self.index.samples[self.number])
+
 
 def stored_shards(out: Path) -> list[StoredShard]:
     """All shards that the indices of `out`, or of the folders in it, list. UserError if a split or images are missing.
@@ -82,7 +87,7 @@ def _check_planned(out: Path, planned: dict[str, Optional[int]], shards: list[St
     if (out / QUARANTINE).exists():
         with open(out / QUARANTINE, newline="", encoding="utf-8") as file:
             left_out = sum(1 for _ in csv.reader(file)) - 1
-    stored, wanted = sum(int(shard.index.samples[shard.number]) for shard in shards), sum(planned.values())
+    stored, wanted = sum(shard.samples for shard in shards), sum(planned.values())
     if stored + left_out != wanted:
         raise UserError(f"{out}: {stored} images in shards and {left_out} in quarantine, but {RUN} says {wanted}")
 

@@ -39,6 +39,7 @@ def test_colours_are_themselves(tmp_path: Path) -> None:
     assert same.failures == [] and rows(same)[0]["values apart"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_wait_is_found_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = ["default"]
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
