@@ -27,7 +27,7 @@ STEPS_PER_EPOCH = 10
 class Finished:
     """A loader of images that are augmented and normalised already: this rank's share of each batch."""
 
-    num_samples, layout, contents = inputs.BATCH * STEPS_PER_EPOCH, "published", "published"
+    num_samples, layout, contents, order = inputs.BATCH * STEPS_PER_EPOCH, "published", "published", 0
 
     def __init__(self, world: World) -> None:
         share = inputs.BATCH // world.size

@@ -51,7 +51,7 @@ def resumed_is_uncut(tmp_path: Path, kind: str, *overrides: str) -> Path:
     return whole
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 def test_a_student_with_batch_norms_continues_to_the_bit(tmp_path: Path) -> None:
     """On two ranks at ZeRO stage 2; the average of its weights is judged by itself."""
     run = resumed_is_uncut(tmp_path, "batchnorm", "engine.zero_stage=2", "evaluation.probe_epochs=1")

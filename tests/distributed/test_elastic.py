@@ -76,7 +76,8 @@ def test_it_follows_with_accumulation_and_a_head_reset(stage: int, tmp_path: Pat
     follow(config, legs=[(5, 4), (15, 1)])
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_weight_decay_and_adam_steps_survive_the_conversion(stage: int, tmp_path: Path) -> None:
     """DeepSpeed 0.19 copies the first group's weight decay over all, and shares one step count, at stage 3."""
     said = ["2 ranks: 0 steps, then 2 more", "1 ranks: 2 steps converted, then 2 more"]

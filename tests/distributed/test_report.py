@@ -11,7 +11,7 @@ from leap_dist.monitoring.history import read_history
 from made_run import Page, outside
 from runs import run_ok, write_config
 
-pytestmark = pytest.mark.seconds
+pytestmark = pytest.mark.slow
 
 
 def test_a_page_that_cannot_be_written_costs_no_result_and_comes_with_the_next_end(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def test_sigterm_to_one_rank_saves_on_all_and_exits_0(uncut: Path, tmp_path: Pat
     assert_continues(config, uncut)
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_with_loader_workers_running(uncut: Path, tmp_path: Path) -> None:
     """The deepspeed launcher signals loader workers too, before their rank."""
     config = write_config(tmp_path, **LONG)

@@ -47,7 +47,7 @@ def on_two_ranks(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one").mkdir()  # empty: as good as none
     command = ["compare", str(student), str(student), "--teacher", TEACHER, *SMALL, "--out"]
