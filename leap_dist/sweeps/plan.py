@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +13,11 @@ from leap_dist.config import DEMO_TEACHER, Config, abridged, differences, load, 
 from leap_dist.errors import UserError
 from leap_dist.monitoring.comparison import SUMMARY, read_summary
 
-KEYS = {"base", "output", "launcher", "seeds", "common", "rows", "show", "together"}
-ROW_KEYS = {"overrides", "seeds", "like", "epochs_as"}
+KEYS = {"base", "output", "launcher", "seeds", "student_seeds", "common", "rows", "show", "together"}
+ROW_KEYS = {"overrides", "seeds", "student_seeds", "like", "epochs_as"}
 PASSES = "passes"  # folder of what shares a pass of the teacher
 OWNED = ("seed", "output", "resume", "telemetry.progress")
+STUDENT_SEED = "student.seed"  # also the sweep's, where it has `student_seeds`
 # What a row's epochs can be made to cost as much as: a finished run's teacher FLOPs, FLOPs of all parts, or seconds.
 COSTS = {
     "teacher_flops": lambda summary: summary["flops"]["teacher"],
@@ -60,12 +62,14 @@ PRICED = (
 class Row:
     """A line of the table.
 
+    student_seeds: of initial weights, each with each of `seeds`; none = a run's seed is that of its weights too.
     like: the row it was derived from; epochs_as: (row, cost) whose cost its epochs are to equal, of COSTS.
     """
 
     name: str
     overrides: tuple[str, ...]
     seeds: tuple[int, ...]
+    student_seeds: tuple[int, ...] = ()
     like: Optional[str] = None
     epochs_as: Optional[tuple[str, str]] = None
 
@@ -74,6 +78,7 @@ class Row:
 class Run:
     """One row with one seed. config: whole, but for the epochs of a row with `epochs_as`, which `with_budget` sets.
 
+    student_seed: of the initial weights, if it is not the run's.
     company: name of the pass that it shares with other runs; "" = none.
     """
 
@@ -81,11 +86,17 @@ class Run:
     seed: int
     config: Config
     out: Path
+    student_seed: Optional[int] = None
     company: str = ""
 
     @property
     def name(self) -> str:
-        return run_name(self.row.name, self.seed)
+        return run_name(self.row.name, self.seed, self.student_seed)
+
+    @property
+    def seeds(self) -> str:
+        """As the tables show them."""
+        return _seeds(self.seed, self.student_seed)
 
     @property
     def folder(self) -> Path:
@@ -101,7 +112,7 @@ class Run:
         """Runs that must have finished before this one can start: those that its epochs depend on."""
         if self.row.epochs_as is None or self.row.like is None:
             return ()
-        return run_name(self.row.epochs_as[0], self.seed), run_name(self.row.like, self.seed)
+        return tuple(run_name(row, self.seed, self.student_seed) for row in (self.row.epochs_as[0], self.row.like))
 
     def summary(self) -> Optional[dict[str, Any]]:
         """What the run left at its end; None before. One that dies while it evaluates leaves a part of it.
@@ -133,9 +144,13 @@ def _folder(out: Path, company: str, name: str) -> Path:
     return out / PASSES / company / name if company else out / "runs" / name
 
 
-def run_name(row: str, seed: int) -> str:
+def run_name(row: str, seed: int, student_seed: Optional[int] = None) -> str:
     """Of a row's run; also of its folder."""
-    return f"{row}-s{seed}"
+    return f"{row}-s{_seeds(seed, student_seed)}"
+
+
+def _seeds(seed: int, student_seed: Optional[int]) -> str:
+    return str(seed) if student_seed is None else f"{seed}w{student_seed}"
 
 
 def read_plan(path: Path, out: Optional[Path], overrides: Sequence[str]) -> Plan:
@@ -154,18 +169,19 @@ def read_plan(path: Path, out: Optional[Path], overrides: Sequence[str]) -> Plan
         raise UserError(f"{path}: {what}; it takes {', '.join(sorted(KEYS))}")
     base, output, launcher = (_text(spec, key, str(path)) for key in ("base", "output", "launcher"))
     out = out or Path(output or f"runs/sweeps/{path.stem}")
-    rows = _rows(spec["rows"], _listed(spec, "seeds", int, str(path)) or (0,), str(path))
+    rows = _rows(spec, str(path))
     common = (*_listed(spec, "common", str, str(path)), *overrides)
     _require_free(common, f"{path}, common or command line")
     runs = {}
     for row in rows.values():
         config = _config(row, path.parent / base, common)
-        for seed in row.seeds:
-            name = run_name(row.name, seed)
-            own = replace(config, seed=seed, output=str(_folder(out, "", name)))
+        for seed, initial in itertools.product(row.seeds, row.student_seeds or (None,)):
+            name = run_name(row.name, seed, initial)
+            student = config.student if initial is None else replace(config.student, seed=initial)
+            own = replace(config, seed=seed, student=student, output=str(_folder(out, "", name)))
             for problem in problems(own):
                 raise UserError(f"row {row.name}: {problem}")
-            runs[name] = Run(row=row, seed=seed, config=own, out=out)
+            runs[name] = Run(row=row, seed=seed, student_seed=initial, config=own, out=out)
     for row in rows.values():
         _require_equal_epochs(row, runs)
     for run in runs.values():
@@ -202,20 +218,22 @@ def _mapping(path: Path) -> dict[str, Any]:
     return spec
 
 
-def _rows(spec: Any, seeds: tuple[int, ...], where: str) -> dict[str, Row]:
-    if not isinstance(spec, dict) or not spec:
+def _rows(spec: dict[str, Any], where: str) -> dict[str, Row]:
+    asked = spec["rows"]
+    if not isinstance(asked, dict) or not asked:
         raise UserError(f"{where}: rows: expected names with lists of overrides")
+    default = {key: _listed(spec, key, int, where) for key in ("seeds", "student_seeds")}
     rows: dict[str, Row] = {}
-    for name, value in spec.items():
+    for name, value in asked.items():
         if not re.fullmatch(r"[\w.+-]+", str(name)):
             raise UserError(f"{where}: row {name}: a name of letters, digits and _ . + - is expected, folders bear it")
         known = {"overrides": value} if isinstance(value, list) else value
-        rows[str(name)] = _row(str(name), known, rows, seeds, where)
+        rows[str(name)] = _row(str(name), known, rows, default, where)
     return rows
 
 
-def _row(name: str, value: Any, above: dict[str, Row], seeds: tuple[int, ...], where: str) -> Row:
-    """One row; `above`: those that it may refer to."""
+def _row(name: str, value: Any, above: dict[str, Row], default: dict[str, tuple[int, ...]], where: str) -> Row:
+    """One row; `above`: those that it may refer to; default: seeds of rows that name none."""
     where = f"{where}: row {name}"
     if not isinstance(value, dict) or set(value) - ROW_KEYS:
         raise UserError(f"{where}: expected a list of overrides, or a mapping of {sorted(ROW_KEYS)}")
@@ -223,7 +241,8 @@ def _row(name: str, value: Any, above: dict[str, Row], seeds: tuple[int, ...], w
     if like is not None and like not in above:
         raise UserError(f"{where}: like={like}: no row above it has that name")
     overrides = (*(above[like].overrides if like else ()), *_listed(value, "overrides", str, where))
-    row = Row(name=name, overrides=overrides, seeds=_listed(value, "seeds", int, where) or seeds, like=like)
+    seeds, student_seeds = (_listed(value, key, int, where) or default[key] for key in ("seeds", "student_seeds"))
+    row = Row(name=name, overrides=overrides, seeds=seeds or (0,), student_seeds=student_seeds, like=like)
     if epochs_as is None:
         return row
     if not isinstance(epochs_as, dict) or set(epochs_as) != {"of", "by"} or epochs_as["by"] not in COSTS:
@@ -237,6 +256,8 @@ def _row(name: str, value: Any, above: dict[str, Row], seeds: tuple[int, ...], w
 def _config(row: Row, base: Path, common: Sequence[str]) -> Config:
     """A row's config; seed and output are still to be set, and the whole still to be checked."""
     _require_free(row.overrides, f"row {row.name}")
+    if row.student_seeds and any(text.startswith(f"{STUDENT_SEED}=") for text in (*common, *row.overrides)):
+        raise UserError(f"row {row.name}: {STUDENT_SEED}: student_seeds sets it; give one of them")
     try:
         config = load(base, [*common, *row.overrides, "resume=auto", "telemetry.progress=false"], check=False)
     except UserError as error:

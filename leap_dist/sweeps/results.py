@@ -50,11 +50,11 @@ def status(name: str, done: Mapping[str, Any], failures: Mapping[str, str]) -> s
 def _csv(runs: Mapping[str, Run], done: Mapping[str, Any], failures: Mapping[str, str]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["row", "seed", "status", *COLUMNS, "folder", "error"])
+    table.writerow(["row", "seed", "student_seed", "status", *COLUMNS, "folder", "error"])
     for name, run in runs.items():
         values = [COLUMNS[key].of(done[name]) if name in done else None for key in COLUMNS]
         end = (run.folder, failures.get(name))
-        table.writerow([run.row.name, run.seed, status(name, done, failures), *values, *end])
+        table.writerow([run.row.name, run.seed, run.student_seed, status(name, done, failures), *values, *end])
     return text.getvalue()
 
 
@@ -69,9 +69,9 @@ def _markdown(plan: Plan, done: Mapping[str, Any], columns: Mapping[str, Column]
     each = []
     for name, run in plan.runs.items():
         cells = [_spread([column.of(done[name])], column) if name in done else "" for column in columns.values()]
-        each.append([run.row.name, str(run.seed), status(name, done, failures), *cells])
+        each.append([run.row.name, run.seeds, status(name, done, failures), *cells])
     parts = [
-        "Mean ± sample standard deviation over n seeds; no deviation where all are equal.\n",
+        "Mean ± sample standard deviation over n runs of other seeds; no deviation where all are equal.\n",
         _table(["row", "n", *labels], means),
         "\nEvery run:\n",
         _table(["row", "seed", "status", *labels], each),

@@ -188,6 +188,34 @@ def test_seeds_can_be_made_one_by_one_and_the_tables_are_of_all(tmp_path: Path) 
     assert sweep.main([str(path), "--seeds", "7"]) == 2, "nothing to make is not a success"
 
 
+def test_every_seed_of_initial_weights_meets_every_seed_of_the_data(tmp_path: Path) -> None:
+    rows = {
+        "a": ["curriculum.mode=fixed"],
+        "b": {"seeds": [2], "student_seeds": [7]},
+        "c": {"like": "a", "overrides": ["optim.lr=0.2"], "epochs_as": {"of": "a", "by": "flops"}},
+    }
+    plan = read_plan(write_sweep(tmp_path, rows, student_seeds=[0, 1]), None, [])
+    assert list(plan.runs) == [
+        "a-s0w0", "a-s0w1", "a-s2w0", "a-s2w1", "b-s2w7", "c-s0w0", "c-s0w1", "c-s2w0", "c-s2w1",
+    ]  # fmt: skip
+    drawn = {name: (run.config.seed, run.config.student.seed) for name, run in plan.runs.items()}
+    assert drawn["a-s0w0"] == (0, 0) and drawn["a-s2w1"] == (2, 1) and drawn["b-s2w7"] == (2, 7)
+    assert plan.runs["c-s2w1"].needs() == ("a-s2w1", "a-s2w1")
+
+
+@pytest.mark.seconds
+def test_seeds_of_initial_weights_share_a_pass_and_are_told_apart(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, {"a": [], "b": ["optim.lr=0.2"]}, seeds=[0, 2], student_seeds=[0, 1], together=True)
+    assert sweep.main([str(path)]) == 0
+    passes = sorted(path.name[:2] for path in (tmp_path / "out" / "passes").iterdir() if path.is_dir())
+    assert passes == ["s0", "s2"]
+    assert cells(tmp_path, "a")[1] == "4"
+    with (tmp_path / "out" / "results.csv").open() as file:
+        made = [(line["row"], line["seed"], line["student_seed"], line["status"]) for line in csv.DictReader(file)]
+    assert made == [(row, seed, own, "done") for row in "ab" for seed in "02" for own in "01"]
+    assert "| a | 2w1 | done |" in (tmp_path / "out" / "results.md").read_text()
+
+
 @pytest.mark.seconds
 def test_jobs_run_beside_each_other_with_slots_and_ports_of_their_own(tmp_path: Path) -> None:
     """Each of these runs waits until two have started."""
@@ -291,6 +319,12 @@ MISTAKES = {
     "a row's seed": ({"rows": {"a": ["seed=7"]}}, "row a: seed=7: the sweep itself sets seed, output, resume"),
     "everybody's seed": ({"rows": {"a": []}, "common": ["seed=7"]}, "common or command line: seed=7: the sweep itself"),
     "any seed": ({"rows": {"a": []}, "seeds": [0, -1]}, "row a: seed=-1: must be at least 0"),
+    "weights' seeds": ({"rows": {"a": {"student_seeds": 3}}}, "row a: student_seeds=3: expected a list of whole"),
+    "any seed of weights": ({"rows": {"a": []}, "student_seeds": [-1]}, "row a: student.seed=-1: must be at least 0"),
+    "two seeds of weights": (
+        {"rows": {"a": ["student.seed=1"]}, "student_seeds": [0, 1]},
+        "row a: student.seed: student_seeds sets it; give one of them",
+    ),
     "no base": ({"rows": {"a": []}, "base": None}, "base=None: expected a text"),
     "a launcher": ({"rows": {"a": []}, "launcher": ["python"]}, "launcher=['python']: expected a text"),
     "an output": ({"rows": {"a": []}, "output": 20260701}, "output=20260701: expected a text"),
