@@ -262,6 +262,7 @@ def _rates(
     config = TeacherConfig(model=model, weights="random", dtype=dtype, compile=compiled, fp8_bound=-1.0)
     lazy = DrawnBackbone(config, size, device)
     depth = lazy.spec.depth
+    lazy.judge(depth)
     lazy.hold(range(depth))
     images = lazy.to_teacher(torch.randn(batch, 3, size, size))
     blocks = {"first": 1, "quarter": max(1, depth // 4), "half": max(1, depth // 2), "last": depth}
