@@ -138,7 +138,7 @@ def _outcome(config: Config, images: Tensor, device: torch.device) -> dict[str, 
     match = objective(images.to(device), [teacher.features(images.to(device))], True)
     match.loss.backward()
     gradients = [parameter.grad.flatten() for parameter in objective.parameters() if parameter.grad is not None]
-    score = match.evidence[0].score("exact", 1)
+    score = match.evidence[0].score()
     return {"loss": match.loss.detach(), "score": score.detach(), "gradients": torch.cat(gradients)}
 
 
