@@ -22,7 +22,7 @@ from leap_dist.curriculum.coordinator import Coordinator, Decision
 from leap_dist.curriculum.ledger import LEDGER, known_lines
 from leap_dist.data import BadSamples
 from leap_dist.evaluation import Validation
-from leap_dist.matching import Calibration, Evidence, Match, reset_heads
+from leap_dist.matching import Calibration, Evidence, Match, mean_of, reset_heads
 from leap_dist.models import StepFlops
 from leap_dist.monitoring import Accountant, Bar, Costs, Journal, configured_peaks, memory_bytes
 from leap_dist.runtime.aside import Aside
@@ -115,7 +115,7 @@ class Learner:
         self.config = config
         self.world = world
         self.engine = parts.engine
-        self.gradients = Gradients(parts.engine, config.engine.zero_stage, world)
+        self.gradients = Gradients(parts.engine, config.engine, world)
         self.coordinator = parts.coordinator
         self.curriculum = parts.coordinator.curriculum
         self.validation = parts.validation
@@ -178,7 +178,7 @@ class Learner:
     def calibration(self) -> Optional[Calibration]:
         """What finds the first target block on the run's first batch, if that is not given."""
         leap = self.config.curriculum.mode == "leap" and self.config.curriculum.start is None
-        return Calibration(self.engine, self._score) if leap and self.coordinator.schedule is None else None
+        return Calibration(self.engine, self._over_ranks) if leap and self.coordinator.schedule is None else None
 
     def start(self, calibrated: Optional[int]) -> None:
         """Begin at the block that is given, or that the calibration has found (LEAP: the block the untrained student
@@ -229,12 +229,11 @@ class Learner:
         with self._draws.turn(last):
             with self.timer.phase("student.forward"):
                 targets = batch.targets(current.blocks, logits=self.config.teacher_classes > 0)
-                labels = batch.labels.get(self.labelling)
-                match: Match = self.engine(batch.images, targets, current.scored, labels)
+                match: Match = self.engine(batch.images, targets, current.scored, batch.labels.get(self.labelling))
                 current.losses.append(torch.stack([match.loss.detach(), *match.terms.values()]))
                 _gather(current.evidence, match)
             if last:
-                means = self._sent(torch.stack(current.losses).mean(0), *current.evidence)
+                means = self._sent(mean_of(current.losses), *current.evidence)
                 self.pending = Pending(current.step, current.blocks[-1], current.lr, list(match.terms), means)
             with self.timer.phase("student.backward"):
                 self.gradients.add(match.loss)
@@ -262,13 +261,14 @@ class Learner:
         """Send own loss, mean losses, score and the last update to the host. losses: own, loss first. Collective."""
         update = update_numbers(self.engine, losses)  # not aside: the step's own update will write to the loss scale
         with self._aside.work([losses, update, *(() if evidence is None else evidence.tensors)]):
-            means = self._summed(losses.clone()) / self.world.size
-            score = losses.new_full((), math.nan) if evidence is None else self._score(evidence)
+            means, score = self._over_ranks(losses, evidence)
             return HostCopy(torch.cat([losses[:1], means, score[None].to(losses), update]))
 
-    def _score(self, evidence: Evidence) -> Tensor:
-        with torch.no_grad(), self.timer.phase("match"):
-            return self.engine.module.score(evidence, self.config.curriculum.reduction, self.world.size, self._summed)
+    def _over_ranks(self, losses: Tensor, evidence: Optional[Evidence]) -> tuple[Tensor, Tensor]:
+        """Mean losses, and the score of all ranks; NaN without evidence. Collective."""
+        reduction, objective = self.config.curriculum.reduction, self.engine.module
+        with self.timer.phase("match"):
+            return objective.over_ranks(losses, evidence, reduction, self.world, self._summed)
 
     def _summed(self, tensor: Tensor) -> Tensor:
         with self.timer.phase("communication"):

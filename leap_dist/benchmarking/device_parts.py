@@ -138,7 +138,7 @@ def _outcome(config: Config, images: Tensor, device: torch.device) -> dict[str, 
     match = objective(images.to(device), [teacher.features(images.to(device))], True)
     match.loss.backward()
     gradients = [parameter.grad.flatten() for parameter in objective.parameters() if parameter.grad is not None]
-    score = match.evidence[0].score("exact", 1)
+    score = match.evidence[0].score()
     return {"loss": match.loss.detach(), "score": score.detach(), "gradients": torch.cat(gradients)}
 
 
@@ -262,6 +262,7 @@ def _rates(
     config = TeacherConfig(model=model, weights="random", dtype=dtype, compile=compiled, fp8_bound=-1.0)
     lazy = DrawnBackbone(config, size, device)
     depth = lazy.spec.depth
+    lazy.judge(depth)
     lazy.hold(range(depth))
     images = lazy.to_teacher(torch.randn(batch, 3, size, size))
     blocks = {"first": 1, "quarter": max(1, depth // 4), "half": max(1, depth // 2), "last": depth}

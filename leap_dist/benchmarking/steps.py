@@ -74,6 +74,10 @@ class HeldTeacher(ReplicatedTeacher):
     def _share(self, block: int) -> range:
         return range(self.spec.depth)
 
+    def _settle(self, block: int) -> None:
+        self._lazy.judge(self.spec.depth)
+        super()._settle(block)
+
 
 class Exchangeable:
     """The teacher of a run that is measured with several: stands for `current`."""

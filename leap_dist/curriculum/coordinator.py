@@ -64,15 +64,15 @@ class Coordinator:
             self._judge(step, score)
         row = [curriculum.block, curriculum.ema, curriculum.epochs_on_block, math.isfinite(loss), stop, bad]
         with self.timer.phase("broadcast", host=True):
-            rows = checked_gather(here, [float(value) for value in row], self.world)
-        for rank, finite in enumerate(rows[:, 3].tolist()):
-            if not finite:
+            rows = checked_gather(here, [float(value) for value in row], self.world).tolist()
+        for rank, said in enumerate(rows):
+            if not said[3]:
                 raise NonFiniteLoss(f"non-finite loss on rank {rank} at step {step}")
         if not self.world.is_main:
-            block, ema, epochs = rows[0, :3].tolist()
+            block, ema, epochs = rows[0][:3]
             decided = {"block": int(block), "ema": ema, "epochs_on_block": int(epochs)}
             curriculum.load_state_dict(curriculum.state_dict() | decided)
-        return Decision(bool(rows[:, 4].any()), bool(rows[:, 5].any()))
+        return Decision(any(said[4] for said in rows), any(said[5] for said in rows))
 
     def start_at(self, block: int) -> None:
         """Start every rank at rank 0's `block` (calibration). Collective."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional
 
+import numpy as np
 import torch
 from timm.data.mixup import cutmix_bbox_and_lam
 from torch import Tensor
@@ -25,7 +26,7 @@ def check_groups(group_size: int, micro_batch: int) -> None:
         )
 
 
-def partners(groups: int, group_size: int, generator: torch.Generator) -> Tensor:
+def partners(groups: int, group_size: int, generator: torch.Generator) -> np.ndarray:
     """Whom each image of a global batch of groups x group_size is mixed with: (groups x group_size,) int64 positions.
 
     Group g holds the positions g, g + groups, g + 2 groups, ...: whole groups fall to one rank, whichever of the
@@ -33,9 +34,10 @@ def partners(groups: int, group_size: int, generator: torch.Generator) -> Tensor
     ring, so every image meets another one: of LEAP's permutation of the whole batch one image in expectation stays
     alone, of permutations of groups it would be one per group.
     """
-    ring = torch.rand(groups, group_size, generator=generator).argsort(1)
-    member = torch.empty_like(ring).scatter_(1, ring, ring.roll(-1, 1))
-    return (member.T * groups + torch.arange(groups)).reshape(-1)
+    ring = torch.rand(groups, group_size, generator=generator).argsort(1).numpy()
+    member = np.empty_like(ring)
+    np.put_along_axis(member, ring, np.roll(ring, -1, 1), 1)
+    return (member.T * groups + np.arange(groups)).reshape(-1)
 
 
 class Mix(NamedTuple):
@@ -88,9 +90,10 @@ def draw_mix(config: DataConfig, positions: Tensor, generator: torch.Generator) 
     if cuts:
         with seeded(int(torch.randint(2**62, (), generator=generator))):
             box, lam = cutmix_bbox_and_lam((config.image_size, config.image_size), lam)
-    row = torch.full((config.global_batch,), -1)
-    row[positions] = torch.arange(len(positions))
+    places = positions.numpy()  # few numbers: in numpy each of these takes a fraction of torch's microseconds
+    row = np.full(config.global_batch, -1)
+    row[places] = np.arange(len(places))
     groups = config.global_batch // config.mixup_group
-    rows = row[partners(groups, config.mixup_group, generator)[positions]]
+    rows = row[partners(groups, config.mixup_group, generator)[places]]
     assert (rows >= 0).all(), "a mixup group is split over micro-batches"
-    return Mix(lam, rows, box)
+    return Mix(lam, torch.from_numpy(rows), box)

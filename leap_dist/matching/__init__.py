@@ -8,7 +8,7 @@ from __future__ import annotations
 from leap_dist.matching.calibration import Calibration
 from leap_dist.matching.cka import constant, constant_rows, linear_cka, linear_cka_of_features
 from leap_dist.matching.heads import check_impl, check_widths
-from leap_dist.matching.objective import Match, Objective
+from leap_dist.matching.objective import Match, Objective, mean_of
 from leap_dist.matching.reset import reset_heads
 from leap_dist.matching.score import Evidence
 
@@ -23,5 +23,6 @@ __all__ = [
     "constant_rows",
     "linear_cka",
     "linear_cka_of_features",
+    "mean_of",
     "reset_heads",
 ]

@@ -17,12 +17,13 @@ from leap_dist.runtime.host_copy import HostCopy
 class Calibration:
     """Finds the 1-indexed block with the highest score over what it is shown, the shallowest of equals.
 
-    score: of the evidence of all ranks. A block whose score is not finite is never chosen before one whose score is.
+    over_ranks: from losses and evidence to mean losses and score of all ranks. A block whose score is not finite is
+    never chosen before one whose score is.
     """
 
-    def __init__(self, engine: Any, score: Callable[[Evidence], Tensor]) -> None:
+    def __init__(self, engine: Any, over_ranks: Callable[[Tensor, Evidence], tuple[Tensor, Tensor]]) -> None:
         self._engine = engine
-        self._score = score
+        self._over_ranks = over_ranks
         self._evidence: list[Evidence] = []
 
     @torch.no_grad()
@@ -37,7 +38,8 @@ class Calibration:
     @torch.no_grad()
     def scores(self) -> list[float]:
         """The untrained student's score on each block, the shallowest first. Collective."""
-        return HostCopy(torch.stack([self._score(item) for item in self._evidence])).read()
+        found = [self._over_ranks(item.tensors[0].new_empty(0), item)[1] for item in self._evidence]
+        return HostCopy(torch.stack(found)).read()
 
     def best(self) -> int:
         """The block. Collective."""

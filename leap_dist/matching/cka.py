@@ -4,12 +4,11 @@ Shapes: moments as in `leap_kernels.Moments`; W (Dt, Ds) the head's weight. The 
 
 Bias of small samples. The biased (V-statistic) CKA that LEAP uses reads about D / (N + D) for independent features of
 width D at N rows: 0.43 at N=512, D=384. The plain mean of per-rank scores carries the bias of the rows of one rank,
-`merge_over_ranks` that of the global batch, so a threshold means the same on 1 and on 64 GPUs.
+`merged_shares` that of the global batch, so a threshold means the same on 1 and on 64 GPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -116,25 +115,39 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 @torch.no_grad()
-def merge_over_ranks(moments: Moments, all_reduce_sum: Callable[[Tensor], Tensor]) -> Moments:
-    """Moments of the rows of all ranks together, whatever each rank's share, in two collectives.
+def share_of(moments: Moments, rank: int, ranks: int) -> Tensor:
+    """What a rank adds to the one sum over ranks from which `merged_shares` takes the moments of all rows: (K,).
 
-    `all_reduce_sum` takes a contiguous tensor and returns its sum over ranks (it may work in place). First the counts
-    and sums, 8 (1 + Ds + Dt) bytes; then, moved to the common mean, the second moments, 4 (Ds^2 + Dt Ds + Dt^2) bytes.
+    K = ranks (1 + Ds + Dt) + Ds^2 + Dt Ds + Dt^2, in the moments' dtype. A rank's count and means have a row of their
+    own, to which all others add zeros: so the sum that adds up the second moments also tells every rank all means.
     """
-    n, mean_s, mean_t = moments[:3]
-    first = torch.cat([torch.ones_like(n)[None], mean_s, mean_t]).double() * n
-    first = all_reduce_sum(first)
-    total = first[0]
-    means = (first[1:] / total).to(mean_s.dtype)
-    common_s, common_t = means.split([mean_s.numel(), mean_t.numel()])
-    delta_s, delta_t = mean_s - common_s, mean_t - common_t
-    shifted = (
-        torch.addr(moments.css, delta_s, delta_s * n),
-        torch.addr(moments.cts, delta_t, delta_s * n),
-        torch.addr(moments.ctt, delta_t, delta_t * n),
+    own = torch.cat([moments.n[None], moments.mean_s, moments.mean_t])
+    rows = own.new_zeros(ranks, len(own))
+    rows[rank] = own
+    return torch.cat([x.flatten() for x in (rows, moments.css, moments.cts, moments.ctt)])
+
+
+@torch.no_grad()
+def merged_shares(total: Tensor, like: Moments, ranks: int) -> Moments:
+    """Moments of the rows of all ranks together, whatever each rank's share. total: the sum of `share_of` over ranks.
+
+    Second moments about each rank's means are moved to the common ones: M = sum_r (M_r + n_r d_r d_r^T), d_r = mean_r -
+    mean (Chan et al.).
+    """
+    seconds = (like.css, like.cts, like.ctt)
+    widths = [1, like.mean_s.numel(), like.mean_t.numel()]
+    first, *parts = total.split([ranks * sum(widths), *(x.numel() for x in seconds)])
+    css, cts, ctt = (part.view_as(x) for part, x in zip(parts, seconds, strict=True))
+    n, means_s, means_t = first.view(ranks, -1).double().split(widths, 1)
+    rows = n.sum()
+    mean_s, mean_t = ((n * means).sum(0) / rows for means in (means_s, means_t))
+    delta_s, delta_t = (means_s - mean_s).to(css.dtype), (means_t - mean_t).to(css.dtype)
+    between_s, between_t = delta_s * n.to(css.dtype), delta_t * n.to(css.dtype)
+    return Moments(
+        rows.to(like.n.dtype),
+        mean_s.to(like.mean_s.dtype),
+        mean_t.to(like.mean_t.dtype),
+        torch.addmm(css, delta_s.T, between_s),
+        torch.addmm(cts, delta_t.T, between_s),
+        torch.addmm(ctt, delta_t.T, between_t),
     )
-    packed = all_reduce_sum(torch.cat([x.flatten() for x in shifted]))
-    parts = packed.split([x.numel() for x in shifted])
-    css, cts, ctt = (part.view_as(x) for part, x in zip(parts, shifted, strict=True))
-    return Moments(total.to(n.dtype), common_s, common_t, css, cts, ctt)

@@ -21,9 +21,10 @@ from leap_dist.errors import UserError
 from leap_dist.matching.cka import linear_cka
 from leap_dist.matching.heads import build_head
 from leap_dist.matching.losses import soft_distillation
-from leap_dist.matching.score import Evidence, LinearCka, Summed
+from leap_dist.matching.score import Evidence, LinearCka, Summed, over_ranks
 from leap_dist.models import Features, Student, on_grid
 from leap_dist.runtime.average import WeightAverage
+from leap_dist.runtime.distributed import World
 
 
 class Match(NamedTuple):
@@ -87,7 +88,7 @@ class Objective(nn.Module):
         config = self.config
         views = self._compiled_views(images) if self._compiled and self.training else self._views(images)
         terms, evidence = self._feature_terms(views, targets, with_evidence)
-        loss = config.feature_weight * (terms["patch"] + config.cls_weight * terms["cls"])
+        loss = _times(config.feature_weight, terms["patch"] + _times(config.cls_weight, terms["cls"]))
         if labels is not None:
             logits = self.student.classify(views[-1])
             supervised = self._supervised_terms(logits, labels, targets[-1].logits)
@@ -106,9 +107,11 @@ class Objective(nn.Module):
         self._compiled = torch.compile(self._views, fullgraph=True, dynamic=False, backend=backend)
         self._linear_cka = torch.compile(linear_cka, fullgraph=True, dynamic=False, backend=backend)
 
-    def score(self, evidence: Evidence, reduction: str, ranks: int, summed: Summed) -> Tensor:
-        """Of evidence over all ranks, as `Evidence` has it."""
-        return evidence.score(reduction, ranks, summed, self._linear_cka)
+    def over_ranks(
+        self, losses: Tensor, evidence: Optional[Evidence], reduction: str, world: World, summed: Summed
+    ) -> tuple[Tensor, Tensor]:
+        """Mean losses and score of all ranks, as `leap_dist.matching.score.over_ranks` has them."""
+        return over_ranks(losses, evidence, reduction, world, summed, self._linear_cka)
 
     def after_step(self) -> None:
         """What follows an optimizer step: the average of the weights moves."""
@@ -145,8 +148,8 @@ class Objective(nn.Module):
             evidence += [found] if found is not None else []
             if self.config.cls_weight:
                 cls_losses.append((self.cls_head or head)(view.cls, target.cls)[0])
-        patch = _mean(patch_losses)
-        cls = _mean(cls_losses) if cls_losses else torch.zeros_like(patch)
+        patch = mean_of(patch_losses)
+        cls = mean_of(cls_losses) if cls_losses else torch.zeros_like(patch)
         return {"patch": patch, "cls": cls}, evidence
 
     def _supervised_terms(self, logits: Tensor, labels: Tensor, teacher_logits: Optional[Tensor]) -> dict[str, Tensor]:
@@ -166,6 +169,11 @@ class Objective(nn.Module):
         return on_grid(tokens, self.student.grid, self.teacher_grid)
 
 
-def _mean(losses: list[Tensor]) -> Tensor:
-    """Of 0-d losses; the one itself saves launches."""
-    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+def mean_of(losses: list[Tensor]) -> Tensor:
+    """Of losses of one shape, element by element; the one itself saves launches."""
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
+
+
+def _times(weight: float, term: Tensor) -> Tensor:
+    """At 1, as in LEAP, the term itself: that saves launches, forward and backward."""
+    return term if weight == 1 else weight * term

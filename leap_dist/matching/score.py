@@ -1,12 +1,13 @@
 """What one optimizer step says about the alignment of student and teacher, gathered over micro-batches and ranks.
 
-Two kinds with one interface: `merged` adds another micro-batch of this rank, `score` is the scalar over all ranks,
-a 0-d tensor that never left the device. `summed` takes a tensor and returns its sum over ranks; `linear_cka` is that of
-`leap_dist.matching.cka`, or what torch has compiled of it.
+Two kinds with one interface. `merged` adds another micro-batch of this rank. `score` is the scalar of this rank's rows,
+a 0-d tensor that never left the device. `share` is what a rank adds to one sum over ranks, 1-D, and `total` the scalar
+of all ranks' rows from that sum. `linear_cka` is that of `leap_dist.matching.cka`, or what torch has compiled of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional, Union
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from leap_dist.matching import cka
-from leap_dist.runtime.distributed import sum_over_ranks
+from leap_dist.runtime.distributed import World
 from leap_kernels import Moments
 
-Summed = Callable[[Tensor], Tensor]
+Summed = Callable[[Tensor], Tensor]  # a tensor to its sum over ranks; it may work in place
 LinearCka = Callable[[Moments, Optional[Tensor]], Tensor]
 
 
@@ -40,17 +41,19 @@ class CkaEvidence:
     def merged(self, other: CkaEvidence) -> CkaEvidence:
         return CkaEvidence(cka.merge(self.moments, other.moments), self.weight)
 
-    def score(
-        self,
-        reduction: str,
-        ranks: int,
-        summed: Summed = sum_over_ranks,
-        linear_cka: LinearCka = cka.linear_cka,
-    ) -> Tensor:
+    def score(self, linear_cka: LinearCka = cka.linear_cka) -> Tensor:
+        return linear_cka(self.moments, self.weight)
+
+    def share(self, reduction: str, world: World, linear_cka: LinearCka = cka.linear_cka) -> Tensor:
+        if reduction == "exact":
+            return cka.share_of(self.moments, world.rank, world.size)
+        return self.score(linear_cka)[None]
+
+    def total(self, summed: Tensor, reduction: str, world: World, linear_cka: LinearCka = cka.linear_cka) -> Tensor:
         """Linear CKA of the global batch (`exact`), or the mean of the ranks' own CKAs (`mean`, as LEAP; biased)."""
-        if reduction == "exact" and ranks > 1:
-            return linear_cka(cka.merge_over_ranks(self.moments, summed), self.weight)
-        return summed(linear_cka(self.moments, self.weight)) / ranks
+        if reduction == "exact":
+            return linear_cka(cka.merged_shares(summed, self.moments, world.size), self.weight)
+        return summed[0] / world.size
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,43 @@ class CosineEvidence:
     def merged(self, other: CosineEvidence) -> CosineEvidence:
         return CosineEvidence(self.totals + other.totals)
 
-    def score(
-        self,
-        reduction: str,
-        ranks: int,
-        summed: Summed = sum_over_ranks,
-        linear_cka: LinearCka = cka.linear_cka,
-    ) -> Tensor:
-        """Mean cosine per token; equal on every rank's share, so both reductions are the same number."""
-        total, count = summed(self.totals.clone())
+    def score(self, linear_cka: LinearCka = cka.linear_cka) -> Tensor:
+        total, count = self.totals
         return total / count
+
+    def share(self, reduction: str, world: World, linear_cka: LinearCka = cka.linear_cka) -> Tensor:
+        return self.totals
+
+    def total(self, summed: Tensor, reduction: str, world: World, linear_cka: LinearCka = cka.linear_cka) -> Tensor:
+        """Mean cosine per token; equal on every rank's share, so both reductions are the same number."""
+        return CosineEvidence(summed).score()
 
 
 Evidence = Union[CkaEvidence, CosineEvidence]
+
+
+@torch.no_grad()
+def over_ranks(
+    losses: Tensor,
+    evidence: Optional[Evidence],
+    reduction: str,
+    world: World,
+    summed: Summed,
+    linear_cka: LinearCka = cka.linear_cka,
+) -> tuple[Tensor, Tensor]:
+    """Means of a rank's losses (L,) over ranks, and the score of all, NaN without evidence, from one sum over ranks.
+
+    reduction: `curriculum.reduction`, how ranks' scores become one.
+    On the device; waits for nothing.
+    """
+    if world.size == 1:
+        return losses, _nothing(losses) if evidence is None else evidence.score(linear_cka)
+    if evidence is None:
+        return summed(losses.clone()) / world.size, _nothing(losses)
+    total = summed(torch.cat([losses, evidence.share(reduction, world, linear_cka)]))  # in the wider dtype of the two
+    means, found = total.split([len(losses), len(total) - len(losses)])
+    return (means / world.size).to(losses.dtype), evidence.total(found, reduction, world, linear_cka)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_full((), math.nan)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leap_dist.config import EngineConfig
 from leap_dist.runtime.distributed import World
 
 
@@ -18,10 +19,11 @@ class Gradients:
     itself is DeepSpeed's, so whatever `engine.deepspeed` says of it holds, and so do its bits.
     """
 
-    def __init__(self, engine: Any, zero_stage: int, world: World) -> None:
+    def __init__(self, engine: Any, config: EngineConfig, world: World) -> None:
         self._engine = engine
+        self._accumulates = config.accumulation > 1
         self._groups: list[list[nn.Parameter]] = []
-        if zero_stage == 0 and world.size > 1:
+        if config.zero_stage == 0 and world.size > 1:
             trained = [p for p in engine.module.parameters() if p.requires_grad and p.numel()]
             dtypes = dict.fromkeys(p.dtype for p in trained)
             self._groups = [[p for p in trained if p.dtype == dtype] for dtype in dtypes]
@@ -29,7 +31,7 @@ class Gradients:
 
     def add(self, loss: Tensor) -> None:
         """Add those of a micro-batch's loss; with the last of a step all become their means over ranks. Collective."""
-        self._engine.backward(loss)
+        self._engine.backward(loss, scale_wrt_gas=self._accumulates)  # a division by 1 is two launches
         if self._groups and self._engine.is_gradient_accumulation_boundary():
             for parameters in self._groups:
                 self._average(parameters)

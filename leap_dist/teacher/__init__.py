@@ -73,7 +73,7 @@ def build_teacher(
         from leap_dist.teacher.float8 import check_device
 
         check_device(device)
-    lazy = LazyBackbone(config, image_size, device, classes)
+    lazy = LazyBackbone(config, image_size, device, classes, world)
     lazy.mark_samples()
     if config.placement == "replicated":
         if device.type == "cpu":

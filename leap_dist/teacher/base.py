@@ -48,6 +48,7 @@ class PlacedTeacher:
         """Features of the blocks 1..until (None: the last), in order, in one pass; a block that is not here visits."""
         until = until or self.spec.depth
         self._agree(f"{len(images)} images through the blocks 1 to {until}")
+        self._lazy.judge(until)
         backbone = self._lazy.backbone
         tokens, context = backbone.embed(self._lazy.to_teacher(images)), backbone.context()
         for index in range(until):
@@ -63,6 +64,7 @@ class PlacedTeacher:
         if not 1 <= block <= self.spec.depth:
             raise ValueError(f"target block {block} is outside 1..{self.spec.depth} of {self.spec.model}")
         self._agree(f"its move to block {block}")
+        self._lazy.judge(block)
         self._settle(block)
         growing = self.block < block < self.spec.depth
         self._lazy.expect(self._share(block + 1) if growing else ())

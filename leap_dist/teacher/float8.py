@@ -3,10 +3,13 @@
 A weight is kept as FP8 numbers (e4m3) with a scale for each output channel; the tokens that meet it get a scale each,
 as they come. Sums and results are bf16. Everything else of a block stays as it is: norms, attention, activations.
 
-Whether a block runs so is found out when it is first loaded. The teacher's first images, two photographs that
-scikit-learn comes with, have then gone through the blocks before it twice: in bf16, and as the run has them. If the
-final-normed tokens that leave it are as alike as `teacher.fp8_bound` wants, it runs in FP8, else in bf16. So the bound
-holds for what the student sees, with the errors of all blocks before.
+Whether a block runs so is found out before it is first a target, or on the way to one. The teacher's first images, two
+photographs that scikit-learn comes with, have then gone through the blocks before it twice: in bf16, and as the run has
+them. If the final-normed tokens that leave it are as alike as `teacher.fp8_bound` wants, it runs in FP8, else in bf16.
+So the bound holds for what the student sees, with the errors of all blocks before.
+
+Rank 0 finds it out and tells the others. Two GPUs may round differently, and a block that one rank has in FP8 and
+another in bf16 could not even be sent from one to the other.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -27,6 +30,7 @@ from torch.nn.functional import ScalingType
 
 from leap_dist.errors import UserError
 from leap_dist.models import Backbone
+from leap_dist.runtime.distributed import World, on_main
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +99,8 @@ class Float8Blocks:
     """Turns blocks of a backbone to FP8, each as soon as it is known whether it may.
 
     bound: least mean cosine of final-normed tokens. images: (B, 3, S, S), what blocks are judged on, as the stem takes
-    them. visit: (block): load it and let it go again. cache: file of what was found before, for these weights.
+    them. visiting: a block is loaded inside. cache: file of what was found before, for these weights. world: whose
+    ranks all have them; None: alone.
     """
 
     def __init__(
@@ -103,26 +108,36 @@ class Float8Blocks:
         backbone: Backbone,
         images: Callable[[], Tensor],
         bound: float,
-        visit: Callable[[int], object],
+        visiting: Callable[[int], AbstractContextManager[None]],
         cache: Optional[Path],
+        world: Optional[World],
     ) -> None:
-        self.found: list[float] = []  # cosine of each block so far, from the first on
+        self.found: list[float] = []  # cosine of each block so far, from the first on; on rank 0 perhaps of more
         self._backbone = backbone
         self._images = images
         self._bound = bound
-        self._visit = visit
+        self._visiting = visiting
         self._cache = cache
+        self._world = world
+        self._told = 0  # blocks of which all ranks have heard
+        self._judging: Optional[int] = None
         self._layers = _layers_called(backbone)
         self._exact = self._mixed = torch.empty(0)  # tokens that leave the last block that was judged
-        if cache is not None:
+        if cache is not None and (world is None or world.is_main):
             self._recall(cache)
 
+    def judge(self, until: int) -> None:
+        """Find out about the first `until` blocks, which are not loaded unless that is done. Collective."""
+        if self._told >= until:
+            return
+        self.found = self._judged(until) if self._world is None else on_main(lambda: self._judged(until), self._world)
+        self._told = len(self.found)
+
     def settle(self, index: int) -> None:
-        """The 0-indexed block has been loaded, in bf16: turn it to FP8 where that is good enough."""
-        while len(self.found) < index:
-            self._visit(len(self.found))
-        if len(self.found) == index:
-            self._judge(index)
+        """The 0-indexed block has been loaded, in bf16: turn it to FP8 where that has been found good enough."""
+        if index == self._judging:
+            return
+        assert index < len(self.found), f"block {index + 1} is loaded, and `judge` has not come to it"
         if self.found[index] >= self._bound:
             self._turn(index)
 
@@ -133,6 +148,14 @@ class Float8Blocks:
             layer = block.get_submodule(name)
             if isinstance(layer, Float8Linear):
                 block.set_submodule(name, layer.emptied())
+
+    def _judged(self, until: int) -> list[float]:
+        for index in range(len(self.found), until):
+            self._judging = index
+            with self._visiting(index):
+                self._judge(index)
+        self._judging = None
+        return self.found
 
     @torch.no_grad()
     def _judge(self, index: int) -> None:

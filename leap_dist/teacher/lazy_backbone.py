@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from leap_dist.config import RANDOM, TeacherConfig
 from leap_dist.models import DTYPES, Backbone, split
 from leap_dist.runtime import allocator
-from leap_dist.runtime.distributed import device_name
+from leap_dist.runtime.distributed import World, device_name
 from leap_dist.runtime.marks import Marks
 from leap_dist.teacher.weights import Weights, build_skeleton, cast, fingerprint, open_weights
 
@@ -27,13 +27,20 @@ if TYPE_CHECKING:
 class LazyBackbone:
     """A `Backbone`, its stem on `device` and its blocks on the meta device until they are loaded.
 
-    classes: keep the classifier, which must have so many; 0 = do without.
+    classes: keep the classifier, which must have so many; 0 = do without. world: whose ranks all have one; None: alone.
     backbone: the modules; blocks keep their identity (hooks, compiled code) over loading and dropping.
     token_shape, dtype: (T, D) of the tokens of one image between two blocks, and their type.
     fingerprint: of the stem's weights, which every rank holds, in few letters; marks: of the rest, as it is loaded.
     """
 
-    def __init__(self, config: TeacherConfig, image_size: int, device: torch.device, classes: int = 0) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        image_size: int,
+        device: torch.device,
+        classes: int = 0,
+        world: Optional[World] = None,
+    ) -> None:
         model = build_skeleton(config, image_size, classes)
         self.device, self.dtype = device, DTYPES[config.dtype]
         self._weights: Weights = open_weights(config, model)
@@ -45,7 +52,7 @@ class LazyBackbone:
         self.marks = Marks(f"teacher.weights={config.weights}")
         self._coming: dict[int, Future[tuple[dict[str, Tensor], Optional[str]]]] = {}
         self._reader = ThreadPoolExecutor(1, "teacher-weights")
-        self._float8 = self._float8_blocks(config, image_size) if config.dtype == "fp8" else None
+        self._float8 = self._float8_blocks(config, image_size, world) if config.dtype == "fp8" else None
         if config.compile:
             for block in self.backbone.blocks:
                 block.compile()
@@ -58,6 +65,14 @@ class LazyBackbone:
         """Mark a few numbers of every tensor, whether it will ever be loaded or not: milliseconds, for a giant too."""
         for part, mark in self._weights.samples(self._parts(), self.dtype).items():
             self.marks.note(f"sample of {part}", mark)
+
+    def judge(self, until: int) -> None:
+        """Before any of the first `until` blocks is loaded: find out which may run in FP8, if that is asked for.
+
+        Collective.
+        """
+        if self._float8 is not None:
+            self._float8.judge(until)
 
     def hold(self, wanted: Iterable[int]) -> None:
         """Make the 0-indexed blocks `wanted` those that are loaded: drop the others, then load what is missing."""
@@ -117,17 +132,14 @@ class LazyBackbone:
         here = (p for p in self.backbone.parameters() if not p.is_meta)
         return sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in here)
 
-    def _float8_blocks(self, config: TeacherConfig, image_size: int) -> Float8Blocks:
+    def _float8_blocks(self, config: TeacherConfig, image_size: int, world: Optional[World]) -> Float8Blocks:
         from leap_dist.teacher.float8 import Float8Blocks, photographs
-
-        def visit(index: int) -> None:
-            with self.visiting(index):
-                pass
 
         def images() -> Tensor:
             return self.to_teacher(photographs(image_size, self.spec.mean, self.spec.std))
 
-        return Float8Blocks(self.backbone, images, config.fp8_bound, visit, self._float8_cache(config, image_size))
+        cache = self._float8_cache(config, image_size)
+        return Float8Blocks(self.backbone, images, config.fp8_bound, self.visiting, cache, world)
 
     def _float8_cache(self, config: TeacherConfig, image_size: int) -> Optional[Path]:
         """Where verdicts on these weights are kept, by all that they follow from; random ones have none."""

@@ -1,6 +1,7 @@
 """Run by test_placements.py on every rank: in FP8 a teacher gives the same wherever its blocks are.
 
-Below `build_teacher`, which refuses FP8 on a CPU.
+Below `build_teacher`, which refuses FP8 on a CPU. Rank 1 would judge blocks otherwise than rank 0 does, as a GPU of
+another kind might: all ranks are to go by rank 0.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ def compare(placement: str, bound: float, world: World) -> list[float]:
         model="vit_small_patch16_224", kwargs={"embed_dim": 32, "depth": DEPTH, "num_heads": 2}, weights="random",
         dtype="fp8", fp8_bound=bound, placement=placement, microbatches=2,
     )  # fmt: skip
-    lazy = LazyBackbone(config, SIZE, world.device)
+    lazy = LazyBackbone(config, SIZE, world.device, world=world)
+    _disagree(lazy, world)
     teacher = build_placed(config, SIZE, lazy, world, teacher_flops(config, SIZE))
-    plain = ReplicatedTeacher(LazyBackbone(config, SIZE, world.device))
+    plain = ReplicatedTeacher(LazyBackbone(config, SIZE, world.device))  # judges for itself, as rank 0 does
     images = torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(world.rank))
     for target in TARGETS:
         teacher.retarget(target)
@@ -36,8 +38,14 @@ def compare(placement: str, bound: float, world: World) -> list[float]:
         assert (found.float() - right.float()).abs().max() <= 0.05, f"{placement}, block {target}"
     for found in teacher.sweep(images):
         assert found.patch.isfinite().all()
-    assert gather_objects(lazy._float8.found, world) == [lazy._float8.found] * world.size
+    assert gather_objects(lazy._float8.found, world) == [plain._lazy._float8.found] * world.size
     return lazy._float8.found
+
+
+def _disagree(lazy: LazyBackbone, world: World) -> None:
+    """Let every rank but the first find that no block may run in FP8."""
+    if not world.is_main:
+        lazy._float8._likeness = lambda *_: 0.0
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from leap_dist.config import OptimConfig, load
+from leap_dist.config import EngineConfig, OptimConfig, load
 from leap_dist.runtime.distributed import gather_rows, initialise, shutdown
 from leap_dist.runtime.engine import build_engine
 from leap_dist.runtime.gradients import Gradients
@@ -49,7 +49,7 @@ def main() -> None:
             total += 0 if gradient is None else gradient / MICRO_BATCHES
     means = [gather_rows(total.flatten(), world).mean(0).view(total.shape) for total in own]
 
-    gradients = Gradients(engine, 0, world)
+    gradients = Gradients(engine, EngineConfig(accumulation=MICRO_BATCHES), world)
     for x in data:
         gradients.add(engine(x))
         theirs.backward(theirs(x))

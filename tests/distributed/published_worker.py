@@ -52,7 +52,7 @@ def given_weights(trainer: Trainer) -> list[float]:
     objective.student.backbone.load_state_dict({k: torch.from_numpy(v) for k, v in inputs.student().items()})
     objective.heads[0].load_state_dict({k: torch.from_numpy(v) for k, v in inputs.head().items()})
     first = trainer.loader.images[0]
-    calibration = Calibration(trainer.learner.engine, trainer.learner._score)
+    calibration = Calibration(trainer.learner.engine, trainer.learner._over_ranks)
     calibration.show(first, list(trainer.teacher.sweep(first, trainer.teacher.spec.depth)))
     return calibration.scores()
 

@@ -102,7 +102,7 @@ class StubEngine:
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, scale_wrt_gas: bool) -> None:
         loss.backward()
 
     def get_global_grad_norm(self) -> None:

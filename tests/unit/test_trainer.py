@@ -109,7 +109,7 @@ def dies_at_call(function: Any, number: int) -> Any:
 def test_calibration_starts_at_the_highest_score_and_costs_one_full_pass(tmp_path: Path, monkeypatch: Any) -> None:
     trainer = stub_trainer(stub_config(tmp_path, "curriculum.start=null", "curriculum.threshold=2", "epochs=1"))
     scores = iter([0.2, 0.7, math.nan, 0.7, *[0.1] * 3])  # four blocks, then three steps; ties go to the shallowest
-    monkeypatch.setattr(trainer.learner, "_score", lambda evidence: torch.tensor(next(scores)))
+    monkeypatch.setattr(trainer.learner, "_over_ranks", lambda losses, _: (losses, torch.tensor(next(scores))))
     run(trainer)
     assert trainer.progress.trajectory == [(0, 2)]
     images, per_block = 4, 10
@@ -121,7 +121,7 @@ def test_calibration_starts_no_deeper_than_the_curriculum_ends(tmp_path: Path, m
     overrides = ["curriculum.start=null", "curriculum.block=3", "curriculum.threshold=0.5", "epochs=1"]
     trainer = stub_trainer(stub_config(tmp_path, *overrides))
     scores = iter([0.2, 0.4, 0.1, *[0.6] * 3])  # three of the four blocks, then three steps
-    monkeypatch.setattr(trainer.learner, "_score", lambda evidence: torch.tensor(next(scores)))
+    monkeypatch.setattr(trainer.learner, "_over_ranks", lambda losses, _: (losses, torch.tensor(next(scores))))
     run(trainer)
     assert trainer.progress.trajectory == [(0, 2), (1, 3)]
     assert trainer.learner.costs.flops["teacher"] == 4 * 10 * (3 + 2 + 3 + 3)  # images, FLOPs a block, blocks

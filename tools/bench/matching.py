@@ -71,7 +71,7 @@ def _projected(objective: Objective, images: torch.Tensor, upstream: Features) -
 
 def _scored(objective: Objective, images: torch.Tensor, target: Features) -> None:
     match = objective(images, [target], True)
-    match.evidence[0].score("exact", 1)
+    match.evidence[0].score()
     match.loss.backward()
 
 

@@ -39,7 +39,8 @@ def ratios(config: TeacherConfig, image_size: int, batch: int, repeats: int) -> 
     """(block, milliseconds, share of the time of the last block, share of its FLOPs), from L/4 on."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lazy = LazyBackbone(config, image_size, device)
-    lazy.hold(range(depth := lazy.spec.depth))
+    lazy.judge(depth := lazy.spec.depth)
+    lazy.hold(range(depth))
     images = lazy.to_teacher(torch.randn(batch, 3, image_size, image_size))
 
     def forward(block: int) -> Callable[[], object]:

@@ -48,8 +48,8 @@ def test_loss_gradient_and_score_are_those_of_the_definition(name: str) -> None:
     torch.testing.assert_close(gradient.double(), 2 * difference / difference.numel(), rtol=1e-5, atol=1e-9)
     truth = linear_cka_of_features(tokens.detach().flatten(0, 1), goal.flatten(0, 1)).item()
     assert 0.1 < truth < 0.99
-    assert evidence.score("exact", 1).item() == pytest.approx(truth, rel=1e-5)
-    cosine = kind("cosine")(tokens, target, True)[1].score("exact", 1).item()
+    assert evidence.score().item() == pytest.approx(truth, rel=1e-5)
+    cosine = kind("cosine")(tokens, target, True)[1].score().item()
     truth = torch.nn.functional.cosine_similarity(tokens.double(), goal, dim=-1).mean().item()
     assert cosine == pytest.approx(truth, rel=1e-5)
     assert kind("cka")(tokens, target)[1] is None
@@ -59,8 +59,8 @@ def test_the_score_of_micro_batches_is_that_of_all_rows() -> None:
     tokens, target = tokens_and_target(24, 24)
     head = DirectHead("cka")
     parts = [head(tokens[rows], target[rows], True)[1] for rows in (slice(0, 1), slice(1, 3))]
-    whole = head(tokens, target, True)[1].score("exact", 1)
-    torch.testing.assert_close(parts[0].merged(parts[1]).score("exact", 1), whole, rtol=1e-6, atol=0)
+    whole = head(tokens, target, True)[1].score()
+    torch.testing.assert_close(parts[0].merged(parts[1]).score(), whole, rtol=1e-6, atol=0)
 
 
 def test_moments_alone_are_the_references_also_under_autocast() -> None:

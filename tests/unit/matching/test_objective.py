@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from leap_dist.config import ObjectiveConfig, StudentConfig
 from leap_dist.errors import UserError
 from leap_dist.matching.heads import MatchingHead
 from leap_dist.matching.objective import Objective
-from leap_dist.matching.score import CkaEvidence, CosineEvidence
+from leap_dist.matching.score import CkaEvidence, CosineEvidence, Evidence, over_ranks
 from leap_dist.models.features import Features
 from leap_dist.models.student import build_student
 from leap_dist.runtime.distributed import World
@@ -108,7 +109,7 @@ def test_one_head_serves_many_targets_for_calibration() -> None:
     images, targets = torch.randn(2, 3, 16, 16), [random_features((4, 4)) for _ in range(5)]
     evidence = objective(images, targets, True).evidence
     alone = [objective(images, [target], True).evidence[0] for target in targets]
-    assert [e.score("exact", 1).item() for e in evidence] == pytest.approx([e.score("exact", 1).item() for e in alone])
+    assert [e.score().item() for e in evidence] == pytest.approx([e.score().item() for e in alone])
 
 
 def test_a_target_off_the_grid_is_refused() -> None:
@@ -126,15 +127,51 @@ def test_evidence_of_micro_batches_is_that_of_the_whole_batch() -> None:
         whole = head[metric](tokens, target, True)[1]
         assert isinstance(whole, kind)
         merged = parts[0].merged(parts[1]).merged(parts[2])
-        torch.testing.assert_close(merged.score("exact", 1), whole.score("exact", 1), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(merged.score(), whole.score(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("metric", ["cka", "cosine"])
+@pytest.mark.parametrize("reduction", ["exact", "mean"])
+def test_losses_and_score_of_all_ranks_come_from_one_sum(metric: str, reduction: str) -> None:
+    torch.manual_seed(2)
+    head = MatchingHead(6, 9, "auto", metric)
+    tokens, target = torch.randn(42, 6), torch.randn(42, 9) + 3
+    parts = [head(tokens[rows], target[rows], True)[1] for rows in (slice(0, 14), slice(14, 28), slice(28, 42))]
+    losses = torch.tensor([[1.0, 4.0], [2.0, 5.0], [6.0, 0.0]])
+    sent: list[Tensor] = []
+
+    def asked(rank: int, summed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        return over_ranks(losses[rank], parts[rank], reduction, ranks(3)[rank], summed)
+
+    for rank in range(3):
+        asked(rank, lambda share: sent.append(share) or share)
+    assert len(sent) == 3  # one sum a rank, whatever it carries
+    total = torch.stack(sent).sum(0)
+    whole = head(tokens, target, True)[1].score().double()
+    alone = torch.stack([part.score() for part in parts]).double().mean()
+    for rank in range(3):
+        means, score = asked(rank, lambda _: total.clone())
+        assert means.tolist() == [3.0, 3.0] and means.dtype == losses.dtype
+        wanted = whole if reduction == "exact" or metric == "cosine" else alone
+        torch.testing.assert_close(score.double(), wanted, rtol=1e-5, atol=0)
+    means, score = over_ranks(losses[1], None, reduction, ranks(3)[1], lambda share: share * 3)
+    assert means.tolist() == [2.0, 5.0] and score.isnan()
 
 
 def test_cosine_is_the_mean_over_tokens() -> None:
     head = MatchingHead(6, 9, "auto", "cosine")
     tokens, target = torch.randn(2, 20, 6), torch.randn(2, 20, 9)
     expected = F.cosine_similarity(F.linear(tokens, head.weight, head.bias).double(), target.double(), dim=-1).mean()
-    score = head(tokens, target, True)[1].score("mean", 1)
+    score = head(tokens, target, True)[1].score()
     assert score.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def ranks(size: int) -> list[World]:
+    return [World(rank, size, rank, size, torch.device("cpu")) for rank in range(size)]
+
+
+def score_of(objective: Objective, evidence: Evidence) -> Tensor:
+    return objective.over_ranks(torch.zeros(1), evidence, "exact", ranks(1)[0], torch.clone)[1]
 
 
 @pytest.fixture
@@ -167,7 +204,7 @@ def test_a_compiled_student_learns_the_same(graphs: Counter[str], targets: int, 
                 match = one(images, features, step % 2 == 0)
             assert len(match.evidence) == (targets if step % 2 == 0 else 0)
             match.loss.backward()
-            found.append([match.loss, *(one.score(item, "exact", 1, torch.clone) for item in match.evidence)])
+            found.append([match.loss, *(score_of(one, item) for item in match.evidence)])
         torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
         for got, wanted in zip(compiled.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-2, atol=1e-2 * wanted.grad.abs().max().item())

@@ -165,7 +165,10 @@ def test_what_was_found_of_a_file_is_kept_and_goes_on_where_it_ended(
 
 
 def test_a_rank_that_holds_later_blocks_alone_judges_those_before_it_too() -> None:
+    with pytest.raises(AssertionError, match="block 3 is loaded"):
+        LazyBackbone(config(dtype="fp8", fp8_bound=0.9), SIZE, CPU).load(2)
     lazy = LazyBackbone(config(dtype="fp8", fp8_bound=0.9), SIZE, CPU)
+    lazy.judge(DEPTH)
     lazy.hold([2, 3])
     assert [lazy.is_loaded(index) for index in range(DEPTH)] == [False, False, True, True]
     whole = teacher(dtype="fp8", fp8_bound=0.9)

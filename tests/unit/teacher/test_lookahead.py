@@ -56,7 +56,7 @@ def simulated(config: Config, ahead: bool) -> tuple[list[int], list[float]]:
             blocks.append(block)
             losses.append(match.loss.item())
             if block == curriculum.block:
-                curriculum.observe(match.evidence[-1].score(config.curriculum.reduction, 1).item())
+                curriculum.observe(match.evidence[-1].score().item())
         curriculum.end_epoch()
     return blocks, losses
 
