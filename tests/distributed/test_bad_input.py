@@ -48,7 +48,7 @@ def test_teacher_weights_of_another_shape(tmp_path: Path) -> None:
     )
     path = tmp_path / "teacher.safetensors"
     save_file(wider.state_dict(), path)
-    line = refused(write_config(tmp_path), f"teacher.weights={path}", launcher="deepspeed")[0]
+    line = refused(write_config(tmp_path), f"teacher.weights={path}")[0]
     assert str(path) in line and "60" in line and "48" in line
 
 

@@ -51,6 +51,5 @@ def test_two_ranks_of_half_the_batch_follow_one_rank(one_rank: Path, reference: 
 
 
 def test_accumulation_follows_one_batch(one_rank: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, engine={"accumulation": 2})
-    run_ok(config, launcher="python", processes=1)
+    run_ok(write_config(tmp_path, engine={"accumulation": 2}), processes=1)
     assert_same_run(one_rank, tmp_path / "run")

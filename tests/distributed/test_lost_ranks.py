@@ -13,39 +13,47 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runs import command, environment, finish, fork, on_ranks, write_config
+from forked import Forked
+from runs import finish, fork, on_ranks, start, write_config
 
 PROMPTLY_S = 60
 SLOW = pytest.mark.slow
 
 
 @contextmanager
-def training(config: Path, launcher: str, ranks: int) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """A run in the middle of its training: the launcher, and its ranks in order."""
-    process = subprocess.Popen(
-        command(config, launcher=launcher, processes=ranks), env=environment(), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def training(
+    config: Path, launcher: str, ranks: int
+) -> Iterator[tuple[subprocess.Popen[str] | Forked, list[psutil.Process]]]:
+    """A run in the middle of its training: what started it, and its ranks in order."""
+    process = start(config, launcher=launcher, processes=ranks)
     try:
-        for _ in range(600):
+        for _ in range(1200):
             assert process.poll() is None, process.communicate()[0][-3000:]
             if any(file.stat().st_size > 4000 for file in (config.parent / "run").glob("tensorboard/*")):
                 break
-            time.sleep(0.2)
-        below = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
-        found = {int(child.environ()["RANK"]): child for child in reversed(below)}  # a rank comes before its workers
-        assert sorted(found) == list(range(ranks))
-        yield process, [found[rank] for rank in range(ranks)]
+            time.sleep(0.1)
+        yield process, ranks_of(process, ranks)
     finally:
         for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
             child.kill()
         process.kill()
 
 
+def ranks_of(process: subprocess.Popen[str] | Forked, ranks: int) -> list[psutil.Process]:
+    """In order; a launcher's are told by their environment, without the workers below them."""
+    if isinstance(process, Forked):
+        return [psutil.Process(pid) for pid in process.ranks]
+    below = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
+    found = {int(child.environ()["RANK"]): child for child in reversed(below)}  # a rank comes before its workers
+    assert sorted(found) == list(range(ranks))
+    return [found[rank] for rank in range(ranks)]
+
+
 @pytest.mark.parametrize(
     ("placement", "launcher", "victim", "sent"),
     [
-        ("pipelined", "torchrun", 1, signal.SIGKILL),
+        ("pipelined", "forked", 1, signal.SIGKILL),
+        pytest.param("pipelined", "torchrun", 1, signal.SIGKILL, marks=SLOW),
         pytest.param("sharded", "deepspeed", 2, signal.SIGSTOP, marks=SLOW),
         pytest.param("sharded", "deepspeed", 1, signal.SIGKILL, marks=SLOW),
         pytest.param("pipelined", "deepspeed", 0, signal.SIGKILL, marks=SLOW),
