@@ -352,7 +352,7 @@ def test_parallel_launchers_need_ports(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--jobs=0: must be at least 1" in capsys.readouterr().err
 
 
-DELIVERED = {"cifar10": 54, "cifar10_long": 10, "demo_remedies": 18}  # runs of each sweep
+DELIVERED = {"cifar10": 54, "cifar10_long": 10, "cifar10_strong": 6, "demo_remedies": 18}  # runs of each sweep
 
 
 def test_every_sweep_that_is_delivered_is_counted() -> None:
