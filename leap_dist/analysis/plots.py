@@ -16,6 +16,7 @@ from leap_dist.analysis import sep
 from leap_dist.analysis.blocks import BlockReport
 from leap_dist.analysis.results import Analysis, Band, Cka, Model
 from leap_dist.analysis.spectra import CENTRINGS, LEVELS
+from leap_dist.evaluation.tokens import KINDS
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # Okabe and Ito: told apart by every eye
 STYLE = {
@@ -65,11 +66,12 @@ def block_figure(report: BlockReport) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 3.8), layout="constrained")
         scores, cka = figure.subplots(1, 2)
-        blocks = range(1, len(report.probe) + 1)
-        for values, label, colour in zip((report.probe, report.knn), ("linear probe", "kNN"), COLOURS, strict=False):
-            scores.plot(blocks, 100 * values, "o-", color=colour, label=label, markersize=3)
-        title = f"{report.name}: mean patch of a block, {report.held_out} images"
-        scores.set(title=title, xlabel="block", ylabel="accuracy, %")
+        blocks = range(1, len(report.cka) + 1)
+        for (kind, probe), colour in zip(report.probe.items(), COLOURS, strict=False):
+            for values, judge, line in ((probe, "linear probe", "o-"), (report.knn[kind], "kNN", "s--")):
+                label = f"{KINDS[kind]}, {judge}"
+                scores.plot(blocks, 100 * values, line, color=colour, label=label, markersize=3)
+        scores.set(title=f"{report.name}: {report.held_out} images", xlabel="block", ylabel="accuracy, %")
         scores.xaxis.set_major_locator(MaxNLocator(integer=True))
         scores.legend(loc="lower right")
         _cka(cka, Cka(report.name, report.name, report.cka))

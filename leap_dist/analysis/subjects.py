@@ -43,20 +43,23 @@ class Subject:
     """One model, ready to be looked at.
 
     name: for tables and figures; image_size: side of the square images it takes, pixels; preprocessing: what else it
-    expects of them; grid: (rows, columns) of the last block's patch tokens; layers: images (B, 3, S, S) to the tokens
-    (B, N, D) of every block, shallowest first, float32, no grad; final: images to `Features` of the last block,
-    likewise; mark: letters that differ where weights do; grids: of every block, where they differ, as in hierarchical
-    models.
+    expects of them; grid: (rows, columns) of the last block's patch tokens; every_layer: images (B, 3, S, S) to the
+    `Features` of every block, shallowest first, no grad; final: images to those of the last block, likewise; mark:
+    letters that differ where weights do; grids: of every block, where they differ, as in hierarchical models.
     """
 
     name: str
     image_size: int
     preprocessing: Preprocessing
     grid: tuple[int, int]
-    layers: Callable[[Tensor], list[Tensor]]
+    every_layer: Callable[[Tensor], list[Features]]
     final: Callable[[Tensor], Features]
     mark: str
     grids: Optional[tuple[tuple[int, int], ...]] = None
+
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, S, S) -> the patch tokens (B, N, D) of every block, shallowest first, float32."""
+        return [features.patch.float() for features in self.every_layer(images)]
 
     def on_grid(self, maps: list[Tensor], grid: tuple[int, int]) -> list[Tensor]:
         """What `layers` gave, resized to `grid` as in training: rows (B * N, D)."""
@@ -75,15 +78,12 @@ def exported_subject(path: Path, name: str, device: torch.device) -> Subject:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} and {record.name} are no exported student ({error!r:.160})") from error
 
-    @torch.no_grad()
-    def layers(images: Tensor) -> list[Tensor]:
-        return [features.patch.float() for features in student.every_layer(images)]
-
+    every_layer = torch.no_grad()(student.every_layer)
     try:
-        layers(torch.zeros(1, 3, size, size, device=device))
+        every_layer(torch.zeros(1, 3, size, size, device=device))
     except TypeError as error:  # timm's CaiT does not know return_prefix_tokens
         raise UserError(f"{path}: {about['model']} cannot give the tokens of every block") from error
-    return Subject(name, size, preprocessing, student.grid, layers, *_last_of(student), student.layer_grids)
+    return Subject(name, size, preprocessing, student.grid, every_layer, *_last_of(student), student.layer_grids)
 
 
 def exported_at(path: Path, side: int, device: torch.device) -> Callable[[Tensor], Features]:
@@ -122,13 +122,13 @@ def timm_subject(config: TeacherConfig, name: str, image_size: int, device: torc
     teacher = build_teacher(config, image_size, device)
     teacher.retarget(teacher.spec.depth)
 
-    def layers(images: Tensor) -> list[Tensor]:
-        return [features.patch.float() for features in teacher.sweep(images)]
+    def every_layer(images: Tensor) -> list[Features]:
+        return list(teacher.sweep(images))
 
     parts = {"stem": teacher.stem, "blocks": teacher.blocks}
     weights = {f"{part}.{key}": x.cpu() for part, m in parts.items() for key, x in m.state_dict().items()}
     seen = Preprocessing(teacher.spec.mean, teacher.spec.std)
-    return Subject(name, image_size, seen, teacher.spec.grid, layers, teacher.features, fingerprint(weights))
+    return Subject(name, image_size, seen, teacher.spec.grid, every_layer, teacher.features, fingerprint(weights))
 
 
 def _is_plain(config: TeacherConfig, image_size: int) -> bool:
@@ -147,11 +147,9 @@ def _staged_subject(config: TeacherConfig, name: str, image_size: int, device: t
     model.to(device).eval().requires_grad_(False)
     expected = model.backbone.pretrained_cfg
 
-    def layers(images: Tensor) -> list[Tensor]:
-        return [features.patch.float() for features in model.every_layer(images)]
-
     preprocessing = Preprocessing(tuple(expected["mean"]), tuple(expected["std"]))
-    return Subject(name, image_size, preprocessing, model.grid, layers, *_last_of(model), model.layer_grids)
+    every_layer = torch.no_grad()(model.every_layer)
+    return Subject(name, image_size, preprocessing, model.grid, every_layer, *_last_of(model), model.layer_grids)
 
 
 def native_image_size(model: str) -> int:

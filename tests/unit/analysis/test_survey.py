@@ -20,6 +20,7 @@ from leap_dist.analysis.results import View, last_block_table
 from leap_dist.analysis.spectra import LEVELS
 from leap_dist.data import Batch
 from leap_dist.errors import UserError
+from leap_dist.models import Features
 from stubs import ONE
 
 IMAGES, PAIRS, K, SIDE = 22, 4, 3, 8
@@ -46,14 +47,16 @@ def images() -> Tensor:
 def subject(name: str, widths: list[int], cells: int) -> Subject:
     """One block for each width: cells x cells tokens, random features of the image's cells."""
 
-    def layers(batch: Tensor) -> list[Tensor]:
+    def every_layer(batch: Tensor) -> list[Features]:
         cut = batch.unfold(2, SIDE // cells, SIDE // cells).unfold(3, SIDE // cells, SIDE // cells)
         flat = cut.movedim(1, 3).flatten(3).flatten(1, 2)
         generator = torch.Generator().manual_seed(len(name))
         maps = [torch.randn(flat.shape[-1], width, generator=generator) for width in widths]
-        return [torch.tanh(flat @ m) + 0.3 for m in maps]
+        return [Features(torch.tanh(flat @ m) + 0.3, None) for m in maps]
 
-    return Subject(name, SIDE, ((0.5,) * 3, (0.5,) * 3), (cells, cells), layers, layers, "")
+    return Subject(
+        name, SIDE, ((0.5,) * 3, (0.5,) * 3), (cells, cells), every_layer, lambda batch: every_layer(batch)[-1], ""
+    )
 
 
 STUDENT, TEACHER = subject("s", [6, 10], 4), subject("teacher", [12, 9, 7], 4)
@@ -196,9 +199,9 @@ def test_tables_and_figures_hold_what_was_found(found: Analysis, tmp_path: Path)
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def broken(batch: Tensor) -> list[Tensor]:
-    layers = STUDENT.layers(batch)
-    layers[1][:, 0, 0] = torch.nan
+def broken(batch: Tensor) -> list[Features]:
+    layers = STUDENT.every_layer(batch)
+    layers[1].patch[:, 0, 0] = torch.nan
     return layers
 
 
@@ -207,7 +210,7 @@ def broken(batch: Tensor) -> list[Tensor]:
     [
         ([STUDENT, replace(STUDENT, image_size=16)], OPTIONS, "different sizes (s 8, s 16"),
         ([STUDENT], replace(OPTIONS, k=7), "subspaces of 7 dimensions: s has room for 1 to 6; set --subspace"),
-        ([replace(STUDENT, layers=broken)], OPTIONS, "s: tokens of block 2 are not finite"),
+        ([replace(STUDENT, every_layer=broken)], OPTIONS, "s: tokens of block 2 are not finite"),
     ],
 )
 def test_what_cannot_be_analysed_is_said_in_one_line(
