@@ -80,6 +80,15 @@ class _Sums:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Merge the chunks, adding what lies between their means, and return n, mean_s, mean_t in float64."""
+        if len(self._means) == 1:  # nothing lies between: a quarter of the launches of a match, saved
+            mean_s, mean_t = self._means[0]
+            n = mean_s.new_full((), self._counts[0])
+        else:
+            n, mean_s, mean_t = self._merge()
+        mirror_(self.css)
+        return n, mean_s, mean_t
+
+    def _merge(self) -> tuple[Tensor, Tensor, Tensor]:
         means_s, means_t = (torch.stack(column) for column in zip(*self._means, strict=True))
         # Filled on the device: a tensor made of Python numbers would wait for it.
         counts = torch.stack([means_s.new_full((1,), count) for count in self._counts])
@@ -87,7 +96,6 @@ class _Sums:
         mean_s, mean_t = (counts * means_s).sum(0) / n, (counts * means_t).sum(0) / n
         between_s, between_t = roots * (means_s - mean_s), roots * (means_t - mean_t)
         self._add_products(between_s.to(self.css.dtype), between_t.to(self.css.dtype))
-        mirror_(self.css)
         return n, mean_s, mean_t
 
     def moments(self, n: Tensor, mean_s: Tensor, mean_t: Tensor) -> Moments | None:
