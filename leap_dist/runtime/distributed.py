@@ -288,10 +288,11 @@ def checked_gather(label: str, row: list[float], world: World) -> Tensor:
     said = torch.tensor(list(label.encode().ljust(_LABEL_BYTES)[:_LABEL_BYTES]), dtype=torch.uint8)
     numbers = torch.tensor(row + [0.0] * (_ROW - len(row)), dtype=torch.float64)
     rows = gather_rows(torch.cat([said, numbers.view(torch.uint8)]), world)
-    for rank in range(1, world.size):
-        if not torch.equal(rows[rank, :_LABEL_BYTES], rows[0, :_LABEL_BYTES]):
-            first, other = (bytes(rows[i, :_LABEL_BYTES].tolist()).decode().rstrip() for i in (0, rank))
-            raise UserError(f"ranks drifted apart: rank {rank} is at {other}, rank 0 at {first}")
+    apart = (rows[:, :_LABEL_BYTES] != rows[0, :_LABEL_BYTES]).any(1)  # at once: rank by rank 512 take 2 ms
+    if apart.any():
+        rank = int(apart.nonzero()[0])
+        first, other = (bytes(rows[i, :_LABEL_BYTES].tolist()).decode().rstrip() for i in (0, rank))
+        raise UserError(f"ranks drifted apart: rank {rank} is at {other}, rank 0 at {first}")
     return rows[:, _LABEL_BYTES:].contiguous().view(torch.float64)
 
 
