@@ -54,6 +54,11 @@ class EpochOrder:
         self._mean_shard = max(self.size // max(np.count_nonzero(shard_sizes), 1), 1)
         self._ends, self._firsts = self._pieces(shard_sizes, seed)
 
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept for every shard."""
+        return self._ends.nbytes + self._firsts.nbytes
+
     def _pieces(self, shard_sizes: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The nodes' pieces of shards in this epoch's order, end to end: where each ends, and its first sample id."""
         cuts, firsts = _dealt(shard_sizes, self._begins, seed)

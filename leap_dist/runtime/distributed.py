@@ -25,6 +25,7 @@ from leap_dist.errors import UserError
 
 _T = TypeVar("_T")
 _LABEL_BYTES, _ROW = 96, 8
+ROW_BYTES = _LABEL_BYTES + 8 * _ROW  # of what a rank says of itself at a decision
 PATIENCE = timedelta(minutes=30)  # of every group: a first compilation or a slow disk on one rank is no fault
 GPUS = "/dev/nvidia[0-9]*"  # a container may show any of them
 
@@ -288,12 +289,17 @@ def checked_gather(label: str, row: list[float], world: World) -> Tensor:
     said = torch.tensor(list(label.encode().ljust(_LABEL_BYTES)[:_LABEL_BYTES]), dtype=torch.uint8)
     numbers = torch.tensor(row + [0.0] * (_ROW - len(row)), dtype=torch.float64)
     rows = gather_rows(torch.cat([said, numbers.view(torch.uint8)]), world)
-    apart = (rows[:, :_LABEL_BYTES] != rows[0, :_LABEL_BYTES]).any(1)  # at once: rank by rank 512 take 2 ms
+    apart = rows_apart(rows)
     if apart.any():
         rank = int(apart.nonzero()[0])
         first, other = (bytes(rows[i, :_LABEL_BYTES].tolist()).decode().rstrip() for i in (0, rank))
         raise UserError(f"ranks drifted apart: rank {rank} is at {other}, rank 0 at {first}")
     return rows[:, _LABEL_BYTES:].contiguous().view(torch.float64)
+
+
+def rows_apart(rows: Tensor) -> Tensor:
+    """Which rows (R, ROW_BYTES) of ranks have another label than rank 0's: (R,) bool."""
+    return (rows[:, :_LABEL_BYTES] != rows[0, :_LABEL_BYTES]).any(1)  # at once: rank by rank, 512 take 2 ms
 
 
 def check_nodes(world: World) -> None:

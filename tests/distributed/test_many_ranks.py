@@ -22,7 +22,7 @@ from tests.distributed.many_ranks import CONTROL, ManyRanks, many_ranks
 __all__ = ["many_ranks"]  # a fixture
 RANKS, PER_NODE, WIDTH, TEACHER = 512, 8, 6, 10
 NODES = RANKS // PER_NODE
-ROW = 96 + 8 * 8  # bytes of a rank's row at a decision: where it is, and eight numbers
+ROW = 96 + 8 * 8  # bytes of what a rank says at a decision: where it is, and eight numbers
 Made = Callable[..., ManyRanks]
 
 
