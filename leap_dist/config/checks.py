@@ -244,6 +244,27 @@ def _digits_problems(data: DataConfig) -> list[str]:
     ]
 
 
+def _several_problems(data: DataConfig) -> list[str]:
+    """What is wrong with a mapping of sources to proportions."""
+    if isinstance(data.train, str):
+        return []
+    problems = [
+        f"data.train: {short(source)}: {proportion} is no proportion: a number above 0, to 1e9, is expected"
+        for source, proportion in data.train.items()
+        if not 1e-9 <= proportion <= 1e9
+    ]
+    folders = [source.rstrip("/") for source in data.train]
+    twice = [name for name in dict.fromkeys(folders) if folders.count(name) > 1]
+    problems += [f"data.train: {short(name)} is there twice" for name in twice]
+    if DIGITS in data.train:
+        problems.append(f"data.train: {DIGITS} goes alone, not with other sources")
+    if data.val is not None:
+        problems.append(
+            "data.val: several sources in data.train have no labels in common; train on one, or set data.val=null"
+        )
+    return problems
+
+
 def _path_problems(config: Config) -> list[str]:
     problems = []
     for key, path in (("output", config.output), ("data.cache", config.data.cache)):
@@ -251,7 +272,9 @@ def _path_problems(config: Config) -> list[str]:
             problems.append(f"{key}={path}: write the home folder out; no shell has seen this ~")
         elif path is not None and (fault := no_folder_to_write(path)):
             problems.append(f"{key}={short(path)}: {fault}")
-    for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
+    problems += _several_problems(config.data)
+    trained_on = [config.data.train] if isinstance(config.data.train, str) else list(config.data.train)
+    for key, source in (*(("data.train", source) for source in trained_on), ("data.val", config.data.val)):
         if source is None or source == DIGITS:
             continue
         if fault := nameless(source):

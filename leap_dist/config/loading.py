@@ -33,6 +33,7 @@ OPERATIONAL = (
     "engine.accumulation", "objective.impl", "student.compile", "teacher.compile",
 )  # fmt: skip
 
+SOURCES = "data.train"  # text, or a mapping
 ARGUMENTS = ("teacher.kwargs", "student.kwargs")  # mappings in which null takes an argument away
 
 MISFITS = (OmegaConfBaseException, TypeError)  # the latter for a list in a mapping's place
@@ -125,6 +126,9 @@ def _merged(
     """A copy with other values, all of them options that there are. own: see `_require_known`."""
     for key, value in leaves:
         _require_known(key, source, list(known), own)
+        if known[key].type == "Any" and not _is_source(value):
+            what = f"{key}={value!r:.200}" if own else key
+            raise UserError(f"{what} ({source}): expected {_expected(known[key])}; put names in quotes")
         if _is_text(known[key]) and isinstance(value, (bool, int, float)):
             # What YAML takes for a number is not what was typed: 2026_07_01 would be 20260701.
             what = f"{key}={value!r:.200}" if own else key
@@ -162,7 +166,15 @@ def _resolved(config: Any, known: dict[str, dataclasses.Field]) -> Any:
 
 def _with(config: Any, leaves: list[tuple[str, Any]]) -> Any:
     """A copy with other values. Half a millisecond for each option there is, so better once for all leaves."""
-    return OmegaConf.merge(config, *(_nested(key, value) for key, value in leaves))
+    # A mapping of sources is to replace an earlier one, which a text does, rather than to be added to it.
+    emptied = [_nested(key, "") for key, value in leaves if key == SOURCES and isinstance(value, dict)]
+    return OmegaConf.merge(config, *emptied, *(_nested(key, value) for key, value in leaves))
+
+
+def _is_source(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(type(name) is str and type(part) in (int, float) for name, part in value.items())
+    return isinstance(value, str)
 
 
 def _is_text(option: dataclasses.Field) -> bool:
@@ -197,13 +209,14 @@ def _override_layers(overrides: list[str], known: dict[str, dataclasses.Field]) 
             raise UserError(f"{text!r}: expected section.key=value")
         if any("\ud800" <= character <= "\udfff" for character in text):  # bytes that Python could not decode
             raise UserError(f"{text!a}: not UTF-8, which a config is written in; name a link to it that is")
-        if key in known and _is_text(known[key]) and value != "null":
+        if (key in known and _is_text(known[key]) and value != "null") or (key == SOURCES and value[:1] != "{"):
             layers.append(("command line", _nested(key, value)))
             continue
         try:
             layers.append(("command line", OmegaConf.to_container(OmegaConf.from_dotlist([text]))))
         except Exception as error:
-            raise UserError(f"{text!r}: {str(error).splitlines()[0]}") from None
+            fault = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise UserError(f"{text!r}: {fault}") from None
     return layers
 
 
@@ -272,7 +285,11 @@ def _kind(option: dataclasses.Field) -> tuple[str, str]:
     words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
     words |= {"tuple[int, int]": "two whole numbers", "tuple[float, float]": "two numbers"}
     words |= {"list[float]": "a list of numbers"}
-    words |= {"tuple[float, float, float]": "three numbers", "dict[str, Any]": "a mapping"}
+    words |= {
+        "tuple[float, float, float]": "three numbers",
+        "dict[str, Any]": "a mapping",
+        "Any": "text, or a mapping of one text or more to numbers",
+    }
     annotation = str(option.type)
     optional = annotation.startswith("Optional[")
     annotation = annotation.removeprefix("Optional[").removesuffix("]") if optional else annotation

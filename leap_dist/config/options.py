@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 MISSING: Any = (
     "???"  # OmegaConf's word for a value that must be given; spelt out, since reading options needs no config
 )
 
+Source = Union[str, dict[str, float]]  # a folder or URI of shards, or several with their proportions
 DIGITS = "digits"  # data.train / data.val: the embedded demo set
 HUB = "hub"  # teacher.weights: timm's pretrained weights
 NO_WEIGHTS = "none"  # student.weights: random initialisation
@@ -146,7 +147,13 @@ class CurriculumConfig:
 class DataConfig:
     """MDS shards and augmentation."""
 
-    train: str = option(MISSING, "folder or remote URI (s3://, gs://, ...) of MDS shards, or 'digits'")
+    train: Any = field(  # a `Source`: OmegaConf knows no union of text and mapping
+        default=MISSING,
+        metadata={
+            "doc": "folder or remote URI (s3://, gs://, ...) of MDS shards, or 'digits'; or several with the "
+            "proportions in which they are mixed: {/data/a: 3, /data/b: 1}"
+        },
+    )
     val: Optional[str] = option(None, "held-out labelled shards for kNN and linear probe; null = no evaluation")
     cache: Optional[str] = option(None, "local folder for shards of a remote URI (required with one)")
     cache_limit: Optional[str] = option(None, "evict cached shards beyond this size, e.g. 200gb; null = keep all")

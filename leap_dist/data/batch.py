@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from leap_dist.data.faults import BadSample
 class Request(NamedTuple):
     """What a worker is to read: the samples of one micro-batch, and shards that later ones will need.
 
-    ids, positions: (B,) int64; shards: int64.
+    epoch: of the random numbers, one or (B,) int64; ids, positions: (B,) int64; shards: int64.
     """
 
-    epoch: int
+    epoch: Union[int, NDArray[np.int64]]
     ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     shards: NDArray[np.int64]

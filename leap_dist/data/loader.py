@@ -10,7 +10,7 @@ import os
 import signal
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, get_worker_info
 
-from leap_dist.config import DataConfig
+from leap_dist.config import DataConfig, Source
 from leap_dist.data.batch import Batch, Packed, Request
 from leap_dist.data.classes import UNLABELLED
 from leap_dist.data.order import VERSION, EpochOrder, Share
@@ -158,28 +158,37 @@ class TrainLoader:
     def _epoch_requests(self, epoch: int, start: int) -> Iterator[Request]:
         """Micro-batches from `start` on; with each, the shards of one that is `data.predownload` images ahead."""
         store, share = self._dataset.store, self._share
-        order = EpochOrder(
-            store.shard_sizes, canonical_nodes=self._config.canonical_nodes, seed=self._seed, epoch=epoch
-        )
         distance = -(-self._config.predownload // share.micro_batch) if store.fetches else 0
-        ahead: deque[NDArray[np.int64]] = deque()
-        coming = self._ids(order, start)
+        ahead: deque[tuple[NDArray[np.int64], NDArray[np.int64]]] = deque()
+        coming = self._ids(self._order(epoch), start)
         for index in range(start, len(self)):
             looked_at = []
-            while len(ahead) <= distance and (ids := next(coming, None)) is not None:
-                looked_at += [store.shards_of(ids)] if store.fetches else []
-                ahead.append(ids)
+            while len(ahead) <= distance and (drawn := next(coming, None)) is not None:
+                looked_at += [store.shards_of(drawn[0])] if store.fetches else []
+                ahead.append(drawn)
             shards = np.concatenate([np.empty(0, np.int64), *looked_at])
-            yield Request(epoch, ahead.popleft(), share.positions(index), shards)
+            ids, passes = ahead.popleft()
+            yield Request(passes, ids, share.positions(index), shards)
 
-    def _ids(self, order: EpochOrder, start: int) -> Iterator[NDArray[np.int64]]:
-        """The samples of micro-batches `start`, `start` + 1, ... of this rank; many are asked for at once."""
+    def _order(self, epoch: int) -> Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """From positions of an epoch to samples, and to the pass over its source that each is of."""
+        store, nodes = self._dataset.store, self._config.canonical_nodes
+        if not isinstance(self._config.train, str):
+            return store.order(canonical_nodes=nodes, seed=self._seed, epoch=epoch)
+        order = EpochOrder(store.shard_sizes, canonical_nodes=nodes, seed=self._seed, epoch=epoch)
+        return lambda positions: (order(positions), np.full(len(positions), epoch))
+
+    def _ids(
+        self, order: Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.int64]]], start: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """`order` of micro-batches `start`, `start` + 1, ... of this rank; many are asked for at once."""
         share = self._share
         many = max(1, ASKED_AT_ONCE // share.micro_batch)
         for first in range(start, len(self), many):
             numbers = range(first, min(first + many, len(self)))
             positions = [i // share.accumulation * share.global_batch + share.positions(i) for i in numbers]
-            yield from np.split(order(np.concatenate(positions)), len(numbers))
+            ids, passes = order(np.concatenate(positions))
+            yield from zip(np.split(ids, len(numbers)), np.split(passes, len(numbers)), strict=True)
 
     def close(self) -> None:
         """End the workers and release the data; the loader is of no use afterwards. Safe to call twice."""
@@ -295,13 +304,13 @@ class EvalLoader:
 
 
 def build_eval_loader(
-    source: str,
+    source: Source,
     config: DataConfig,
     *,
     batch: int,
     world: World,
     limit: Optional[int] = None,
-    numbered_as: Optional[str] = None,
+    numbered_as: Optional[Source] = None,
     bicubic: bool = False,
 ) -> EvalLoader:
     """Open `source` (a folder or URI of shards) to read each sample once over all ranks; all ranks together.

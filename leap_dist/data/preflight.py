@@ -72,6 +72,8 @@ def _check(config: DataConfig, task: Task) -> list[str]:
     """What is worth saying of sets that pass."""
     from leap_dist.data.store import ShardStore, class_names, prepare  # 3 s to import
 
+    if not isinstance(config.train, str):
+        return _check_several(config, task)
     sources = {"data.train": config.train, "data.val": config.val}
     sets = {f"{key}={source}": source for key, source in sources.items() if source and source != DIGITS}
     tasks = {name: task if name.startswith("data.train=") else Task(0, "") for name in sets}
@@ -99,6 +101,19 @@ def _check(config: DataConfig, task: Task) -> list[str]:
         told += filter(None, [explain(*pair, whose)])
         told += _told_of_labels(*seen.items()) if thorough else []
     return told
+
+
+def _check_several(config: DataConfig, task: Task) -> list[str]:
+    """As `_check`, of several sources, which the config allows without `data.val` only."""
+    from leap_dist.data.store import prepare
+
+    if task.classes:
+        raise UserError(
+            f"{task.option}={task.classes}: data.train has several sources, and labels are those of one set"
+        )
+    for source in config.train:
+        prepare(source, config)
+    return []
 
 
 def _check_column(name: str, folder: Path, task: Task, judged: bool) -> None:

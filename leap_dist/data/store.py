@@ -32,7 +32,7 @@ from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
 from streaming.base.util import bytes_to_int
 
-from leap_dist.config import DataConfig, is_remote
+from leap_dist.config import DataConfig, Source, is_remote
 from leap_dist.data.classes import CLASSES, read_classes, translation
 from leap_dist.data.columns import ShardReader
 from leap_dist.data.index import INDEX, NotAnIndex, is_inside, read_index
@@ -397,16 +397,23 @@ def _download_beside(place: str, staged: Path) -> None:
     CloudDownloader.direct_download(f"{place}/{staged.name}", str(staged), DOWNLOAD_TIMEOUT_S)
 
 
-def class_names(source: str, config: DataConfig) -> Optional[dict[str, int]]:
-    """Class name -> label of a set that `prepare` has seen; None if nothing beside it names them."""
+def class_names(source: Source, config: DataConfig) -> Optional[dict[str, int]]:
+    """Class name -> label of a set that `prepare` has seen; None if nothing beside it names them.
+
+    UserError for several sources: their labels are no classes of one set.
+    """
+    if not isinstance(source, str):
+        raise UserError("data.train: labels are needed here, and several sources have none in common; give one set")
     return read_classes(_folder(source, config) if is_remote(source) else Path(source))
 
 
-def label_table(source: str, numbered_as: str, config: DataConfig) -> Optional[dict[int, int]]:
+def label_table(source: Source, numbered_as: Source, config: DataConfig) -> Optional[dict[int, int]]:
     """Labels of `source` -> those of the same classes in the set `numbered_as`; None: as they are.
 
     Labels that are no keys have no class. UserError where the sets do not go together, see `classes.translation`.
     """
+    if source == numbered_as and not isinstance(source, str):
+        return None
     named = (numbered_as, source)
     return translation(*(class_names(name, config) for name in named), named)
 

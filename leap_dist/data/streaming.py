@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Union
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from leap_dist.config import DataConfig
+from leap_dist.config import DataConfig, Source
 from leap_dist.data.batch import Batch, Request
 from leap_dist.data.classes import UNLABELLED, class_number
 from leap_dist.data.colours import Crops
 from leap_dist.data.faults import BadSample
+from leap_dist.data.mixture import MixedStore
 from leap_dist.data.store import ShardStore, one_line, open_store
 from leap_dist.data.transforms import Transform, sample_stream
 from leap_dist.errors import UserError
@@ -39,7 +40,9 @@ class ImageDataset(Dataset):
     substitutes: let another sample stand in for one that cannot be read; else leave it out of its batch.
     """
 
-    def __init__(self, store: ShardStore, transform: Transform, *, seed: int, substitutes: bool) -> None:
+    def __init__(
+        self, store: Union[ShardStore, MixedStore], transform: Transform, *, seed: int, substitutes: bool
+    ) -> None:
         self.store = store
         self.transform = transform
         self.seed = seed
@@ -49,14 +52,15 @@ class ImageDataset(Dataset):
         """The batch asked for; DataLoader hands on whatever its sampler yields. UserError if nothing can stand in."""
         self.store.fetch_ahead(request.shards)
         rows, kept, bad = [], [], []
-        for row, sample_id in enumerate(request.ids.tolist()):
+        epochs = np.broadcast_to(request.epoch, request.ids.shape).tolist()
+        for row, (sample_id, epoch) in enumerate(zip(request.ids.tolist(), epochs, strict=True)):
             try:
-                rows.append(self.get_item(sample_id, request.epoch))
+                rows.append(self.get_item(sample_id, epoch))
             except Unreadable as fault:
                 bad.append(BadSample(sample_id, self.store.shard_name(sample_id), str(fault)))
                 if not self.substitutes:
                     continue
-                rows.append(self._stand_in(sample_id, request.epoch, fault))
+                rows.append(self._stand_in(sample_id, epoch, fault))
             kept.append(row)
         images, labels = _collated(rows)
         ids, positions = (torch.from_numpy(column[kept]) for column in (request.ids, request.positions))
@@ -104,7 +108,14 @@ def _collated(rows: list[tuple[Tensor | Crops, int]]) -> tuple[Tensor | Crops, T
 
 
 def open_dataset(
-    source: str, config: DataConfig, *, world: World, transform: Transform, seed: int, substitutes: bool
+    source: Source, config: DataConfig, *, world: World, transform: Transform, seed: int, substitutes: bool
 ) -> ImageDataset:
-    """Check `source` (a folder or a URI), then open it on all ranks together; UserError if it is not fit to be read."""
-    return ImageDataset(open_store(source, config, world), transform, seed=seed, substitutes=substitutes)
+    """Check `source`, then open it on all ranks together; UserError if it is not fit to be read.
+
+    source: a folder or a URI, or a mapping of several to their proportions.
+    """
+    if isinstance(source, str):
+        store: Union[ShardStore, MixedStore] = open_store(source, config, world)
+    else:
+        store = MixedStore([open_store(one, config, world) for one in source], source)
+    return ImageDataset(store, transform, seed=seed, substitutes=substitutes)

@@ -40,7 +40,8 @@ def shown_to(spec: ImageSpec, folder: Path, train: Optional[str], val: Optional[
     found, place = _of_run(folder) if train is None else (DataConfig(train=train), folder)
     if DIGITS in (found.train, found.val):
         found = resolve(found, place, ALONE)
-    if not found.train or (train is None and not Path(found.train).is_dir()):
+    sources = [found.train] if isinstance(found.train, str) else found.train
+    if not found.train or (train is None and not all(Path(one).is_dir() for one in sources)):
         return None  # there is no run, or it was made elsewhere
     data = replace(
         found, val=val if val is not None else found.val, image_size=spec.image_size, mean=tuple(spec.mean),
