@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
+from leap_dist.config import DataConfig, Source
 from leap_dist.data.order import EpochOrder
-from leap_dist.data.store import ShardStore
+from leap_dist.data.store import ShardStore, open_store
+from leap_dist.runtime.distributed import World
 
 ONE = 1 << 32  # a share in fixed point
 Places = NDArray[np.int64]
@@ -157,3 +159,10 @@ class MixedStore:
         for number in np.unique(whose).tolist():
             part = self._part(number)
             part.store.fetch_ahead((shard_ids[whose == number] - part.first_shard).tolist())
+
+
+def open_set(source: Source, config: DataConfig, world: World) -> Union[ShardStore, MixedStore]:
+    """`store.open_store` of one source or of several. Collective; UserError likewise."""
+    if isinstance(source, str):
+        return open_store(source, config, world)
+    return MixedStore([open_store(one, config, world) for one in source], source)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leap_dist.config import DataConfig
+from leap_dist.config import DataConfig, Source
 from leap_dist.data.classes import UNLABELLED, class_number
 from leap_dist.data.crops import decode
 from leap_dist.data.transforms import eval_transform
@@ -51,15 +51,15 @@ def specimens(store: Any, count: int) -> list[Specimen]:
     return sorted([*unlike, *others][:count], key=lambda found: found.id)
 
 
-def fixed_images(source: str, config: DataConfig, count: int, world: World) -> Tensor:
-    """`specimens` of shards in a folder or at a URI as a model sees them: (n, 3, S, S) float32 on the host. Collective.
+def fixed_images(source: Source, config: DataConfig, count: int, world: World) -> Tensor:
+    """`specimens` of one source or of several as a model sees them: (n, 3, S, S) float32 on the host. Collective.
 
     Raises:
         UserError: on every rank, none can be read.
     """
-    from leap_dist.data.store import open_store  # 3 s to import
+    from leap_dist.data.mixture import open_set  # 3 s to import
 
-    store = open_store(source, config, world)
+    store = open_set(source, config, world)
     see = eval_transform(config)
     seen = on_main(lambda: [see(found.pixels) for found in specimens(store, count)], world)
     if not seen:

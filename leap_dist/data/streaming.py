@@ -14,8 +14,8 @@ from leap_dist.data.batch import Batch, Request
 from leap_dist.data.classes import UNLABELLED, class_number
 from leap_dist.data.colours import Crops
 from leap_dist.data.faults import BadSample
-from leap_dist.data.mixture import MixedStore
-from leap_dist.data.store import ShardStore, one_line, open_store
+from leap_dist.data.mixture import MixedStore, open_set
+from leap_dist.data.store import ShardStore, one_line
 from leap_dist.data.transforms import Transform, sample_stream
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World
@@ -114,8 +114,4 @@ def open_dataset(
 
     source: a folder or a URI, or a mapping of several to their proportions.
     """
-    if isinstance(source, str):
-        store: Union[ShardStore, MixedStore] = open_store(source, config, world)
-    else:
-        store = MixedStore([open_store(one, config, world) for one in source], source)
-    return ImageDataset(store, transform, seed=seed, substitutes=substitutes)
+    return ImageDataset(open_set(source, config, world), transform, seed=seed, substitutes=substitutes)

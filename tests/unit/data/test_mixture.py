@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from leap_dist.config import DataConfig, load
-from leap_dist.data import build_train_loader, write_shards
+from leap_dist.data import build_eval_loader, build_train_loader, check_sources, write_shards
 from leap_dist.data.digits import digit_samples
-from leap_dist.data.mixture import MixedOrder, dealt
+from leap_dist.data.mixture import MixedOrder, dealt, open_set
+from leap_dist.data.specimens import fixed_images
+from leap_dist.data.store import class_names
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World
 
@@ -108,6 +110,29 @@ def test_a_sample_that_comes_again_is_augmented_anew(sources: tuple[str, str]) -
     rows = [row for batch in _batches(sources, 1, 1) for row in batch.values() if row[0] >= 50]
     assert len({number for number, _ in rows}) == 10 < len(rows) == 15
     assert len(set(rows)) == 15
+
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def test_whoever_looks_at_images_and_labels_of_several_sources(sources: tuple[str, str]) -> None:
+    config = DataConfig(train=dict.fromkeys(sources, 1.0), image_size=8, workers=0)
+    assert fixed_images(config.train, config, 4, ALONE).shape == (4, 3, 8, 8)
+    loader = build_eval_loader(config.train, config, batch=16, world=ALONE)
+    assert [number for batch in loader for number in batch.ids.tolist()] == list(range(60))
+    check_sources(config, ALONE)
+    with pytest.raises(UserError, match="has several sources, and labels"):
+        check_sources(config, ALONE, 10)
+    with pytest.raises(UserError, match="labels are needed here"):
+        class_names(config.train, config)
+
+
+def test_other_proportions_are_another_layout(sources: tuple[str, str]) -> None:
+    def layout(*proportions: float) -> str:
+        config = DataConfig(train=dict(zip(sources, proportions, strict=True)))
+        return open_set(config.train, config, ALONE).layout()
+
+    assert layout(3, 1) == layout(0.75, 0.25) != layout(2, 1)
 
 
 DEMO = ["teacher.model=vit_small_patch14_dinov2", "teacher.weights=random", "student.model=vit_tiny_patch16_224"]
