@@ -28,7 +28,8 @@ Places = NDArray[np.int64]
 
 def turns(places: Places, share: int) -> Places:
     """How many of the first `places` turns are given to the side whose share is share / ONE: rounded down. (N,)"""
-    return (places >> 32) * share + ((places & (ONE - 1)) * share >> 32)
+    low = (places & (ONE - 1)).astype(np.uint64) * np.uint64(share)  # to 64 bits, one more than int64 has
+    return (places >> 32) * share + (low >> np.uint64(32)).astype(np.int64)
 
 
 def dealt(positions: Places, proportions: Sequence[float]) -> tuple[Places, Places]:

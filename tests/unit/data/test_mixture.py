@@ -13,7 +13,7 @@ import torch
 from leap_dist.config import DataConfig, load
 from leap_dist.data import build_eval_loader, build_train_loader, check_sources, write_shards
 from leap_dist.data.digits import digit_samples
-from leap_dist.data.mixture import MixedOrder, dealt, open_set
+from leap_dist.data.mixture import ONE, MixedOrder, dealt, open_set, turns
 from leap_dist.data.specimens import fixed_images
 from leap_dist.data.store import class_names
 from leap_dist.errors import UserError
@@ -41,6 +41,14 @@ def test_far_positions_are_those_that_counting_leads_to() -> None:
     source, place = dealt(far, (3, 1))
     assert (source == 1).sum() == 250
     assert place[source == 1].tolist() == list(range(1 << 43, (1 << 43) + 250))
+
+
+@pytest.mark.parametrize("begin", [0, (1 << 32) - 500, (1 << 45) + (1 << 32) - 500])
+@pytest.mark.parametrize("share", [1, ONE // 3, ONE - 1])
+def test_turns_are_those_of_whole_numbers_of_any_size(begin: int, share: int) -> None:
+    """Python's, which do not overflow. Also where a stretch crosses 32 bits."""
+    places = begin + np.arange(1000)
+    assert turns(places, share).tolist() == [place * share >> 32 for place in places.tolist()]
 
 
 def test_each_source_is_passed_over_whole_before_it_is_repeated() -> None:
