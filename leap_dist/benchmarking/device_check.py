@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from leap_dist.runtime.files import write_json, write_text
+
 GRACE_S = 3  # for a part that is told to end, before it is killed
 DRY_PATIENCE = 10  # a dry run's limits are so many times as long: it is to end, not to be quick
 FINDING = "finding.json"  # in a part's folder
@@ -141,20 +143,13 @@ class Check:
         """JSON and page of what there is."""
         rows = [asdict(result) for result in self.results]
         content = {"about": self.about, "dry": self._dry, "parts": rows}
-        self._replace(self._out.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-        self._replace(self._out, page(self.about, self.results, dry=self._dry))
-
-    def _replace(self, path: Path, text: str) -> None:
-        passing = path.with_name(f".{path.name}")
-        passing.write_text(text)
-        passing.replace(path)
+        write_json(self._out.with_suffix(".json"), content)
+        write_text(self._out, page(self.about, self.results, dry=self._dry))
 
 
 def hand_over(finding: Finding, path: Path) -> None:
     """Write a part's finding, whole or not at all; a part may do so again as it gets on."""
-    passing = path.with_suffix(".passing")
-    passing.write_text(json.dumps(asdict(finding)))
-    passing.replace(path)
+    write_json(path, asdict(finding))
 
 
 def end_group(child: subprocess.Popen[Any]) -> None:

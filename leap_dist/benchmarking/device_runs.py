@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.benchmarking.device_check import FINDING, Finding, hand_over
+from leap_dist.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 README_ACCURACY = 0.90  # the demo's kNN on the mean patch token is 95 % on CPUs
@@ -163,9 +164,7 @@ def rank(arguments: list[str]) -> None:
             print(f"{name}: {error}", flush=True)
         found[name] = {"scores": scores(output), "error": error}
         if world.is_main:
-            passing = folder / "ranks.passing"
-            passing.write_text(json.dumps(found))
-            passing.replace(folder / "ranks.json")
+            write_json(folder / "ranks.json", found)
 
 
 def _run_variant(output: Path, overrides: tuple[str, ...], dry: bool, world: Any) -> None:

@@ -25,7 +25,7 @@ from leap_dist.deployment.extras import needed
 from leap_dist.deployment.loaded import Distilled
 from leap_dist.errors import UserError
 from leap_dist.runtime.distributed import World, barrier, on_main
-from leap_dist.runtime.files import write_json, write_whole
+from leap_dist.runtime.files import require_replaceable, write_json, write_whole
 from leap_dist.runtime.reporting import STDERR
 
 PIECE = 4096  # images of a file of OUT.parts
@@ -74,11 +74,12 @@ def embed(
 
     Raises:
         UserError: no image, a student without a classifier asked for logits, or pieces of another embedding beside
-            `out`.
+            `out`; or `out` is a folder or a device.
     """
     needed("pyarrow")
     if tokens == "logits" and not model.classes:
         raise UserError("the student has no classifier, so there are no logits")
+    require_replaceable(out)
     plan = _planned(model, images, out, tokens)
     on_main(lambda: _begin(plan, _identity(model, plan.files, tokens)), world)
     mine = [piece for piece in range(world.rank, plan.pieces, world.size) if not _file(plan, piece).is_file()]

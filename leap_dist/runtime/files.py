@@ -42,8 +42,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     The umask decides who may read it, whatever `write` would have: safetensors' own files are their owner's alone.
 
     Raises:
-        UserError: the disk refuses it, see `refusal`.
+        UserError: the disk refuses it, see `refusal`; or `path` is a folder or a device.
     """
+    require_replaceable(path)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -57,6 +58,16 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse to put a file in the place of what is none: a rename onto /dev/null, as root, takes the device away.
+
+    Raises:
+        UserError: there is a folder, a device or a pipe at `path`.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: there is {'a folder' if path.is_dir() else 'no regular file'}; name a file")
 
 
 @contextmanager

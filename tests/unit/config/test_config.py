@@ -129,11 +129,12 @@ def test_numbers_out_of_range_end_in_a_line() -> None:
 
 
 @pytest.mark.parametrize("option", ["output", "data.cache", "teacher.weights", "curriculum.replay", "resume"])
-@pytest.mark.parametrize("path", ["", "a\0b", "a\nb", "n" * 300, "p/" * 3000, "/dev/null", "{file}/below", "{empty}"])
+@pytest.mark.parametrize("path", ["", "a\0b", "a\nb", "n" * 300, "p/" * 3000, "{pipe}", "{file}/below", "{empty}"])
 def test_a_path_that_cannot_be_is_told_before_anything_starts(option: str, path: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").touch()
-    text = path.format(file=tmp_path / "file", empty=tmp_path / "empty")
+    os.mkfifo(tmp_path / "pipe")
+    text = path.format(**{name: tmp_path / name for name in ("file", "empty", "pipe")})
     with pytest.raises(UserError, match=rf"^{re.escape(option)}=") as caught:
         load(None, [*NEEDED, f"{option}={text}"])
     message = str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,13 @@ def test_pieces_of_another_student_are_never_joined(
             assert "pieces of other images or another student" in str(error)
             continue
         assert out.read_bytes() == wanted
+
+
+def test_a_pipe_is_not_replaced(images: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out.parquet")
+    with pytest.raises(UserError, match="there is no regular file"):
+        embed(leap_dist.load(exported(tmp_path / "run")), images, tmp_path / "out.parquet", ALONE)
+    assert not (tmp_path / "out.parquet.parts").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(images: Path, tmp_path: Path) -> None:
