@@ -22,7 +22,7 @@ from typing import Optional
 
 from leap_dist.errors import UserError, one_line
 from leap_dist.sweeps.passes import in_company
-from leap_dist.sweeps.plan import read_plan
+from leap_dist.sweeps.plan import chosen, read_plan
 from leap_dist.sweeps.results import check_columns, draw_curves, write_results
 from leap_dist.sweeps.runner import Sweep, check_launcher, sigterm_as_ctrl_c
 
@@ -34,6 +34,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all rows; a row's own win")
     parser.add_argument("--out", type=Path, help="folder of the sweep; default: the YAML's output")
     parser.add_argument("--seeds", type=int, nargs="+", help="make these only; the tables are of all")
+    parser.add_argument("--student-seeds", type=int, nargs="+", help="the same for seeds of initial weights")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     return parser.parse_intermixed_args(argv)
 
@@ -43,10 +44,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse(argv)
     try:
         plan = read_plan(args.sweep, args.out, args.overrides)
-        plan = in_company(plan) if plan.together else plan
+        wanted = chosen(plan, args.seeds, args.student_seeds)
+        plan = in_company(plan, wanted) if plan.together else plan
         check_columns(plan.show)
         check_launcher(plan.launcher, args.jobs)
-        sweep = Sweep(plan, args.jobs, args.seeds)
+        sweep = Sweep(plan, args.jobs, wanted)
         with sigterm_as_ctrl_c():
             sweep.make()
         write_results(plan, sweep.failures)

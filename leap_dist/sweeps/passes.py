@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,15 +63,15 @@ def units(plan: Plan) -> dict[str, Unit]:
     }
 
 
-def in_company(plan: Plan) -> Plan:
-    """The plan with the runs that may share a pass put into one. Those that have finished stay where they are."""
+def in_company(plan: Plan, wanted: Collection[str]) -> Plan:
+    """The plan with those `wanted` runs that may share a pass put into one. What has finished stays where it is."""
     runs, groups = dict(plan.runs), defaultdict(list)
     timed = {name for run in plan.runs.values() if _counts_seconds(run) for name in run.needs()}
     for name, run in plan.runs.items():
         made = next((place for place in _places(run) if place.summary() is not None and not conflict(place)), None)
         if made is not None:
             runs[name] = made
-        elif run.row.epochs_as is None and name not in timed and _fits_folder(name):
+        elif name in wanted and run.row.epochs_as is None and name not in timed and _fits_folder(name):
             groups[_what_is_shared(run.config)].append(run)
     for group in groups.values():
         together = _expressible(group)

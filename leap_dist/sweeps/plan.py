@@ -195,6 +195,25 @@ def read_plan(path: Path, out: Optional[Path], overrides: Sequence[str]) -> Plan
     return Plan(runs=runs, rows=rows, out=out, launcher=launcher or "python", show=show, together=together)
 
 
+def chosen(plan: Plan, seeds: Optional[Sequence[int]], student_seeds: Optional[Sequence[int]]) -> frozenset[str]:
+    """Names of the runs that have one of these seeds, of the data and of the initial weights; None = any.
+
+    Raises:
+        UserError: no run has one of them.
+    """
+    for option, asked, there in (
+        ("--seeds", seeds, {run.seed for run in plan.runs.values()}),
+        ("--student-seeds", student_seeds, {run.student_seed for run in plan.runs.values()}),
+    ):
+        if unknown := set(asked or ()) - there:
+            raise UserError(f"{option} {min(unknown)}: no row has that seed")
+    return frozenset(
+        name
+        for name, run in plan.runs.items()
+        if (seeds is None or run.seed in seeds) and (student_seeds is None or run.student_seed in student_seeds)
+    )
+
+
 def _text(spec: dict[str, Any], key: str, where: str) -> str:
     """A text of the YAML; '' where there is none, but for `base`."""
     value = spec.get(key) or ""

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -44,19 +44,15 @@ class Job(NamedTuple):
 
 
 class Sweep:
-    """Makes the runs of a plan that are missing, `jobs` at a time; only those of `seeds`, if given.
+    """Makes those of the `wanted` runs of a plan that are missing, `jobs` at a time.
 
     failures: run -> why it has not been finished, in a line.
     """
 
-    def __init__(self, plan: Plan, jobs: int, seeds: Optional[Sequence[int]] = None) -> None:
+    def __init__(self, plan: Plan, jobs: int, wanted: Collection[str]) -> None:
         self.plan = plan
         self.failures: dict[str, str] = {}
-        wanted = {name: run for name, run in plan.runs.items() if seeds is None or run.seed in seeds}
-        unknown = set(seeds or ()) - {run.seed for run in plan.runs.values()}
-        if unknown:
-            raise UserError(f"--seeds {min(unknown)}: no row has that seed")
-        missing = {name for name, run in wanted.items() if result(run, plan) is None}
+        missing = {name for name in wanted if result(plan.runs[name], plan) is None}
         self._waiting = {name: unit for name, unit in units(plan).items() if missing & {run.name for run in unit.runs}}
         self._finished = len(wanted) - sum(len(unit.runs) for unit in self._waiting.values())
         self._jobs: list[Job] = []

@@ -217,6 +217,21 @@ def test_seeds_of_initial_weights_share_a_pass_and_are_told_apart(tmp_path: Path
 
 
 @pytest.mark.seconds
+def test_seeds_of_initial_weights_can_be_made_one_by_one(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, {"a": [], "b": ["optim.lr=0.2"]}, seeds=[0], student_seeds=[0, 1], together=True)
+    assert sweep.main([str(path), "--student-seeds", "1"]) == 0
+    with (tmp_path / "out" / "results.csv").open() as file:
+        made = [(line["row"], line["student_seed"], line["status"]) for line in csv.DictReader(file)]
+    assert made == [(row, own, "done" if own == "1" else "not made") for row in "ab" for own in "01"]
+    assert sweep.main([str(path)]) == 0
+    passes = [path for path in (tmp_path / "out" / "passes").iterdir() if path.is_dir()]
+    assert sorted(sorted(run.name for run in path.glob("?-*")) for path in passes) == [
+        ["a-s0w0", "b-s0w0"], ["a-s0w1", "b-s0w1"],
+    ]  # fmt: skip
+    assert sweep.main([str(path), "--student-seeds", "7"]) == 2
+
+
+@pytest.mark.seconds
 def test_jobs_run_beside_each_other_with_slots_and_ports_of_their_own(tmp_path: Path) -> None:
     """Each of these runs waits until two have started."""
     launcher = f"env SLOT={{slot}}:{{port}} python {FAKE}"
@@ -264,7 +279,8 @@ def test_a_killed_sweep_leaves_no_run_to_be_made_twice(tmp_path: Path, monkeypat
     process = start(path)
     process.kill()
     process.communicate()
-    waiting_for = runner.Sweep(read_plan(path, None, []), jobs=1)
+    plan = read_plan(path, None, [])
+    waiting_for = runner.Sweep(plan, jobs=1, wanted=plan.runs)
     end = runner.Sweep._end
     orphan = int(subprocess.run(["pgrep", "-f", f"{FAKE}.*{tmp_path}"], capture_output=True, text=True).stdout)
 
@@ -352,7 +368,14 @@ def test_parallel_launchers_need_ports(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--jobs=0: must be at least 1" in capsys.readouterr().err
 
 
-DELIVERED = {"cifar10": 54, "cifar10_long": 10, "cifar10_strong": 6, "demo_remedies": 18}  # runs of each sweep
+DELIVERED = {
+    "cifar10": 54,
+    "cifar10_long": 10,
+    "cifar10_remedies": 12,
+    "cifar10_strong": 6,
+    "cifar10_table": 54,
+    "demo_remedies": 18,
+}  # runs of each sweep
 
 
 def test_every_sweep_that_is_delivered_is_counted() -> None:
@@ -436,7 +459,8 @@ def test_rows_that_may_share_a_pass_do_and_say_so(tmp_path: Path) -> None:
 def test_a_row_shares_a_pass_with_one_that_has_arguments_of_another_model(tmp_path: Path) -> None:
     """null takes an argument of the first row's model away: a convolutional student has no depth."""
     rows = {"vit": ["student.kwargs.depth=3"], "conv": ["student.model=test_convnext"]}
-    plan = in_company(read_plan(write_sweep(tmp_path, rows, seeds=[0], together=True), None, []))
+    plan = read_plan(write_sweep(tmp_path, rows, seeds=[0], together=True), None, [])
+    plan = in_company(plan, plan.runs)
     (unit,) = units(plan).values()
     assert [run.name for run in unit.runs] == ["vit-s0", "conv-s0"]
     config = unit.config(plan)
