@@ -70,24 +70,28 @@ def test_any_position_can_be_asked_alone() -> None:
         assert (alone[0][0], alone[1][0]) == (ids[place], passes[place])
 
 
+FIRST, SECOND = 230, 40  # samples of the two sources
+BATCH = 84  # for 1, 2, 3, 4 and 7 ranks with 1, 2 and mostly 3 steps of accumulation
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder, samples = tmp_path_factory.mktemp("sources"), list(digit_samples("val"))
-    write_shards(samples[:50], folder / "a")
-    write_shards(samples[50:60], folder / "b")
+    write_shards(samples[:FIRST], folder / "a")
+    write_shards(samples[FIRST : FIRST + SECOND], folder / "b")
     return str(folder / "a"), str(folder / "b")
 
 
 def _batches(sources: tuple[str, str], ranks: int, accumulation: int, start: int = 0) -> list[dict[int, bytes]]:
     """Global batches of an epoch, from step `start` on: number of each place -> sample and pixels."""
     config = DataConfig(
-        train=dict(zip(sources, (3, 1), strict=True)), image_size=8, workers=0, global_batch=12, canonical_nodes=4
+        train=dict(zip(sources, (3, 1), strict=True)), image_size=8, workers=0, global_batch=BATCH, canonical_nodes=4
     )
     found: list[dict[int, bytes]] = []
     for rank in range(ranks):
         world = World(rank, ranks, rank, ranks, torch.device("cpu"))
         loader = build_train_loader(
-            config, seed=1, micro_batch=12 // ranks // accumulation, accumulation=accumulation, world=world
+            config, seed=1, micro_batch=BATCH // ranks // accumulation, accumulation=accumulation, world=world
         )
         for index, batch in enumerate(loader.epoch(1, start * accumulation)):
             if len(found) <= index // accumulation:
@@ -104,20 +108,20 @@ def test_ranks_accumulation_and_restarts_change_no_batch(
 ) -> None:
     monkeypatch.setattr("leap_dist.data.store.on_first", lambda work, world: work())  # one process plays all ranks
     whole = _batches(sources, 1, 1)
-    assert len(whole) == 5
+    assert len(whole) == 3
     for batch in whole:
-        assert len(batch) == 12
-        assert Counter(number >= 50 for number, _ in batch.values()) == {False: 9, True: 3}
-    for ranks, accumulation in product((2, 3, 4), (1, 3)):
-        if 12 % (ranks * accumulation) == 0:
+        assert len(batch) == BATCH
+        assert Counter(number >= FIRST for number, _ in batch.values()) == {False: 63, True: 21}
+    for ranks, accumulation in product((1, 2, 3, 4, 7), (1, 2, 3)):
+        if BATCH % (ranks * accumulation) == 0:
             assert _batches(sources, ranks, accumulation) == whole
-    assert _batches(sources, 2, 3, start=2) == whole[2:]
+    assert _batches(sources, 2, 3, start=2) == _batches(sources, 7, 2, start=2) == whole[2:]
 
 
 def test_a_sample_that_comes_again_is_augmented_anew(sources: tuple[str, str]) -> None:
-    rows = [row for batch in _batches(sources, 1, 1) for row in batch.values() if row[0] >= 50]
-    assert len({number for number, _ in rows}) == 10 < len(rows) == 15
-    assert len(set(rows)) == 15
+    rows = [row for batch in _batches(sources, 1, 1) for row in batch.values() if row[0] >= FIRST]
+    assert len({number for number, _ in rows}) == SECOND < len(rows) == 63
+    assert len(set(rows)) == 63
 
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -127,7 +131,7 @@ def test_whoever_looks_at_images_and_labels_of_several_sources(sources: tuple[st
     config = DataConfig(train=dict.fromkeys(sources, 1.0), image_size=8, workers=0)
     assert fixed_images(config.train, config, 4, ALONE).shape == (4, 3, 8, 8)
     loader = build_eval_loader(config.train, config, batch=16, world=ALONE)
-    assert [number for batch in loader for number in batch.ids.tolist()] == list(range(60))
+    assert [number for batch in loader for number in batch.ids.tolist()] == list(range(FIRST + SECOND))
     check_sources(config, ALONE)
     with pytest.raises(UserError, match="has several sources, and labels"):
         check_sources(config, ALONE, 10)
